@@ -1,0 +1,72 @@
+"""How programs of one launch hand values to each other: a value is its own ready flag.
+
+The exchange buffer is filled beforehand with the sentinel, a bit pattern (all ones: a NaN) that `publish` never stores.
+A reader loads the tiles it needs past the first-level cache, and loads them again until no sentinel is left in them. There
+are no counters, fences or atomics: every element says for itself whether it has been written.
+"""
+
+import triton
+import triton.language as tl
+
+SENTINEL_16 = tl.constexpr(0xFFFF)
+SENTINEL_32 = tl.constexpr(0xFFFFFFFF)
+
+
+@triton.jit
+def bits_of(value):
+    """The value's bit pattern as an unsigned integer of its width; the sentinel is the largest there is."""
+    if value.dtype.primitive_bitwidth == 16:
+        bits = value.to(tl.uint16, bitcast=True)
+    else:
+        bits = value.to(tl.uint32, bitcast=True)
+    return bits
+
+
+@triton.jit
+def publish(pointers, value, mask):
+    """Store a tile for the peers, in the pointers' dtype. A NaN that looks like the sentinel is stored as another quiet NaN."""
+    value = value.to(pointers.dtype.element_ty)
+    bits = bits_of(value)
+    sentinel = SENTINEL_16 if bits.dtype == tl.uint16 else SENTINEL_32
+    bits = tl.where(bits == sentinel, sentinel >> 1, bits).to(bits.dtype)  # without its sign bit it is a NaN still
+    tl.store(pointers, bits.to(value.dtype, bitcast=True), mask=mask, cache_modifier=".cg")
+
+
+@triton.jit
+def request(pointers, row_mask, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load COUNT neighbouring (rows, BLOCK_K) tiles from chunk `first` on, all in flight together.
+
+    Rows outside row_mask and columns from SIZE on read 0, which is never the sentinel.
+    """
+    tiles = ()
+    for chunk in tl.static_range(first, first + COUNT):
+        mask = row_mask
+        if (chunk + 1) * BLOCK_K > SIZE:
+            mask = row_mask & (chunk * BLOCK_K + ks < SIZE)[None, :]
+        tiles = tiles + (tl.load(pointers + chunk * BLOCK_K, mask=mask, other=0.0, volatile=True),)
+    return tiles
+
+
+@triton.jit
+def larger_bits(left, right, PACKED: tl.constexpr):
+    if PACKED:
+        # Two 16-bit elements a register, one instruction; plain Triton would unpack them.
+        larger = tl.inline_asm_elementwise(
+            "max.u16x2 $0, $1, $2;", "=r,r,r", [left, right], dtype=tl.uint16, is_pure=True, pack=2
+        )
+    else:
+        larger = tl.maximum(left, right)
+    return larger
+
+
+@triton.jit
+def any_missing(tiles, COUNT: tl.constexpr, PACKED: tl.constexpr):
+    """True while any element of the tiles is still the sentinel."""
+    largest = bits_of(tiles[0])
+    for chunk in tl.static_range(1, COUNT):
+        largest = larger_bits(largest, bits_of(tiles[chunk]), PACKED)
+    if largest.dtype == tl.uint16:
+        missing = tl.max(largest.to(tl.int32)) == SENTINEL_16
+    else:
+        missing = tl.max(largest) == SENTINEL_32
+    return missing

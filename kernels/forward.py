@@ -1,0 +1,174 @@
+"""The forward scan: all steps of one LSTM layer in one launch.
+
+Notation: T steps, B batch rows, I input_size, H hidden_size; gate order i, f, g, o; formula in gates.py. A program owns
+BLOCK_HIDDEN units, that is 4 * BLOCK_HIDDEN gate-minor rows of W_hh, which stay on the chip while it walks over time, for its
+batch tiles of BLOCK_BATCH rows. h_{t-1} of all units comes from its peers through hidden_ptr (exchange.py).
+
+State rows: the B initial states of the forward direction, the T * B rows of the steps, the B initial states of the reverse
+direction. So the rows of h_{t-1} are always B rows away from those of h_t, whatever the step and the direction.
+"""
+
+import triton
+import triton.language as tl
+
+from .exchange import publish, request
+from .gates import activate, split_gates, update_state
+from .product import add_products, add_received, load_lefts, no_sums, total
+
+
+@triton.jit
+def load_bias(bias_ih_ptr, bias_hh_ptr, units, gate: tl.constexpr, HIDDEN: tl.constexpr):
+    """(1, units) of b_ih + b_hh in float32, for one gate."""
+    bias_ih = tl.load(bias_ih_ptr + gate * HIDDEN + units, mask=units < HIDDEN, other=0.0).to(tl.float32)
+    bias_hh = tl.load(bias_hh_ptr + gate * HIDDEN + units, mask=units < HIDDEN, other=0.0).to(tl.float32)
+    return (bias_ih + bias_hh)[None, :]
+
+
+@triton.jit(do_not_specialize=["input_stride_step", "input_stride_batch", "seq_len", "batch_size", "batch_tiles", "reverse"])
+def forward_scan(
+    gates_ptr,  # (T * B, 4H) I/O dtype: x_t W_ih^T on entry unless FUSE_INPUT; the activated gates on return if SAVE
+    input_ptr,  # (T, B, I), read only if FUSE_INPUT
+    input_stride_step,  # this and the next one: in units of INPUT_STRIDE_UNIT elements
+    input_stride_batch,
+    weight_ih_ptr,  # (4H, I), read only if FUSE_INPUT
+    weight_hh_ptr,  # (4H, H)
+    bias_ih_ptr,  # (4H,), read only if HAS_BIAS
+    bias_hh_ptr,  # (4H,), read only if HAS_BIAS
+    hidden_ptr,  # (B + T * B + B, STATE_STRIDE) state rows of h, I/O dtype; the steps' rows are sentinels on entry
+    cell_ptr,  # c, float32: state rows if SAVE; otherwise (B, STATE_STRIDE), c_0 on entry and c_n on return
+    seq_len,
+    batch_size,
+    batch_tiles,  # tiles of BLOCK_BATCH rows in the batch
+    reverse,  # 0: forward in time, 1: backward in time
+    HIDDEN: tl.constexpr,
+    INPUT: tl.constexpr,
+    STATE_STRIDE: tl.constexpr,  # elements between state rows: a multiple of 16
+    INPUT_STRIDE_UNIT: tl.constexpr,  # 16 tells the compiler that rows are aligned, without a compilation per stride
+    HAS_BIAS: tl.constexpr,
+    SAVE: tl.constexpr,  # keep what the backward scan needs: the gates and every c
+    FUSE_INPUT: tl.constexpr,  # compute x_t W_ih^T here
+    SEVERAL_TILES: tl.constexpr,  # a program serves more than one batch tile, taking turns within every step
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_INPUT: tl.constexpr,  # BLOCK_K's counterpart for the input projection
+    SPLIT_K: tl.constexpr,
+    RESIDENT_CHUNKS: tl.constexpr,  # how many chunks of W_hh stay on the chip; the others are read every step
+    GROUP_CHUNKS: tl.constexpr,
+    ACCUMULATORS: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,  # test 16-bit sentinels two at a time
+):
+    SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
+    WRITTEN: tl.constexpr = min(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of a state row that are written
+    INPUT_CHUNKS: tl.constexpr = (INPUT + BLOCK_INPUT - 1) // BLOCK_INPUT if FUSE_INPUT else 0
+    GROUP: tl.constexpr = min(GROUP_CHUNKS, RESIDENT_CHUNKS)
+
+    slice_index = tl.program_id(0) % SLICES
+    group = tl.program_id(0) // SLICES
+    groups = tl.num_programs(0) // SLICES
+    tiles_per_step = (batch_tiles - group + groups - 1) // groups
+
+    rows = tl.arange(0, BLOCK_BATCH)
+    ks = tl.arange(0, BLOCK_K)
+    input_ks = tl.arange(0, BLOCK_INPUT)
+    units = slice_index * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    unit_mask = (units < HIDDEN)[None, :]
+    written_mask = (units < WRITTEN)[None, :]
+    gate_minor = slice_index * 4 * BLOCK_HIDDEN + tl.arange(0, 4 * BLOCK_HIDDEN)
+    gate_rows = (gate_minor % 4 * HIDDEN + gate_minor // 4).to(tl.int64)[:, None]
+    gate_mask = gate_minor < 4 * HIDDEN
+
+    weight_hh_ptrs = weight_hh_ptr + gate_rows * HIDDEN + ks[None, :]
+    weights_hh = load_lefts(weight_hh_ptrs, gate_mask, ks, RESIDENT_CHUNKS, BLOCK_K, HIDDEN, BLOCK_K, SPLIT_K)
+    weight_ih_ptrs = weight_ih_ptr + gate_rows * INPUT + input_ks[None, :]
+    weights_ih = load_lefts(weight_ih_ptrs, gate_mask, input_ks, INPUT_CHUNKS, BLOCK_INPUT, INPUT, BLOCK_INPUT, SPLIT_K)
+    if HAS_BIAS:
+        input_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 0, HIDDEN)
+        forget_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 1, HIDDEN)
+        cell_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 2, HIDDEN)
+        output_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 3, HIDDEN)
+
+    hidden_prev_ptrs = hidden_ptr + rows[:, None] * STATE_STRIDE + ks[None, :]
+    hidden_ptrs = hidden_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
+    cell_ptrs = cell_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
+    gates_ptrs = gates_ptr + rows[:, None] * (4 * HIDDEN) + units[None, :]
+    input_ptrs = input_ptr + rows[:, None].to(tl.int64) * (input_stride_batch * INPUT_STRIDE_UNIT) + input_ks[None, :]
+
+    first_row = group * BLOCK_BATCH
+    cell_row = first_row + ((seq_len.to(tl.int64) + 1) * batch_size * reverse if SAVE else 0)
+    cell_mask = (first_row + rows < batch_size)[:, None] & written_mask
+    cell = tl.load(cell_ptrs + cell_row * STATE_STRIDE, mask=cell_mask, other=0.0)
+    for index in range(seq_len * tiles_per_step):
+        step = tl.cast(index, tl.int32)
+        if SEVERAL_TILES:
+            step = step // tiles_per_step
+            first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH
+        time = tl.where(reverse != 0, seq_len - 1 - step, step).to(tl.int64)
+        step_row = time * batch_size + first_row
+        state_row = step_row + batch_size
+        previous_row = state_row + tl.where(reverse != 0, batch_size, -batch_size)
+        row_mask = (first_row + rows < batch_size)[:, None]
+        mask = row_mask & unit_mask
+        state_mask = row_mask & written_mask
+
+        hidden_prev = hidden_prev_ptrs + previous_row * STATE_STRIDE
+        hidden_tiles = request(hidden_prev, row_mask, ks, 0, GROUP, WRITTEN, BLOCK_K)
+
+        # The input's share does not depend on h_{t-1}: it is computed, or asked for, while h_{t-1} is under way.
+        sums = no_sums(4 * BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
+        gates = gates_ptrs + step_row * (4 * HIDDEN)
+        if FUSE_INPUT:
+            input_row = time * input_stride_step + first_row.to(tl.int64) * input_stride_batch
+            inputs = input_ptrs + input_row * INPUT_STRIDE_UNIT
+            input_tiles = ()
+            for chunk in tl.static_range(INPUT_CHUNKS):
+                input_mask = row_mask & (chunk * BLOCK_INPUT + input_ks < INPUT)[None, :]
+                input_tiles = input_tiles + (tl.load(inputs + chunk * BLOCK_INPUT, mask=input_mask, other=0.0),)
+            sums = add_products(
+                sums, weights_ih, 0, input_tiles, INPUT_CHUNKS, BLOCK_BATCH, BLOCK_INPUT, SPLIT_K, DOT_PRECISION
+            )
+        else:
+            input_share = tl.load(gates, mask=mask, other=0.0)
+            forget_share = tl.load(gates + HIDDEN, mask=mask, other=0.0)
+            cell_share = tl.load(gates + 2 * HIDDEN, mask=mask, other=0.0)
+            output_share = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0)
+        if SEVERAL_TILES:
+            tl.debug_barrier()  # other threads of this program may have written it, one step ago
+            cell = tl.load(cell_ptrs + (previous_row if SAVE else first_row) * STATE_STRIDE, mask=state_mask, other=0.0)
+
+        sums = add_received(
+            sums, hidden_tiles, hidden_prev, row_mask, step > 0, weights_hh, weight_hh_ptrs, gate_mask, ks,
+            BLOCK_K, HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, PACKED,
+        )  # fmt: skip
+        preact = total(sums, SPLIT_K, ACCUMULATORS)
+        input_preact, forget_preact, cell_preact, output_preact = split_gates(preact, BLOCK_HIDDEN, BLOCK_BATCH)
+        if not FUSE_INPUT:
+            # Added last: as the sums' starting value the shares would be waited for before h_{t-1} is.
+            input_preact += input_share.to(tl.float32)
+            forget_preact += forget_share.to(tl.float32)
+            cell_preact += cell_share.to(tl.float32)
+            output_preact += output_share.to(tl.float32)
+        if HAS_BIAS:
+            input_preact += input_bias
+            forget_preact += forget_bias
+            cell_preact += cell_bias
+            output_preact += output_bias
+
+        input_gate, forget_gate, candidate, output_gate = activate(input_preact, forget_preact, cell_preact, output_preact)
+        cell, hidden = update_state(input_gate, forget_gate, candidate, output_gate, cell)
+        if HIDDEN % BLOCK_HIDDEN != 0:
+            # Units past the last one stay 0 even beside an infinity or a NaN, so that 0 weights keep them out of the sums.
+            hidden = tl.where(unit_mask, hidden, 0.0)
+        publish(hidden_ptrs + state_row * STATE_STRIDE, hidden, state_mask)
+
+        if SAVE:
+            tl.store(cell_ptrs + state_row * STATE_STRIDE, cell, mask=state_mask)
+            tl.store(gates, input_gate.to(gates_ptr.dtype.element_ty), mask=mask)
+            tl.store(gates + HIDDEN, forget_gate.to(gates_ptr.dtype.element_ty), mask=mask)
+            tl.store(gates + 2 * HIDDEN, candidate.to(gates_ptr.dtype.element_ty), mask=mask)
+            tl.store(gates + 3 * HIDDEN, output_gate.to(gates_ptr.dtype.element_ty), mask=mask)
+        elif SEVERAL_TILES:
+            tl.store(cell_ptrs + first_row * STATE_STRIDE, cell, mask=state_mask)
+    if not SAVE and not SEVERAL_TILES:
+        tl.store(cell_ptrs + first_row * STATE_STRIDE, cell, mask=cell_mask)

@@ -1,0 +1,124 @@
+"""The product at the heart of both scans: weights that stay on the chip times a vector of state that the peers are writing.
+
+Both are cut along K into chunks of BLOCK_K. A weight chunk is a tile (M, BLOCK_K), a state chunk (rows, BLOCK_K); the result
+is (M, rows), float32: M first, so that tensor cores see the weights as their tall operand and small batches waste little.
+SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time.
+"""
+
+import triton
+import triton.language as tl
+
+from .exchange import any_missing, request
+
+
+@triton.jit
+def as_left(tile, M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """(M, BLOCK_K) weights as the left operand of a dot."""
+    if SPLIT_K > 1:
+        tile = tl.permute(tl.reshape(tile, (M, SPLIT_K, BLOCK_K // SPLIT_K)), (1, 0, 2))
+    return tile
+
+
+@triton.jit
+def as_right(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """(rows, BLOCK_K) states as the right operand of a dot."""
+    if SPLIT_K > 1:
+        right = tl.permute(tl.reshape(tile, (ROWS, SPLIT_K, BLOCK_K // SPLIT_K)), (1, 2, 0))
+    else:
+        right = tl.trans(tile)
+    return right
+
+
+@triton.jit
+def no_sums(M: tl.constexpr, ROWS: tl.constexpr, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
+    """Zeros for ACCUMULATORS chains of dots that do not wait for each other."""
+    sums = ()
+    for chain in tl.static_range(ACCUMULATORS):
+        if SPLIT_K > 1:
+            sums = sums + (tl.zeros((SPLIT_K, M, ROWS), tl.float32),)
+        else:
+            sums = sums + (tl.zeros((M, ROWS), tl.float32),)
+    return sums
+
+
+@triton.jit
+def add_products(
+    sums, lefts, first: tl.constexpr, tiles, COUNT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, DOT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add lefts[first + k] @ tiles[k]^T to the sums in turn."""
+    for chunk in tl.static_range(COUNT):
+        right = as_right(tiles[chunk], ROWS, BLOCK_K, SPLIT_K)
+        # Tuples cannot be assigned to: the chain whose turn it is comes first.
+        sums = sums[1:] + (tl.dot(lefts[first + chunk], right, sums[0], input_precision=DOT_PRECISION),)
+    return sums
+
+
+@triton.jit
+def total(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
+    """(M, rows)"""
+    result = sums[0]
+    for chain in tl.static_range(1, ACCUMULATORS):
+        result += sums[chain]
+    if SPLIT_K > 1:
+        result = tl.sum(result, axis=0)
+    return result
+
+
+@triton.jit
+def load_left(pointers, m_mask, ks, chunk, CHUNK_STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):  # fmt: skip
+    """Weight chunk number `chunk`; pointers: (M, BLOCK_K) of chunk 0, the next chunk's are CHUNK_STRIDE elements further."""
+    mask = m_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)[None, :]
+    tile = tl.load(pointers + tl.cast(chunk, tl.int64) * CHUNK_STRIDE, mask=mask, other=0.0)
+    return as_left(tile, tile.shape[0], BLOCK_K, SPLIT_K)
+
+
+@triton.jit
+def load_lefts(pointers, m_mask, ks, COUNT: tl.constexpr, CHUNK_STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):  # fmt: skip
+    """The first COUNT weight chunks: loaded before the time loop, they stay in shared memory throughout."""
+    lefts = ()
+    for chunk in tl.static_range(COUNT):
+        lefts = lefts + (load_left(pointers, m_mask, ks, chunk, CHUNK_STRIDE, SIZE, BLOCK_K, SPLIT_K),)
+    return lefts
+
+
+@triton.jit
+def add_received(
+    sums,
+    tiles,  # the first GROUP chunks of the state as `request`ed by the caller
+    state_pointers,  # (rows, BLOCK_K) of chunk 0
+    row_mask,
+    wait,  # whether the state comes from peers of this launch
+    lefts,  # RESIDENT weight chunks
+    weight_pointers,  # for the weight chunks that are not resident: see load_left
+    m_mask,
+    ks,
+    CHUNK_STRIDE: tl.constexpr,
+    WEIGHT_SIZE: tl.constexpr,  # K as far as there are weights
+    STATE_SIZE: tl.constexpr,  # K as far as peers write
+    RESIDENT: tl.constexpr,
+    GROUP: tl.constexpr,  # resident chunks that are waited for together
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Add weights @ state^T to the sums, waiting for the state as needed."""
+    for first in tl.static_range(0, RESIDENT, GROUP):
+        if first > 0:
+            tiles = request(state_pointers, row_mask, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
+        while any_missing(tiles, min(GROUP, RESIDENT - first), PACKED) & wait:
+            tiles = request(state_pointers, row_mask, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
+        sums = add_products(
+            sums, lefts, first, tiles, min(GROUP, RESIDENT - first), ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION
+        )
+    for streamed in range(RESIDENT, (WEIGHT_SIZE + BLOCK_K - 1) // BLOCK_K):
+        # Asked for before the wait: the weights are there already.
+        left = load_left(weight_pointers, m_mask, ks, streamed, CHUNK_STRIDE, WEIGHT_SIZE, BLOCK_K, SPLIT_K)
+        mask = row_mask & (streamed * BLOCK_K + ks < STATE_SIZE)[None, :]
+        tile = tl.load(state_pointers + streamed * BLOCK_K, mask=mask, other=0.0, volatile=True)
+        while any_missing((tile,), 1, PACKED) & wait:
+            tile = tl.load(state_pointers + streamed * BLOCK_K, mask=mask, other=0.0, volatile=True)
+        sums = add_products(sums, (left,), 0, (tile,), 1, ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION)
+    return sums

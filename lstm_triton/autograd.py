@@ -1,0 +1,144 @@
+"""One layer in one direction, differentiable: the two scans, and the matrix products around the backward one."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .reference import lstm_layer
+
+
+def scan_layer(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    *,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All steps of one layer in one direction, through the Triton kernels.
+
+    Args:
+        input: (T, B, I), of any strides.
+        h_0, c_0: (B, H), or both None for zeros.
+        weight_ih, weight_hh: (4H, I) and (4H, H), gates in the order i, f, g, o.
+        bias_ih, bias_hh: (4H,), or both None.
+        reverse: walk from the last step to the first.
+
+    Returns:
+        output (T, B, H), h_n (B, H) and c_n (B, H).
+
+    All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
+    lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any order:
+    those above the first come from the step-by-step formula (reference.py), in the same dtype.
+    """
+    arguments = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments):
+        output, h_n, c_n, *_ = _Scan.apply(*arguments, reverse)
+        return output, h_n, c_n
+    hidden, cell, _ = ops.scan_forward(*arguments, reverse, False)
+    return _results(hidden, cell, reverse, weight_hh.shape[1])
+
+
+def _results(hidden: Tensor, cell: Tensor, reverse: bool, hidden_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    output = hidden[ops.STEPS, :, :hidden_size].contiguous()  # a copy only where rows are padded
+    final = ops.final_block(reverse)
+    h_n = hidden[final, :, :hidden_size].clone()  # kept for long, a view would keep the whole buffer
+    c_n = cell[final if cell.shape[0] > 1 else 0, :, :hidden_size].to(hidden.dtype, copy=True)
+    return output, h_n, c_n
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        reverse: bool,
+    ) -> tuple[Tensor, ...]:
+        hidden, cell, gates = ops.scan_forward(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse, True)
+        return *_results(hidden, cell, reverse, weight_hh.shape[1]), hidden, cell, gates
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.reverse = inputs
+        hidden, cell, gates = output[3:]
+        ctx.mark_non_differentiable(hidden, cell, gates)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, hidden, cell, gates)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        *arguments, hidden, cell, gates = ctx.saved_tensors
+        grad_output, grad_h_n, grad_c_n, *_ = grads
+        needed = ctx.needs_input_grad[:7]
+        if torch.is_grad_enabled():
+            found = _differentiable_gradients(arguments, needed, ctx.reverse, (grad_output, grad_h_n, grad_c_n))
+            return *found, None
+
+        input, _, _, weight_ih, weight_hh, _, _ = arguments
+        reverse = ctx.reverse
+        seq_len, batch_size, input_size = input.shape
+        hidden_size = weight_hh.shape[1]
+        columns = 4 * hidden_size
+        grad_gates, grad_cell = ops.scan_backward(grad_output, grad_h_n, grad_c_n, weight_hh, cell, gates, reverse)
+        grad_rows = grad_gates.view(seq_len * batch_size, -1)[:, :columns]
+
+        grad_input = grad_h_0 = grad_c_0 = grad_weight_ih = grad_weight_hh = grad_bias = None
+        if needed[0]:
+            grad_input = ops.matmul(grad_rows, _gate_minor(weight_ih)).view(seq_len, batch_size, input_size)
+        if needed[1]:
+            first_step = grad_gates[-1 if reverse else 0, :, :columns]
+            grad_h_0 = ops.matmul(first_step, _gate_minor(weight_hh))
+        if needed[2]:
+            grad_c_0 = grad_cell[:, :hidden_size].to(input.dtype)
+        if needed[3]:
+            grad_weight_ih = _gate_major(ops.matmul(grad_rows.t(), input.reshape(-1, input_size)))
+        if needed[4]:
+            hidden_prev = hidden[ops.previous_blocks(reverse)].view(seq_len * batch_size, -1)[:, :hidden_size]
+            grad_weight_hh = _gate_major(ops.matmul(grad_rows.t(), hidden_prev))
+        if needed[5] or needed[6]:
+            grad_bias = _gate_major(grad_rows.sum(0).unsqueeze(1)).squeeze(1)
+        grad_bias_ih = grad_bias if needed[5] else None
+        grad_bias_hh = grad_bias.clone() if needed[6] and grad_bias is not None else None
+        return grad_input, grad_h_0, grad_c_0, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, None
+
+
+def _gate_minor(weight: Tensor) -> Tensor:
+    """(4H, K) with gates one after the other -> (4H, K) with the gates of a unit side by side."""
+    return weight.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def _gate_major(weight: Tensor) -> Tensor:
+    """The inverse of _gate_minor."""
+    return weight.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
+
+
+def _differentiable_gradients(
+    arguments: list[Tensor | None],
+    needed: tuple[bool, ...],
+    reverse: bool,
+    grads: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    """The gradients as functions that can be differentiated again: through the step-by-step formula."""
+    wanted = [tensor for tensor, need in zip(arguments, needed, strict=True) if need and tensor is not None]
+    results = lstm_layer(*arguments, reverse=reverse)
+    used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+    found = iter(
+        torch.autograd.grad(
+            [result for result, _ in used],
+            wanted,
+            [grad for _, grad in used],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if need and tensor is not None else None for tensor, need in zip(arguments, needed, strict=True)]

@@ -1,0 +1,176 @@
+"""The kernels on the CPU: Triton's interpreter, with all programs of a launch taking turns.
+
+Triton's own interpreter runs one program to its end before the next one starts, so programs that wait for each other would
+hang. Here each program is a greenlet that yields wherever it loads what a peer may have to write first, and wherever it
+stores; a seeded random schedule picks who goes on. The same seed gives the same schedule.
+
+Needs TRITON_INTERPRET=1 in the environment before Triton is first imported, and the package greenlet.
+"""
+
+import functools
+import inspect
+import math
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_seed: int | None = None  # of the schedule; None: inactive
+
+
+def active() -> bool:
+    """Whether CPU tensors take the Triton path now."""
+    return _seed is not None
+
+
+class Deadlock(RuntimeError):
+    """All programs wait, and none of them has stored anything for a long time."""
+
+
+@contextmanager
+def interpret(seed: int = 0) -> Iterator[None]:
+    """Route CPU tensors through the Triton kernels inside the `with` block.
+
+    Args:
+        seed: of the random schedule in which a launch's programs take turns.
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET=1 was not set before Triton was imported, or greenlet is not installed.
+
+    Inside, a kernel whose programs wait for values that never come raises Deadlock.
+    """
+    global _seed
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("the kernels can be interpreted only with TRITON_INTERPRET=1 set before Triton is imported")
+    _install()
+    previous, _seed = _seed, seed
+    try:
+        yield
+    finally:
+        _seed = previous
+
+
+@functools.cache
+def _install() -> None:
+    """Teach Triton's interpreter to take turns, and to compute in bfloat16, which it holds as raw integers, as a GPU does."""
+    try:
+        import greenlet
+    except ImportError:
+        raise RuntimeError("interpreting the kernels needs the package greenlet: pip install 'lstm-triton[demo]'") from None
+    import numpy
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    schedule = _Schedule(builder, greenlet.greenlet, greenlet.getcurrent)
+
+    plain_load, plain_store = builder.create_masked_load, builder.create_masked_store
+
+    def create_masked_load(*arguments: Any, **keywords: Any) -> Any:
+        is_volatile = keywords.get("is_volatile", arguments[-1])  # the last parameter, in all versions
+        if is_volatile is True:
+            schedule.take_turns(stored=False)
+        return plain_load(*arguments, **keywords)
+
+    def create_masked_store(*arguments: Any, **keywords: Any) -> None:
+        plain_store(*arguments, **keywords)
+        schedule.take_turns(stored=True)
+
+    builder.create_masked_load = create_masked_load
+    builder.create_masked_store = create_masked_store
+
+    plain_dot = builder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        bits = handle.data.astype(numpy.uint32) << 16
+        return interpreter.TensorHandle(bits.view(numpy.float32), tl.float32)
+
+    def create_dot(left: Any, right: Any, *others: Any, **keywords: Any) -> Any:
+        return plain_dot(widened(left), widened(right), *others, **keywords)
+
+    builder.create_dot = create_dot
+
+    plain_truncation = builder.create_fp_trunc
+
+    def create_fp_trunc(handle: Any, dtype: Any) -> Any:
+        if handle.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+            return plain_truncation(handle, dtype)
+        bits = handle.data.view(numpy.uint32)
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # ties to even; Triton's interpreter cuts digits off
+        nearest = numpy.where(numpy.isnan(handle.data), 0x7FFF, nearest)
+        return interpreter.TensorHandle(nearest.astype(numpy.uint16), tl.bfloat16)
+
+    builder.create_fp_trunc = create_fp_trunc
+
+    plain_run = interpreter.InterpretedFunction.run
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
+        if not active() or warmup:
+            return plain_run(self, *arguments, grid=grid, warmup=warmup, **keywords)
+        executor = interpreter.GridExecutor(self.rewrite(), self.arg_names, grid, self.pre_run_hooks)
+        return schedule.launch(executor, arguments, keywords)
+
+    interpreter.InterpretedFunction.run = run
+
+
+class _Program:
+    """A kernel for Triton's executor, which calls it once for each program of the grid; `run` gets the call to make later."""
+
+    def __init__(self, kernel: Callable[..., None], run: Callable[[Callable[[], None]], None]) -> None:
+        self.kernel = kernel
+        self.run = run
+        # What the executor asks of a function.
+        self.__name__ = kernel.__name__
+        self.__globals__ = kernel.__globals__
+        self.__signature__ = inspect.signature(kernel)
+
+    def __call__(self, **arguments: Any) -> None:
+        self.run(lambda: self.kernel(**arguments))
+
+
+class _Schedule:
+    """The programs of one launch, each in a greenlet of its own."""
+
+    def __init__(self, builder: Any, greenlet: Callable[..., Any], current_greenlet: Callable[[], Any]) -> None:
+        self.builder = builder
+        self.greenlet = greenlet
+        self.current_greenlet = current_greenlet
+        self.scheduler: Any = None  # the greenlet that chooses; None outside a launch
+        self.switches_since_store = 0
+
+    def take_turns(self, stored: bool) -> None:
+        """Called by a program where the others may go on."""
+        if self.scheduler is not None:
+            self.switches_since_store = 0 if stored else self.switches_since_store + 1
+            self.scheduler.switch()
+
+    def launch(self, executor: Any, arguments: Any, keywords: Any) -> None:
+        programs: list[tuple[tuple[int, int, int], Any]] = []
+
+        def add(program: Callable[[], None]) -> None:
+            programs.append((self.builder.grid_idx, self.greenlet(program)))
+            if len(programs) == math.prod(self.builder.grid_dim):
+                self.run_all(programs)
+
+        executor.fn = _Program(executor.fn, add)
+        executor(*arguments, **keywords)
+
+    def run_all(self, programs: list[tuple[tuple[int, int, int], Any]]) -> None:
+        chooser = random.Random(_seed)
+        patience = 1000 * len(programs)
+        self.scheduler, self.switches_since_store = self.current_greenlet(), 0
+        try:
+            while programs:
+                chosen = chooser.randrange(len(programs))
+                grid_index, program = programs[chosen]
+                self.builder.set_grid_idx(*grid_index)
+                program.switch()
+                if program.dead:
+                    programs.pop(chosen)
+                if self.switches_since_store > patience:
+                    raise Deadlock(f"{len(programs)} programs wait for values that none of them writes")
+        finally:
+            self.scheduler = None
