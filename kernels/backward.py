@@ -19,7 +19,14 @@ from .product import add_received, load_lefts, no_sums, total
 
 
 @triton.jit(
-    do_not_specialize=["grad_output_stride_step", "grad_output_stride_batch", "seq_len", "batch_size", "batch_tiles", "reverse"]
+    do_not_specialize=[
+        "grad_output_stride_step",
+        "grad_output_stride_batch",
+        "seq_len",
+        "batch_size",
+        "batch_tiles",
+        "reverse",
+    ]
 )
 def backward_scan(
     grad_output_ptr,  # (T, B, H) I/O dtype: gradients of the h_t as outputs
@@ -106,7 +113,9 @@ def backward_scan(
         output_gate = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0)
         cell = tl.load(cell_ptrs + state_row * STATE_STRIDE, mask=mask, other=0.0)
         cell_prev = tl.load(cell_ptrs + previous_row * STATE_STRIDE, mask=mask, other=0.0)
-        grad_outputs = grad_output_ptrs + time * grad_output_stride_step + first_row.to(tl.int64) * grad_output_stride_batch
+        grad_outputs = (
+            grad_output_ptrs + time * grad_output_stride_step + first_row.to(tl.int64) * grad_output_stride_batch
+        )
         grad_output = tl.load(grad_outputs, mask=mask, other=0.0)
         grad_last = tl.load(grad_hidden_ptrs + first_row.to(tl.int64) * HIDDEN, mask=last_mask, other=0.0)
         if SEVERAL_TILES:

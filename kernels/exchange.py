@@ -33,7 +33,9 @@ def publish(pointers, value, mask):
 
 
 @triton.jit
-def request(pointers, row_mask, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+def request(
+    pointers, row_mask, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Load COUNT neighbouring (rows, BLOCK_K) tiles from chunk `first` on, all in flight together.
 
     Rows outside row_mask and columns from SIZE on read 0, which is never the sentinel.

@@ -24,7 +24,9 @@ def load_bias(bias_ih_ptr, bias_hh_ptr, units, gate: tl.constexpr, HIDDEN: tl.co
     return (bias_ih + bias_hh)[None, :]
 
 
-@triton.jit(do_not_specialize=["input_stride_step", "input_stride_batch", "seq_len", "batch_size", "batch_tiles", "reverse"])
+@triton.jit(
+    do_not_specialize=["input_stride_step", "input_stride_batch", "seq_len", "batch_size", "batch_tiles", "reverse"]
+)
 def forward_scan(
     gates_ptr,  # (T * B, 4H) I/O dtype: x_t W_ih^T on entry unless FUSE_INPUT; the activated gates on return if SAVE
     input_ptr,  # (T, B, I), read only if FUSE_INPUT
@@ -155,7 +157,9 @@ def forward_scan(
             cell_preact += cell_bias
             output_preact += output_bias
 
-        input_gate, forget_gate, candidate, output_gate = activate(input_preact, forget_preact, cell_preact, output_preact)
+        input_gate, forget_gate, candidate, output_gate = activate(
+            input_preact, forget_preact, cell_preact, output_preact
+        )
         cell, hidden = update_state(input_gate, forget_gate, candidate, output_gate, cell)
         if HIDDEN % BLOCK_HIDDEN != 0:
             # Units past the last one stay 0 even beside an infinity or a NaN, so that 0 weights keep them out of the sums.

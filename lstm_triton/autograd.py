@@ -141,4 +141,6 @@ def _differentiable_gradients(
             allow_unused=True,
         )
     )
-    return [next(found) if need and tensor is not None else None for tensor, need in zip(arguments, needed, strict=True)]
+    return [
+        next(found) if need and tensor is not None else None for tensor, need in zip(arguments, needed, strict=True)
+    ]

@@ -57,7 +57,9 @@ def _install() -> None:
     try:
         import greenlet
     except ImportError:
-        raise RuntimeError("interpreting the kernels needs the package greenlet: pip install 'lstm-triton[demo]'") from None
+        raise RuntimeError(
+            "interpreting the kernels needs the package greenlet: pip install 'lstm-triton[demo]'"
+        ) from None
     import numpy
     import triton.language as tl
     from triton.runtime import interpreter

@@ -5,8 +5,9 @@ direction, the last one for those of the reverse direction; a row has `state_str
 Whole blocks are addressed by their step: `STEPS` are the steps' own, and see `initial_block`.
 """
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,9 @@ def scan_forward(
             initial[:, :hidden_size] = state
             initial[:, hidden_size:] = 0
     if plan.fuse_input:
-        gates = torch.empty((seq_len, batch_size, 4 * hidden_size) if save else 0, dtype=input.dtype, device=input.device)
+        gates = torch.empty(
+            (seq_len, batch_size, 4 * hidden_size) if save else 0, dtype=input.dtype, device=input.device
+        )
         input, stride_unit = _with_aligned_rows(input)
     else:
         gates = matmul(input.reshape(-1, input_size), weight_ih.t()).view(seq_len, batch_size, 4 * hidden_size)
@@ -272,28 +275,33 @@ def _with_aligned_rows(input: Tensor) -> tuple[Tensor, int]:
     return input, unit
 
 
-def _launch(kernel: object, plan: Plan, device: torch.device, **arguments: object) -> None:
-    options = {}
-    if device.type == "cuda":
+def constants_of(plan: Plan) -> dict[str, object]:
+    """A plan as the compile-time arguments that both kernels share."""
+    return {
+        "SEVERAL_TILES": plan.batch_tiles > plan.groups,
+        "BLOCK_BATCH": plan.block_batch,
+        "BLOCK_HIDDEN": plan.block_hidden,
+        "BLOCK_K": plan.block_k,
+        "SPLIT_K": plan.split_k,
+        "RESIDENT_CHUNKS": plan.resident_chunks,
+        "GROUP_CHUNKS": plan.group_chunks,
+        "ACCUMULATORS": plan.accumulators,
+        "DOT_PRECISION": plan.dot_precision,
+        "PACKED": plan.packed,
+    }
+
+
+def _launch(kernel: Any, plan: Plan, device: torch.device, **arguments: object) -> None:
+    grid = (plan.programs,)
+    if device.type == "cpu":  # interpreted
+        kernel[grid](**arguments, **constants_of(plan))
+        return
+    with torch.cuda.device(device):
         # All programs run at the same time, or the driver refuses: they wait for each other.
-        options = {"num_warps": plan.num_warps, "num_stages": 1, "launch_cooperative_grid": plan.programs > 1}
-    with torch.cuda.device(device) if device.type == "cuda" else _nowhere():
-        kernel[(plan.programs,)](  # type: ignore[index]
+        kernel[grid](
             **arguments,
-            SEVERAL_TILES=plan.batch_tiles > plan.groups,
-            BLOCK_BATCH=plan.block_batch,
-            BLOCK_HIDDEN=plan.block_hidden,
-            BLOCK_K=plan.block_k,
-            SPLIT_K=plan.split_k,
-            RESIDENT_CHUNKS=plan.resident_chunks,
-            GROUP_CHUNKS=plan.group_chunks,
-            ACCUMULATORS=plan.accumulators,
-            DOT_PRECISION=plan.dot_precision,
-            PACKED=plan.packed,
-            **options,
+            **constants_of(plan),
+            num_warps=plan.num_warps,
+            num_stages=1,
+            launch_cooperative_grid=plan.programs > 1,
         )
-
-
-@contextmanager
-def _nowhere() -> Iterator[None]:
-    yield

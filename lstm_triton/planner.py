@@ -1,10 +1,10 @@
-"""The one place where sizes are chosen: from a layer's sizes and a device's properties to tiles, warps and resident weights.
+"""The one place where sizes are chosen: from a layer's sizes and a device's properties to tiles, warps and weights.
 
-`plan` is a pure function. It lists the plans that fit the device (`candidates`), estimates the time of a step for each from
-what has to move where, and takes the cheapest, unless a table measured on that device (`table_path`) knows better.
+`plan` is a pure function. It lists the plans that fit the device (`candidates`), estimates the time of a step for each
+from what has to move where, and takes the cheapest, unless a table measured on that device (`table_path`) knows better.
 
-Nothing here depends on the number of steps. The batch size only decides between a few tile heights, and whether a program
-serves one batch tile or several, so a layer needs a handful of compiled kernels whatever batches it meets.
+Nothing here depends on the number of steps. The batch size only decides between a few tile heights, and whether a
+program serves one batch tile or several, so a layer needs few compiled kernels, whatever batches it meets.
 """
 
 import json
@@ -19,9 +19,22 @@ import torch
 
 Kind = Literal["forward", "backward"]
 
-THREADS_PER_WARP = 32
-LOAD_REGISTERS = 96  # of a thread's 255, for the tiles that it has requested and not yet received
+# Of a thread's 255 registers, how many may hold what it has requested: more makes the compiler spill.
+LOAD_REGISTERS = {"16 bit": 96, "tf32": 64, "tf32x3": 32, "ieee": 32}
+MIN_DOT_DEPTH = 16
 MAX_RESIDENT_CHUNKS = 32  # each is unrolled into the kernel
+MAX_INPUT_CHUNKS = 4
+
+# Rates of a data-centre GPU per clock cycle, and latencies in cycles read off compiled kernels (bench/resources.py).
+# Only their ratios matter, and plans measured on a device replace what they lead to.
+LINK_BYTES_PER_CYCLE = 64  # from L2 to one multiprocessor
+L2_BYTES_PER_CYCLE = 3000  # from L2 to all of them
+SHARED_BYTES_PER_CYCLE = 128  # within one multiprocessor
+MEMORY_BYTES_PER_CYCLE = 2500
+EXCHANGE_CYCLES = 1000  # from publishing a value to having it elsewhere
+ROUND_CYCLES = 1200  # of asking again: for a further group of chunks
+GATE_CYCLES = 900  # gates, barriers, publishing
+SPLIT_K_CYCLES = 500  # adding up what the warps have summed
 
 
 @dataclass(frozen=True)
@@ -48,13 +61,13 @@ class Device:
         return _of_gpu(device.index if device.index is not None else torch.cuda.current_device())
 
     @property
-    def is_nvidia(self) -> bool:
-        return self.arch.startswith("sm_")
-
-    @property
     def capability(self) -> int:
         """NVIDIA's compute capability as one number, 90 for 9.0; 0 elsewhere."""
-        return int(self.arch.removeprefix("sm_")) if self.is_nvidia else 0
+        return int(self.arch.removeprefix("sm_")) if self.arch.startswith("sm_") else 0
+
+    @property
+    def threads_per_warp(self) -> int:
+        return 64 if self.arch.startswith("gfx9") else 32
 
 
 @cache
@@ -122,8 +135,10 @@ class Plan:
         return self.resident_chunks / self.chunks
 
     def __str__(self) -> str:
-        resident = "all weights resident" if self.resident_chunks == self.chunks else (
-            f"{self.resident_chunks} of {self.chunks} weight chunks resident"
+        resident = (
+            "all weights resident"
+            if self.resident_chunks == self.chunks
+            else (f"{self.resident_chunks} of {self.chunks} weight chunks resident")
         )
         projection = ", input projection fused" if self.fuse_input else ""
         return (
@@ -193,7 +208,16 @@ def candidates(
                 continue
             for fuse_input in (False, True) if kind == "forward" else (False,):
                 candidate = _fitted(
-                    kind, batch_size, input_size, hidden_size, dtype, device, precision, block_hidden, block_batch, fuse_input
+                    kind,
+                    batch_size,
+                    input_size,
+                    hidden_size,
+                    dtype,
+                    device,
+                    precision,
+                    block_hidden,
+                    block_batch,
+                    fuse_input,
                 )
                 if candidate is not None:
                     found.append(candidate)
@@ -221,7 +245,9 @@ def _table(device: Device) -> dict[str, Plan]:
         return {}
     names = {field.name for field in fields(Plan)}
     entries = json.loads(path.read_text())
-    return {case: Plan(**{name: value for name, value in entry.items() if name in names}) for case, entry in entries.items()}
+    return {
+        case: Plan(**{name: value for name, value in entry.items() if name in names}) for case, entry in entries.items()
+    }
 
 
 _forced: dict[str, Plan] = {}
@@ -268,64 +294,65 @@ def _fitted(
     """The plan with these tiles, with everything else derived from them; None if it does not fit the device."""
     size = dtype.itemsize
     slices = _divide_up(hidden_size, block_hidden)
-    if slices > device.multiprocessors or (block_hidden > 16 and block_hidden >= 2 * _power_of_2(hidden_size)):
+    if slices > device.multiprocessors or block_hidden > max(16, _power_of_2(hidden_size)):
         return None
+    if kind == "backward":
+        # Larger tiles spill, and are tried only where smaller ones would be too many for the device.
+        needed = block_hidden == 8 or _divide_up(hidden_size, block_hidden // 2) > device.multiprocessors
+        if block_batch > (32 if size == 2 else 8) or (block_hidden > 16 and not (needed and block_batch == 8)):
+            return None
     batch_tiles = _divide_up(batch_size, block_batch)
     groups = min(batch_tiles, device.multiprocessors // slices)
 
     weight_rows = 4 * block_hidden if kind == "forward" else block_hidden  # M of the product
     depth = hidden_size if kind == "forward" else 4 * hidden_size  # K of the product
     # Hopper's asynchronous tensor cores take 64 rows of weights from 4 warps; elsewhere warps share the depth.
-    asynchronous = device.capability >= 90 and weight_rows % 64 == 0 and precision != "tf32x3"
+    asynchronous = device.capability >= 90 and size == 2 and weight_rows % 64 == 0 and block_batch >= 16
     if asynchronous:
-        num_warps, split_k = (4 if block_batch < 64 and weight_rows == 64 else 8), 1
+        num_warps, split_k = (8 if weight_rows > 64 or block_batch > 32 else 4), 1
     else:
-        num_warps, split_k = 8, 8
-    smallest_k = 16 if kind == "forward" else 64  # the backward depth, 4H, is never less than 64 columns of its buffer
-    block_k = _chunk(depth, (512 if kind == "forward" else 1024) // size, smallest_k)
-    block_input = _chunk(input_size, 512 // size, 16)
-    while block_k // split_k < 32 // size or block_input // split_k < 32 // size:
-        split_k //= 2  # each warp's part of a chunk has at least the tensor cores' depth
+        num_warps = split_k = 4 if kind == "forward" and weight_rows * block_batch <= 512 and size == 2 else 8
+    block_k = _chunk(depth, (512 if kind == "forward" else 1024) // size)
+    block_input = _chunk(input_size, 512 // size)
+    if fuse_input:
+        split_k = min(split_k, block_input // MIN_DOT_DEPTH)
+    split_k = min(split_k, block_k // MIN_DOT_DEPTH)
     chunks = _divide_up(depth, block_k)
 
-    def in_bytes(rows: int, columns: int) -> int:
-        return rows * columns * size
+    chunk_registers = max(1, block_batch * block_k * size // (4 * num_warps * device.threads_per_warp))
+    rounds = _divide_up(chunks, max(1, LOAD_REGISTERS[precision if size == 4 else "16 bit"] // chunk_registers))
+    group_chunks = _divide_up(chunks, rounds)
+    if rounds > 1 and (block_batch > 16 or (asynchronous and kind == "forward")):
+        return None  # spills
 
-    threads = num_warps * THREADS_PER_WARP
-    chunk_registers = max(1, in_bytes(block_batch, block_k) // (4 * threads))
-    if precision == "tf32x3":
-        chunk_registers *= 2  # high and low parts
-    requests = _divide_up(chunks, max(1, LOAD_REGISTERS // chunk_registers))  # rounds of requests, evenly filled
-    group_chunks = _divide_up(chunks, requests)
-
-    staging_chunks = group_chunks if asynchronous else 1
-    staging = in_bytes(block_batch, block_k) * staging_chunks
-    partial_sums = split_k * weight_rows * block_batch * 4
-    scratch = max(staging, partial_sums, 8 * weight_rows * block_batch) + 2048
+    # Full precision keeps two TF32 parts of every weight.
+    chunk_bytes = weight_rows * block_k * size * (2 if precision == "tf32x3" else 1)
+    staging = block_batch * block_k * size * (group_chunks if asynchronous else 1)
+    partial_sums = 4 * split_k * weight_rows * block_batch if split_k > 1 else 0
     input_chunks = _divide_up(input_size, block_input) if fuse_input else 0
-    input_bytes = in_bytes(weight_rows + block_batch, block_input) * input_chunks
-    chunk_bytes = in_bytes(weight_rows, block_k)
-    resident_chunks = min(chunks, MAX_RESIDENT_CHUNKS, (device.shared_bytes - scratch - input_bytes) // chunk_bytes)
+    input_bytes = (weight_rows + block_batch) * block_input * size * input_chunks
+    room = device.shared_bytes - max(staging, partial_sums, 8 * weight_rows * block_batch) - input_bytes - 2048
+    resident_chunks = min(chunks, MAX_RESIDENT_CHUNKS, room // chunk_bytes)
     if resident_chunks < chunks:
-        # A streamed chunk passes through shared memory, too.
-        resident_chunks = min(resident_chunks, (device.shared_bytes - scratch - input_bytes) // chunk_bytes - 1)
-    if resident_chunks < 1 or (fuse_input and (resident_chunks < chunks or input_chunks > 4)):
+        resident_chunks -= 1  # a streamed chunk passes through shared memory, too
+    if resident_chunks < 1 or (fuse_input and (resident_chunks < chunks or input_chunks > MAX_INPUT_CHUNKS)):
         return None
+    streamed_chunks = chunks - resident_chunks
+    rounds = _divide_up(resident_chunks, group_chunks) + streamed_chunks
 
-    cycles = _predicted_cycles(
-        device=device,
-        programs=slices * groups,
-        turns=_divide_up(batch_tiles, groups),
-        state_bytes=in_bytes(block_batch, depth),
-        weight_bytes=chunk_bytes * resident_chunks,
-        streamed_bytes=chunk_bytes * (chunks - resident_chunks),
-        input_weight_bytes=input_bytes,
-        rounds=requests + chunks - resident_chunks,
-        sum_bytes=0 if asynchronous else partial_sums,
-    )
-    # Without fusion the projections are written to and read from memory once more, by all programs together.
-    projection = 4 * hidden_size * batch_size * size
-    cycles += 0 if fuse_input else 2 * projection // MEMORY_BYTES_PER_CYCLE
+    # The cycles of a step: what has to move, over how fast it can, and what has to wait.
+    programs = slices * groups
+    state_bytes = block_batch * depth * size
+    from_l2 = state_bytes + streamed_chunks * chunk_bytes
+    through_shared = 2 * (state_bytes + partial_sums) + chunk_bytes * (chunks + streamed_chunks) + input_bytes
+    work = max(from_l2 // LINK_BYTES_PER_CYCLE, from_l2 * programs // L2_BYTES_PER_CYCLE)
+    work += through_shared // SHARED_BYTES_PER_CYCLE + (rounds - 1) * ROUND_CYCLES + GATE_CYCLES
+    work += SPLIT_K_CYCLES if split_k > 1 else 0
+    # A program that serves several tiles works on the others while one is under way: only work adds up.
+    cycles = max(work + EXCHANGE_CYCLES, _divide_up(batch_tiles, groups) * work)
+    if not fuse_input and kind == "forward":
+        # The projections are written to memory and read back, and a product of their own computes them.
+        cycles += 2 * 4 * hidden_size * batch_size * size // MEMORY_BYTES_PER_CYCLE
     return Plan(
         block_batch=block_batch,
         block_hidden=block_hidden,
@@ -337,7 +364,7 @@ def _fitted(
         split_k=split_k,
         resident_chunks=resident_chunks,
         chunks=chunks,
-        group_chunks=group_chunks,
+        group_chunks=min(group_chunks, resident_chunks),
         accumulators=1 if asynchronous or split_k > 1 else 2,
         fuse_input=fuse_input,
         dot_precision=precision,
@@ -347,45 +374,12 @@ def _fitted(
     )
 
 
-# Rates of a current data-centre GPU, per clock cycle; only their ratios matter, and a measured table replaces the estimate.
-L2_LATENCY = 700  # cycles from asking to having
-OTHER_LATENCY = 900  # cycles of a step that are neither waiting nor moving: gates, barriers, publishing
-SHARED_BYTES_PER_CYCLE = 128  # one multiprocessor
-LINK_BYTES_PER_CYCLE = 64  # from L2 to one multiprocessor
-L2_BYTES_PER_CYCLE = 3000  # from L2 to all of them
-MEMORY_BYTES_PER_CYCLE = 2500
-
-
-def _predicted_cycles(
-    *,
-    device: Device,
-    programs: int,
-    turns: int,
-    state_bytes: int,
-    weight_bytes: int,
-    streamed_bytes: int,
-    input_weight_bytes: int,
-    rounds: int,
-    sum_bytes: int,
-) -> int:
-    """Cycles of one step: what has to move, over how fast it can, plus the latencies that nothing hides.
-
-    A program that serves several tiles in turn works on the others while one is under way, so only work adds up.
-    """
-    from_l2 = state_bytes + streamed_bytes
-    link = max(from_l2 // LINK_BYTES_PER_CYCLE, from_l2 * programs // L2_BYTES_PER_CYCLE)
-    shared = (2 * state_bytes + weight_bytes + 2 * streamed_bytes + 2 * sum_bytes + input_weight_bytes) // SHARED_BYTES_PER_CYCLE
-    work = link + shared + OTHER_LATENCY // 2
-    latency = L2_LATENCY * rounds + OTHER_LATENCY // 2
-    return max(work + latency, turns * work)
-
-
-def _chunk(depth: int, largest: int, smallest: int) -> int:
-    """Columns of a chunk: as large as possible, unless padding the last chunk would add more than an eighth of work."""
+def _chunk(depth: int, largest: int) -> int:
+    """Columns of a chunk: as many as possible, unless padding the last chunk would add more than an eighth of work."""
     block = largest
-    while block > smallest and _round_up(depth, block) > max(depth * 9 // 8, smallest):
+    while block > MIN_DOT_DEPTH and _round_up(depth, block) * 8 > max(depth, MIN_DOT_DEPTH) * 9:
         block //= 2
-    return max(block, smallest)
+    return block
 
 
 def _divide_up(value: int, by: int) -> int:

@@ -1,0 +1,242 @@
+"""`python -m bench.resources --arch sm_90`: what the kernels compile to, for every case, without a GPU.
+
+Compiles the scans ahead of time, as the planner would launch them on a typical GPU of that architecture, and reports
+registers, spills, shared memory, and an estimate of the cycles of one step (bench/sass.py).
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from lstm_triton.planner import Device, Kind, Plan, plan, state_stride
+
+DEVICES = {
+    device.arch: device
+    for device in (
+        Device("NVIDIA A100", "sm_80", 108, 166912),
+        Device("NVIDIA GeForce RTX 3090", "sm_86", 82, 101376),
+        Device("NVIDIA GeForce RTX 4090", "sm_89", 128, 101376),
+        Device("NVIDIA H100 or H200", "sm_90", 132, 232448),
+        Device("NVIDIA B200", "sm_100", 148, 232448),
+        Device("NVIDIA GeForce RTX 5090", "sm_120", 170, 101376),
+        Device("AMD Instinct MI300X", "gfx942", 304, 65536),
+        Device("AMD Instinct MI350X", "gfx950", 256, 163840),
+    )
+}
+DTYPES = {
+    "float32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "float16": (torch.float16, False),
+    "bfloat16": (torch.bfloat16, False),
+}
+TRITON_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+ALWAYS_FLOAT32 = ("cell_ptr", "grad_cell_ptr")
+KINDS: tuple[Kind, ...] = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: Kind
+    arch: str
+    hidden: int
+    batch: int
+    dtype: str
+
+
+def plan_of(case: Case) -> Plan:
+    """The planner's choice; the input is as wide as the layer."""
+    dtype, allow_tf32 = DTYPES[case.dtype]
+    return plan(
+        case.kernel,
+        batch_size=case.batch,
+        input_size=case.hidden,
+        hidden_size=case.hidden,
+        dtype=dtype,
+        device=DEVICES[case.arch],
+        allow_tf32=allow_tf32,
+    )
+
+
+def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Plan) -> Any:
+    """The scan of a plan, compiled for an architecture: what a training step launches."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lstm_triton.kernels.backward import backward_scan
+    from lstm_triton.kernels.forward import forward_scan
+    from lstm_triton.ops import constants_of
+
+    kernel = forward_scan if kind == "forward" else backward_scan
+    constants: dict[str, Any] = {"HIDDEN": hidden, "STATE_STRIDE": state_stride(hidden), **constants_of(chosen)}
+    if kind == "forward":
+        unit = 16 if hidden % 16 == 0 else 1
+        constants |= {
+            "INPUT": hidden,
+            "INPUT_STRIDE_UNIT": unit,
+            "HAS_BIAS": True,
+            "SAVE": True,
+            "FUSE_INPUT": chosen.fuse_input,
+            "BLOCK_INPUT": chosen.block_input,
+        }
+    names = list(kernel.arg_names)
+    signature = {}
+    for name in names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*fp32" if name in ALWAYS_FLOAT32 else TRITON_TYPES[dtype]
+        else:
+            signature[name] = "i32"
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name.endswith("_ptr")},
+    )
+    if arch.startswith("sm_"):
+        target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    else:
+        target = GPUTarget("hip", arch, 64)
+    return triton.compile(source, target=target, options={"num_warps": chosen.num_warps, "num_stages": 1})
+
+
+def resources(binary: Any) -> dict[str, int | None]:
+    """registers, spill_bytes, shared_bytes and step_cycles of a compiled kernel."""
+    from . import sass
+
+    if "cubin" in binary.asm:
+        cubin = binary.asm["cubin"]
+        usage = sass.run_on_cubin("cuobjdump", cubin, "--dump-resource-usage")
+        registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+        return {
+            "registers": registers,
+            "spill_bytes": stack,
+            "shared_bytes": binary.metadata.shared,
+            "step_cycles": sass.step_cycles(cubin),
+        }
+    text = binary.asm["amdgcn"]
+
+    def number(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(found[1]) if found else 0
+
+    return {
+        "registers": number("vgpr_count"),
+        "spill_bytes": 4 * number("vgpr_spill_count"),
+        "shared_bytes": number("group_segment_fixed_size") or binary.metadata.shared,
+        "step_cycles": None,
+    }
+
+
+@cache
+def _resources(kind: Kind, arch: str, hidden: int, dtype: str, chosen: Plan) -> dict[str, int | None]:
+    return resources(compiled(kind, arch, hidden, DTYPES[dtype][0], chosen))
+
+
+def report(case: Case) -> dict[str, Any]:
+    """One row. `error` says why a case has no resources."""
+    row: dict[str, Any] = asdict(case)
+    empty = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "step_cycles"))
+    try:
+        chosen = plan_of(case)
+    except ValueError as error:
+        return {**row, **empty, "programs": None, "resident_fraction": None, "plan": None, "error": str(error)}
+    row |= {"programs": chosen.programs, "resident_fraction": chosen.resident_fraction, "plan": asdict(chosen)}
+    # What the batch size does not change is compiled once.
+    same = replace(chosen, batch_tiles=1 + (chosen.batch_tiles > chosen.groups), groups=1, predicted_cycles=0)
+    try:
+        return {**row, **_resources(case.kernel, case.arch, case.hidden, case.dtype, same), "error": None}
+    except Exception as error:  # a compiler's failure is a finding, not the end of the report
+        return {**row, **empty, "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+
+
+def reports(cases: list[Case], workers: int) -> Iterator[dict[str, Any]]:
+    if workers == 1:
+        yield from map(report, cases)
+        return
+    # Neighbours share kernels: each worker takes runs of them.
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(report, cases, chunksize=max(1, len(cases) // (4 * workers)))
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What a row falls short of: no spills, shared memory and programs within the device."""
+    device = DEVICES[row["arch"]]
+    if row["error"]:
+        return [row["error"]]
+    found = []
+    if row["spill_bytes"]:
+        found.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared_bytes"] > device.shared_bytes:
+        found.append(f"needs {row['shared_bytes']} bytes of shared memory, the device has {device.shared_bytes}")
+    if row["programs"] > device.multiprocessors:
+        found.append(f"{row['programs']} programs do not fit {device.multiprocessors} multiprocessors at once")
+    return found
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    columns = (
+        "kernel",
+        "dtype",
+        "hidden",
+        "batch",
+        "registers",
+        "spill_bytes",
+        "shared_bytes",
+        "programs",
+        "step_cycles",
+    )
+    lines = ["  ".join(f"{name:>12}" for name in (*columns, "resident")) + "  plan"]
+    for row in rows:
+        values = [row[name] if row[name] is not None else "-" for name in columns]
+        resident = "-" if row["resident_fraction"] is None else f"{row['resident_fraction']:.2f}"
+        chosen = row["plan"] or {}
+        sizes = (
+            f"{chosen.get('block_batch')}x{chosen.get('block_hidden')} k{chosen.get('block_k')}/{chosen.get('split_k')}"
+        )
+        sizes += f" g{chosen.get('group_chunks')}/{chosen.get('chunks')} w{chosen.get('num_warps')}"
+        sizes += " fused" if chosen.get("fuse_input") else ""
+        note = "; ".join(problems(row))
+        lines.append("  ".join(f"{value:>12}" for value in (*values, resident)) + f"  {sizes}  {note}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=sorted(DEVICES), metavar="ARCH")
+    parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128, 256, 384, 512, 768, 1024, 1536, 2048])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64, 256])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["tf32", "float16", "bfloat16"], choices=sorted(DTYPES), metavar="DTYPE"
+    )
+    parser.add_argument("--kernel", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
+    chosen = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
+    cases = [
+        Case(kernel, arch, hidden, batch, dtype)
+        for arch in chosen.arch
+        for kernel in chosen.kernel
+        for dtype in chosen.dtype
+        for hidden in chosen.hidden
+        for batch in chosen.batch
+    ]
+    rows = list(reports(cases, chosen.workers))
+    print(json.dumps(rows, indent=1) if chosen.json else _table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
