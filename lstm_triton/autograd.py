@@ -30,7 +30,7 @@ def scan_layer(
         reverse: walk from the last step to the first.
 
     Returns:
-        output (T, B, H), h_n (B, H) and c_n (B, H).
+        output (T, B, H), h_n (B, H) and c_n (B, H). The states may be views of the kernels' buffers: copy what you keep.
 
     All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
     lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any order:
@@ -47,8 +47,8 @@ def scan_layer(
 def _results(hidden: Tensor, cell: Tensor, reverse: bool, hidden_size: int) -> tuple[Tensor, Tensor, Tensor]:
     output = hidden[ops.STEPS, :, :hidden_size].contiguous()  # a copy only where rows are padded
     final = ops.final_block(reverse)
-    h_n = hidden[final, :, :hidden_size].clone()  # kept for long, a view would keep the whole buffer
-    c_n = cell[final if cell.shape[0] > 1 else 0, :, :hidden_size].to(hidden.dtype, copy=True)
+    h_n = hidden[final, :, :hidden_size]
+    c_n = cell[final if cell.shape[0] > 1 else 0, :, :hidden_size].to(hidden.dtype)
     return output, h_n, c_n
 
 

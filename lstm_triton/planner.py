@@ -207,20 +207,14 @@ def candidates(
             if block_batch > max(8, _power_of_2(batch_size)):
                 continue
             for fuse_input in (False, True) if kind == "forward" else (False,):
-                candidate = _fitted(
-                    kind,
-                    batch_size,
-                    input_size,
-                    hidden_size,
-                    dtype,
-                    device,
-                    precision,
-                    block_hidden,
-                    block_batch,
-                    fuse_input,
-                )
-                if candidate is not None:
-                    found.append(candidate)
+                for row_bytes in (1024, 512, 256, 128, 64):
+                    candidate = _fitted(
+                        kind, batch_size, input_size, hidden_size, dtype, device, precision,
+                        block_hidden, block_batch, fuse_input, row_bytes,
+                    )  # fmt: skip
+                    if candidate is not None:
+                        found.append(candidate)
+                        break
     return sorted(found, key=lambda each: each.predicted_cycles)
 
 
@@ -290,8 +284,12 @@ def _fitted(
     block_hidden: int,
     block_batch: int,
     fuse_input: bool,
+    row_bytes: int,
 ) -> Plan | None:
-    """The plan with these tiles, with everything else derived from them; None if it does not fit the device."""
+    """The plan with these tiles and chunks of that many bytes a row, with everything else derived from them.
+
+    None if it does not fit the device.
+    """
     size = dtype.itemsize
     slices = _divide_up(hidden_size, block_hidden)
     if slices > device.multiprocessors or block_hidden > max(16, _power_of_2(hidden_size)):
@@ -312,8 +310,10 @@ def _fitted(
         num_warps, split_k = (8 if weight_rows > 64 or block_batch > 32 else 4), 1
     else:
         num_warps = split_k = 4 if kind == "forward" and weight_rows * block_batch <= 512 and size == 2 else 8
-    block_k = _chunk(depth, (512 if kind == "forward" else 1024) // size)
-    block_input = _chunk(input_size, 512 // size)
+    if kind == "forward":
+        row_bytes = min(row_bytes, 512)
+    block_k = _chunk(depth, row_bytes // size)
+    block_input = _chunk(input_size, row_bytes // size)
     if fuse_input:
         split_k = min(split_k, block_input // MIN_DOT_DEPTH)
     split_k = min(split_k, block_k // MIN_DOT_DEPTH)
@@ -375,9 +375,10 @@ def _fitted(
 
 
 def _chunk(depth: int, largest: int) -> int:
-    """Columns of a chunk: as many as possible, unless padding the last chunk would add more than an eighth of work."""
+    """Columns of a chunk: as many as possible without much padding in the last chunk."""
+    enough = max(depth + depth // 8, min(2 * depth, depth + 64))
     block = largest
-    while block > MIN_DOT_DEPTH and _round_up(depth, block) * 8 > max(depth, MIN_DOT_DEPTH) * 9:
+    while block > MIN_DOT_DEPTH and _round_up(depth, block) > enough:
         block //= 2
     return block
 

@@ -1,0 +1,20 @@
+"""An LSTM layer for PyTorch that runs in Triton kernels: `lstm_triton.LSTM` in place of `torch.nn.LSTM`.
+
+    >>> import torch, lstm_triton
+    >>> lstm = lstm_triton.LSTM(input_size=10, hidden_size=20, num_layers=2)
+    >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+    >>> output.shape, h_n.shape, c_n.shape
+    (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
+
+From the outside in: `module` (the layer with its parameters) -> `functional` (checks, the stack of layers) -> `backend`
+(Triton kernels or PyTorch's own function) -> `autograd` -> `ops` -> `kernels`. Triton and the kernels are imported when
+a call first needs them.
+"""
+
+from . import functional, reference
+from .backend import backend, explain
+from .module import LSTM
+
+__version__ = "0.1.0"
+
+__all__ = ["LSTM", "__version__", "backend", "explain", "functional", "reference"]

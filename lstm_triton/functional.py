@@ -1,0 +1,285 @@
+"""The LSTM as a function of its weights: checks the arguments, chooses the path, runs the stack of layers."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
+
+from .backend import autocast_dtype, choose
+
+Sequences = TypeVar("Sequences", Tensor, PackedSequence)
+States = tuple[Tensor, Tensor]  # h and c, of all layers and directions
+Results = tuple[Tensor, Tensor, Tensor]  # output, h_n, c_n
+ScanLayer = Callable[..., Results]  # with the parameters of autograd.scan_layer
+
+
+def lstm(
+    input: Sequences,
+    hx: States | list[Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    proj_size: int = 0,
+    backend: str | None = None,
+) -> tuple[Sequences, States]:
+    """What `lstm_triton.LSTM` computes, with the weights as an argument.
+
+    T time steps, B sequences, I inputs, H hidden units, P outputs (`proj_size`, or H without projections), D directions
+    (1 or 2). The formula is that of `torch.nn.LSTM`: Hochreiter & Schmidhuber (1997) with the forget gate of Gers,
+    Schmidhuber & Cummins (2000).
+
+    Args:
+        input: (T, B, I), (B, T, I) with `batch_first`, (T, I) for one sequence without a batch, or a `PackedSequence`.
+        hx: (h_0, c_0) of shapes (num_layers * D, B, P) and (num_layers * D, B, H), without the B for an input without
+            a batch; None: zeros.
+        weights: for each layer, for each direction (forward, reverse): weight_ih (4H, I; from the second layer on
+            4H, D * P), weight_hh (4H, P), with `bias` also bias_ih and bias_hh (4H,), with `proj_size` also
+            weight_hr (P, H). The gates are in the order i, f, g, o.
+        dropout: the probability of dropout on the output of every layer but the last, when `training`.
+        backend: "auto", "triton" or "aten"; None: what `lstm_triton.backend` says, "auto" unless told otherwise.
+
+    All tensors are of one floating-point dtype and on one device; under autocast, they are converted to its dtype.
+
+    Returns:
+        output, laid out like the input, with D * P features; and (h_n, c_n), shaped like `hx`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: what `torch.nn.LSTM` raises for the same input and states.
+        RuntimeError: a weight of a wrong size; backend="triton" for what the kernels do not take, with the reason.
+
+    >>> weights = [torch.randn(16, 3), torch.randn(16, 4), torch.zeros(16), torch.zeros(16)]
+    >>> output, (h_n, c_n) = lstm(torch.randn(5, 2, 3), None, weights)
+    >>> output.shape, h_n.shape, torch.equal(output[-1:], h_n)
+    (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]), True)
+    """
+    call = check_arguments(
+        input,
+        hx,
+        weights,
+        num_layers=num_layers,
+        bias=bias,
+        batch_first=batch_first,
+        dropout=dropout,
+        training=training,
+        bidirectional=bidirectional,
+        proj_size=proj_size,
+    )
+    scan_layer = _layer_function(choose(backend, call).path, call)
+    if isinstance(input, PackedSequence) and call.states is not None:
+        call = call._replace(states=_permuted(call.states, input.sorted_indices))
+    output, h_n, c_n = _call_aten(call) if scan_layer is None else _stack(scan_layer, call)
+    if isinstance(input, PackedSequence):
+        states = _permuted((h_n, c_n), input.unsorted_indices)
+        return PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices), states
+    if input.dim() == 2:
+        return output.squeeze(0 if batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
+    return output, (h_n, c_n)
+
+
+class Call(NamedTuple):
+    """The arguments of one call, checked, and with a batch dimension even if the input has none."""
+
+    data: Tensor  # (T, B, I), with batch_first (B, T, I), or the rows of a packed sequence (sum of lengths, I)
+    batch_sizes: Tensor | None  # (T,), of a packed sequence
+    states: States | None
+    weights: list[Tensor]
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    training: bool
+    directions: int  # D, 1 or 2
+    time_steps: int  # T
+    batch_size: int  # B
+    hidden_size: int  # H, of c
+    output_size: int  # P, of h: less than H with projections
+
+
+def check_arguments(
+    input: Tensor | PackedSequence,
+    hx: States | list[Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    proj_size: int,
+) -> Call:
+    """Refuse what `torch.nn.LSTM` refuses, in its words and order, and wrong states of packed sequences as well."""
+    directions = 2 if bidirectional else 1
+    input_size, hidden_size = _check_weights(weights, num_layers, bias, directions, proj_size)
+    output_size = proj_size or hidden_size
+
+    states = None if hx is None else (hx[0], hx[1])
+    if isinstance(input, PackedSequence):
+        data, batch_sizes = input.data, input.batch_sizes
+        batch_first = False  # there is no batch axis
+        time_steps, batch_size = batch_sizes.shape[0], int(batch_sizes[0])
+    else:
+        data, batch_sizes = input, None
+        dimensions = input.dim()
+        if dimensions not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {dimensions}D instead")
+        if states is not None and (states[0].dim() != dimensions or states[1].dim() != dimensions):
+            raise RuntimeError(
+                f"For {'batched' if dimensions == 3 else 'unbatched'} {dimensions}-D input, hx and cx should "
+                f"also be {dimensions}-D but got ({states[0].dim()}-D, {states[1].dim()}-D) tensors"
+            )
+        if dimensions == 2:
+            data = input.unsqueeze(0 if batch_first else 1)
+            states = None if states is None else (states[0].unsqueeze(1), states[1].unsqueeze(1))
+        batch_size, time_steps = data.shape[:2] if batch_first else (data.shape[1], data.shape[0])
+
+    dtype = weights[0].dtype
+    if data.dtype != dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({data.dtype}) does not match weight dtype ({dtype}). "
+            f"Convert input: input.to({dtype}), or convert model: model.to({data.dtype})"
+        )
+    if batch_sizes is not None and data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+    if data.shape[-1] != input_size:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {data.shape[-1]}")
+    if states is not None:
+        for index, size in enumerate((output_size, hidden_size)):
+            expected, got = (num_layers * directions, batch_size, size), list(states[index].shape)
+            if got != list(expected):
+                raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {got}")
+    if isinstance(hx, Tensor):
+        raise TypeError("lstm() received an invalid combination of arguments - hx must be (h_0, c_0), got one Tensor")
+    if hx is not None and len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    if time_steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    return Call(
+        data,
+        batch_sizes,
+        states,
+        list(weights),
+        num_layers,
+        bias,
+        batch_first,
+        dropout,
+        training,
+        directions,
+        time_steps,
+        batch_size,
+        hidden_size,
+        output_size,
+    )
+
+
+def _check_weights(
+    weights: Sequence[Tensor], num_layers: int, bias: bool, directions: int, proj_size: int
+) -> tuple[int, int]:
+    """The input size and the hidden size, which the first weight tells, if all weights have the sizes they imply.
+
+    PyTorch's own function does not look at all of them, and reads past the end of a weight that is too small.
+    """
+    if num_layers <= 0:
+        raise ValueError("num_layers must be greater than zero")
+    if proj_size < 0:
+        raise ValueError("proj_size should be a positive integer or zero to disable projections")
+    count = num_layers * directions * (2 + (2 if bias else 0) + (1 if proj_size else 0))
+    if len(weights) != count:
+        raise RuntimeError(f"Expected {count} weights, got {len(weights)}")
+    if weights[0].dim() != 2:
+        raise RuntimeError(f"Expected weights[0] to be 2-D, got {weights[0].dim()}-D")
+    input_size, hidden_size = weights[0].shape[1], weights[0].shape[0] // 4
+    if proj_size and proj_size >= hidden_size:
+        raise ValueError("proj_size has to be smaller than hidden_size")
+
+    output_size = proj_size or hidden_size
+    index = 0
+    for layer in range(num_layers):
+        expected: list[tuple[int, ...]] = [
+            (4 * hidden_size, directions * output_size if layer else input_size),
+            (4 * hidden_size, output_size),
+        ]
+        if bias:
+            expected += [(4 * hidden_size,), (4 * hidden_size,)]
+        if proj_size:
+            expected += [(proj_size, hidden_size)]
+        for size in expected * directions:
+            if weights[index].shape != size:
+                raise RuntimeError(f"Expected weights[{index}] size {size}, got {list(weights[index].shape)}")
+            index += 1
+    return input_size, hidden_size
+
+
+def _permuted(states: States, order: Tensor | None) -> States:
+    """The states with their sequences in another order."""
+    return states if order is None else (states[0].index_select(1, order), states[1].index_select(1, order))
+
+
+def _layer_function(path: str, call: Call) -> ScanLayer | None:
+    """What computes one layer in one direction; None: PyTorch's own function does, all layers at once."""
+    if path == "triton":
+        from . import autograd
+
+        return autograd.scan_layer
+    # Not for torch.export: programs that keep PyTorch's own function can be run without lstm_triton.
+    if torch.compiler.is_dynamo_compiling() and call.batch_sizes is None:
+        from . import aten
+
+        return aten.scan_layer
+    return None
+
+
+def _call_aten(call: Call) -> Results:
+    """The call that `torch.nn.LSTM` makes."""
+    states = call.states
+    if states is None:
+        layers = call.num_layers * call.directions
+        h_0 = call.data.new_zeros(layers, call.batch_size, call.output_size)
+        c_0 = call.data.new_zeros(layers, call.batch_size, call.hidden_size)
+        states = (h_0, c_0)
+    options = (call.bias, call.num_layers, call.dropout, call.training, call.directions == 2)
+    results: Results
+    if call.batch_sizes is None:
+        results = torch._VF.lstm(call.data, states, call.weights, *options, call.batch_first)
+    else:
+        results = torch._VF.lstm(call.data, call.batch_sizes, states, call.weights, *options)
+    return results
+
+
+def _stack(scan_layer: ScanLayer, call: Call) -> Results:
+    """Layer after layer, direction after direction, with dropout on the output of all layers but the last."""
+    output, states, weights = call.data, call.states, call.weights
+    dtype = autocast_dtype(call)
+    if dtype is not None:
+        output, weights = output.to(dtype), [weight.to(dtype) for weight in weights]
+        states = None if states is None else (states[0].to(dtype), states[1].to(dtype))
+    if call.batch_first:
+        output = output.transpose(0, 1)
+    per_direction = len(weights) // (call.num_layers * call.directions)
+    h_n, c_n = [], []
+    for layer in range(call.num_layers):
+        if layer > 0 and call.training and call.dropout > 0:
+            output = F.dropout(output, call.dropout)
+        outputs = []
+        for direction in range(call.directions):
+            index = layer * call.directions + direction
+            h_0, c_0 = (None, None) if states is None else (states[0][index], states[1][index])
+            weight_ih, weight_hh, *others = weights[index * per_direction : (index + 1) * per_direction]
+            biases = others[:2] if call.bias else (None, None)
+            projection = {"weight_hr": others[-1]} if call.output_size < call.hidden_size else {}
+            scanned, h, c = scan_layer(
+                output, h_0, c_0, weight_ih, weight_hh, *biases, reverse=direction == 1, **projection
+            )
+            outputs.append(scanned)
+            h_n.append(h)
+            c_n.append(c)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+    return output.transpose(0, 1) if call.batch_first else output, torch.stack(h_n), torch.stack(c_n)

@@ -1,0 +1,58 @@
+"""`python -m lstm_triton info`: versions, devices, and which path an LSTM takes on each of them and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+import lstm_triton
+from lstm_triton.planner import Device
+
+SEQ_LEN, BATCH_SIZE, SIZE = 16, 16, 512  # of the example whose path is explained
+
+
+def run() -> int:
+    """Prints what a report of a problem should contain; returns exit code 0."""
+    print(f"lstm-triton {lstm_triton.__version__}")
+    print(f"Python      {platform.python_version()} on {platform.platform()}")
+    print(f"PyTorch     {torch.__version__}, {accelerator_libraries()}")
+    print(f"Triton      {installed_version('triton')}")
+
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in devices:
+        properties = torch.cuda.get_device_properties(device)
+        described = Device.of(device)
+        print(
+            f"\n{device}: {described.name} ({described.arch}), {described.multiprocessors} multiprocessors, "
+            f"{described.shared_bytes / 1024:.0f} KiB shared memory each, {properties.total_memory / 2**30:.0f} GiB"
+        )
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            print_path(device, dtype)
+    if not devices:
+        print("\nno GPU: torch.cuda.is_available() is False")
+    print(f"\ncpu: {torch.get_num_threads()} threads")
+    print_path(torch.device("cpu"), torch.float32)
+    return 0
+
+
+def accelerator_libraries() -> str:
+    if torch.version.hip:
+        return f"ROCm {torch.version.hip}"
+    if torch.version.cuda:
+        cudnn = torch.backends.cudnn.version()
+        return f"CUDA {torch.version.cuda}, cuDNN {cudnn or 'not usable here'}"
+    return "built without CUDA and ROCm"
+
+
+def installed_version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed: every LSTM takes PyTorch's own path"
+
+
+def print_path(device: torch.device, dtype: torch.dtype) -> None:
+    lstm = lstm_triton.LSTM(SIZE, SIZE, device=device, dtype=dtype)
+    print(lstm_triton.explain(lstm, torch.empty(SEQ_LEN, BATCH_SIZE, SIZE, device="meta", dtype=dtype)))

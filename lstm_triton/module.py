@@ -1,0 +1,119 @@
+"""The layer with its parameters: what takes the place of `torch.nn.LSTM` in a model."""
+
+import torch
+from torch import Tensor, nn
+
+from .functional import Sequences, lstm
+
+
+class LSTM(nn.RNNBase):
+    r"""`torch.nn.LSTM`, computed by Triton kernels where they can run, and by PyTorch's own function elsewhere.
+
+    For each time step :math:`t`, each layer computes
+
+    .. math::
+        \begin{array}{ll}
+            i_t = \sigma(W_{ii} x_t + b_{ii} + W_{hi} h_{t-1} + b_{hi}) \\
+            f_t = \sigma(W_{if} x_t + b_{if} + W_{hf} h_{t-1} + b_{hf}) \\
+            g_t = \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+            o_t = \sigma(W_{io} x_t + b_{io} + W_{ho} h_{t-1} + b_{ho}) \\
+            c_t = f_t \odot c_{t-1} + i_t \odot g_t \\
+            h_t = o_t \odot \tanh(c_t)
+        \end{array}
+
+    (Hochreiter & Schmidhuber, 1997; forget gate: Gers, Schmidhuber & Cummins, 2000; notation and gate order: the
+    documentation of `torch.nn.LSTM`). With ``proj_size > 0``, :math:`h_t` is multiplied by :math:`W_{hr}` besides
+    (Sak et al., 2014).
+
+    Arguments, defaults, attributes, initialisation, `state_dict` and errors are those of `torch.nn.LSTM`, whose
+    checkpoints load. It is no subclass of `nn.LSTM`, since `torch.compile` refuses those. `torch.compile`,
+    `torch.export` and `torch.jit.trace` take it; `torch.jit.script` does not.
+
+    Args:
+        input_size (int): the number of features of the input, I.
+        hidden_size (int): the number of features of the hidden state, H.
+        num_layers (int): the number of layers, each reading the output of the one before. Default: 1
+        bias (bool): whether the gates have biases. Default: True
+        batch_first (bool): input and output are (B, T, ...) instead of (T, B, ...); the states are not. Default: False
+        dropout (float): the probability of dropout on the output of every layer but the last, in training. Default: 0.0
+        bidirectional (bool): a second set of weights reads the sequence from its end; the outputs of both
+            directions are concatenated (D = 2, otherwise 1). Default: False
+        proj_size (int): the size P of projected hidden states, 0 for none (P = H). Default: 0
+        device, dtype: of the parameters.
+
+    Inputs:
+        * **input**: (T, B, I), (B, T, I) with `batch_first`, (T, I) for one sequence without a batch, or a
+          `PackedSequence`; in the dtype of the parameters unless autocast is on.
+        * **hx**: (h_0, c_0) of shapes (D * num_layers, B, P) and (D * num_layers, B, H), without the B for an
+          input without a batch. Default: zeros
+
+    Outputs:
+        * **output**: (T, B, D * P), laid out like the input.
+        * **(h_n, c_n)**: the final states, shaped like `hx`.
+
+    Raises:
+        TypeError, ValueError: by the constructor, as `nn.LSTM` does.
+        ValueError, RuntimeError: for an input or a state of a wrong dtype, number of dimensions or size, as `nn.LSTM`
+            does, and for packed sequences as well, whose states `nn.LSTM` does not check.
+
+    >>> import torch
+    >>> lstm = LSTM(10, 20, num_layers=2)
+    >>> lstm.load_state_dict(torch.nn.LSTM(10, 20, num_layers=2).state_dict())
+    <All keys matched successfully>
+    >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10), (torch.zeros(2, 3, 20), torch.zeros(2, 3, 20)))
+    >>> output.shape, h_n.shape, c_n.shape
+    (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+    def forward(
+        self, input: Sequences, hx: tuple[Tensor, Tensor] | list[Tensor] | None = None
+    ) -> tuple[Sequences, tuple[Tensor, Tensor]]:
+        # By name, at each call: what replaces a weight (weight_norm, functional_call, ...) may pass by _flat_weights.
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        return lstm(
+            input,
+            hx,
+            weights,
+            num_layers=self.num_layers,
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            training=self.training,
+            bidirectional=self.bidirectional,
+            proj_size=self.proj_size,
+        )
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read every parameter where it is."""
+
+    # For callers that use nn.LSTM's helpers; forward has no need of them.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]

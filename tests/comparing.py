@@ -1,0 +1,175 @@
+"""How an LSTM is compared with nn.LSTM: over which cases, and whether bit by bit or by the distance from float64."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import lstm_triton
+
+LAYOUTS = ("batched", "unbatched", "packed", "packed unsorted")
+
+
+def twins(*args: Any, **kwargs: Any) -> tuple[lstm_triton.LSTM, nn.LSTM]:
+    """Ours and PyTorch's, made from the same seed."""
+    modules = []
+    for cls in (lstm_triton.LSTM, nn.LSTM):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            modules.append(cls(*args, **kwargs))
+    return modules[0], modules[1]
+
+
+@dataclass
+class Case:
+    """A module's options, and an input for it."""
+
+    options: dict[str, Any]
+    input: Any
+    hx: Any
+    training: bool
+
+    def twins(self) -> tuple[lstm_triton.LSTM, nn.LSTM]:
+        ours, stock = twins(**self.options)
+        return ours.train(self.training), stock.train(self.training)
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    dtypes: Sequence[torch.dtype] = (torch.float32, torch.float64, torch.bfloat16),
+    layouts: Sequence[str] = LAYOUTS,
+    projections: bool = True,
+    dropouts: Sequence[float] = (0.0, 0.5, 1.0),
+    empty_batches: bool = True,
+) -> Case:
+    """Every combination of a module's options, small sizes, and ways to pass an input."""
+    num_layers = draw(st.integers(1, 3))
+    options: dict[str, Any] = {
+        "input_size": draw(st.integers(1, 5)),
+        "hidden_size": draw(st.integers(1, 6)),
+        "num_layers": num_layers,
+        "bias": draw(st.booleans()),
+        "batch_first": draw(st.booleans()),
+        "dropout": draw(st.sampled_from(dropouts)) if num_layers > 1 else 0.0,
+        "bidirectional": draw(st.booleans()),
+        "dtype": draw(st.sampled_from(dtypes)),
+    }
+    input_size, hidden_size = options["input_size"], options["hidden_size"]
+    options["proj_size"] = draw(st.integers(0, hidden_size - 1)) if projections else 0
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+
+    def random(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(options["dtype"])
+
+    layout = draw(st.sampled_from(layouts))
+    time_steps = draw(st.integers(1, 6))
+    batch_size = draw(st.integers(0 if layout == "batched" and empty_batches else 1, 4))
+    input: Any
+    if layout == "unbatched":
+        input = random(time_steps, input_size)
+    elif layout == "batched":
+        input = random(time_steps, batch_size, input_size)
+        input = input.transpose(0, 1) if options["batch_first"] else input
+    else:
+        lengths = draw(st.lists(st.integers(1, time_steps), min_size=batch_size, max_size=batch_size))
+        enforce_sorted = layout == "packed"
+        lengths = sorted(lengths, reverse=True) if enforce_sorted else lengths
+        padded = random(max(lengths), batch_size, input_size)
+        input = pack_padded_sequence(padded, torch.tensor(lengths), enforce_sorted=enforce_sorted)
+
+    hx = None
+    if draw(st.booleans()):
+        layers = num_layers * (2 if options["bidirectional"] else 1)
+        batch = () if layout == "unbatched" else (batch_size,)
+        sizes = (options["proj_size"] or hidden_size, hidden_size)
+        hx = draw(st.sampled_from((tuple, list)))(random(layers, *batch, size) for size in sizes)
+    return Case(options, input, hx, training=draw(st.booleans()))
+
+
+def run(module: nn.Module, input: Tensor | PackedSequence, hx: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+    """Results and gradients of one forward and backward pass, by name.
+
+    What flows back into the results is random, but the same for every module. The random state is the same before
+    every call, too, for the sake of dropout.
+    """
+    hx = None if hx is None else type(hx)(state.detach().requires_grad_() for state in hx)
+    data = (input.data if isinstance(input, PackedSequence) else input).detach().requires_grad_()
+    module.zero_grad()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        output, (h_n, c_n) = module(input._replace(data=data) if isinstance(input, PackedSequence) else data, hx)
+    results = {"output": output.data if isinstance(output, PackedSequence) else output, "h_n": h_n, "c_n": c_n}
+
+    generator = torch.Generator().manual_seed(1)
+    # Rounded to 8 bits, the gradients are the same numbers in every dtype.
+    grads = [torch.randn(r.shape, generator=generator).bfloat16().to(r.device, r.dtype) for r in results.values()]
+    torch.autograd.backward(list(results.values()), grads)
+    leaves = {"input": data, **dict(zip(("h_0", "c_0"), hx or (), strict=False)), **dict(module.named_parameters())}
+    results |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+    return {name: tensor.detach().clone() for name, tensor in results.items()}
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """The same shapes, dtypes and bits, in any nesting of tuples, lists and dictionaries."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, check_stride=True)
+
+
+def error(actual: Tensor, reference: Tensor) -> float:
+    """How far a tensor is from its float64 reference, as a part of the reference's length."""
+    assert reference.dtype == torch.float64
+    actual = actual.double().to(reference.device)
+    # What is infinite or not a number has no distance: it has to be the same.
+    finite = reference.isfinite()
+    torch.testing.assert_close(actual[~finite], reference[~finite], rtol=0, atol=0, equal_nan=True)
+    difference, length = (actual - reference)[finite].norm().item(), reference[finite].norm().item()
+    return difference / length if length > 0 else difference
+
+
+def assert_as_accurate(
+    actual: Tensor,
+    reference: Tensor,
+    stock: Tensor,
+    factor: float = 2.0,
+    floor: float | None = None,
+    name: str = "",
+) -> None:
+    """No farther from the float64 reference than `factor` times what nn.LSTM is, computing in the same dtype.
+
+    Args:
+        actual: what is tested.
+        reference: the same in float64.
+        stock: the same by nn.LSTM in the dtype of `actual`.
+        floor: the error that is always allowed, as nn.LSTM may be exact by luck. Default: four units in the last place.
+    """
+    assert actual.shape == reference.shape == stock.shape, (name, actual.shape, reference.shape, stock.shape)
+    assert actual.dtype == stock.dtype, (name, actual.dtype, stock.dtype)
+    if floor is None:
+        floor = 4 * torch.finfo(actual.dtype).eps
+    ours, theirs = error(actual, reference), error(stock, reference)
+    print(f"{name or 'error':<30} ours {ours:.2e}  nn.LSTM {theirs:.2e}  allowed {max(factor * theirs, floor):.2e}")
+    assert ours <= max(factor * theirs, floor), f"{name}: error {ours:.2e}, nn.LSTM's {theirs:.2e}"
+
+
+def assert_results_as_accurate(
+    actual: Mapping[str, Tensor],
+    stock: nn.LSTM,
+    input: Tensor | PackedSequence,
+    hx: Sequence[Tensor] | None = None,
+    **criterion: float,
+) -> None:
+    """`assert_as_accurate` for every entry of `run(module, input, hx)`, given the nn.LSTM of the same weights."""
+    expected = run(stock, input, hx)
+    in_float64 = run(
+        copy.deepcopy(stock).double(),
+        input._replace(data=input.data.double()) if isinstance(input, PackedSequence) else input.double(),
+        None if hx is None else type(hx)(state.double() for state in hx),
+    )
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert_as_accurate(tensor, in_float64[name], expected[name], name=name, **criterion)

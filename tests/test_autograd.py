@@ -1,0 +1,165 @@
+"""Autograd around the scans, and the whole module through the interpreted kernels."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lstm_triton
+from lstm_triton import interpreter, ops
+from lstm_triton.autograd import scan_layer
+from lstm_triton.reference import lstm_layer
+
+from .comparing import Case, assert_results_as_accurate, cases, run
+from .kernel_cases import Layer
+
+pytestmark = pytest.mark.interpreted
+
+KERNEL_CASES = cases(
+    dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    layouts=("batched", "unbatched"),
+    projections=False,
+    dropouts=(0.0, 1.0),
+    empty_batches=False,
+)
+
+
+@settings(max_examples=12)
+@given(KERNEL_CASES, st.integers(0, 1000))
+def test_whole_module(case: Case, seed: int) -> None:
+    """Layers, directions, layouts and states, as accurate as nn.LSTM."""
+    ours, stock = case.twins()
+    with interpreter.interpret(seed), lstm_triton.backend("triton"):
+        actual = run(ours, case.input, case.hx)
+    assert_results_as_accurate(actual, stock, case.input, case.hx)
+
+
+def test_dropout_between_layers_is_nn_lstms() -> None:
+    torch.manual_seed(0)
+    ours = lstm_triton.LSTM(3, 20, num_layers=3, dropout=0.5)
+    stock = nn.LSTM(3, 20, num_layers=3, dropout=0.5)
+    stock.load_state_dict(ours.state_dict())
+    input = torch.randn(4, 3, 3)
+    with interpreter.interpret():
+        actual = run(ours, input)
+    assert_results_as_accurate(actual, stock, input)
+
+
+@pytest.mark.parametrize("frozen", ["weights", "input", "all but c_0"])
+def test_only_what_is_asked_for_gets_gradients(frozen: str) -> None:
+    tensors = Layer(3, 2, 3, 20).tensors()
+    wanted = {"weights": (0, 1, 2), "input": (1, 2, 3, 4, 5, 6), "all but c_0": (2,)}[frozen]
+    found = {}
+    for name, function in (("kernels", scan_layer), ("formula", lstm_layer)):
+        arguments = [tensor.detach().requires_grad_(at in wanted) for at, tensor in enumerate(tensors)]
+        with interpreter.interpret():
+            results = function(*arguments, reverse=False)
+            torch.stack([result.sum() for result in results]).sum().backward()
+        found[name] = [argument.grad for argument in arguments]
+    for at, (kernels, formula) in enumerate(zip(found["kernels"], found["formula"], strict=True)):
+        assert (kernels is None) == (formula is None) == (at not in wanted)
+        if kernels is not None:
+            torch.testing.assert_close(kernels, formula)
+
+
+@pytest.mark.parametrize("used", ["output", "h_n", "c_n"])
+def test_a_loss_on_one_result_alone(used: str) -> None:
+    layer = Layer(3, 2, 3, 20, reverse=True)
+    grads = {}
+    for name, function in (("kernels", scan_layer), ("formula", lstm_layer)):
+        arguments = [tensor.requires_grad_() for tensor in layer.tensors()]
+        with interpreter.interpret():
+            results = dict(zip(("output", "h_n", "c_n"), function(*arguments, reverse=True), strict=True))
+            grads[name] = torch.autograd.grad(results[used].square().sum(), arguments)
+    torch.testing.assert_close(grads["kernels"], grads["formula"])
+
+
+def test_backward_twice_with_retain_graph() -> None:
+    arguments = [tensor.requires_grad_() for tensor in Layer(3, 2, 3, 20).tensors()]
+    with interpreter.interpret():
+        loss = scan_layer(*arguments, reverse=False)[0].sum()
+        first = torch.autograd.grad(loss, arguments, retain_graph=True)
+        second = torch.autograd.grad(loss, arguments)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_changing_the_output_in_place_is_noticed() -> None:
+    for hidden_size in (16, 20):
+        arguments = [tensor.requires_grad_() for tensor in Layer(3, 2, 3, hidden_size).tensors()]
+        with interpreter.interpret():
+            output, _, _ = scan_layer(*arguments, reverse=False)
+            expected = torch.autograd.grad(output.square().sum(), arguments, retain_graph=True)
+            try:
+                output.mul_(2)
+            except RuntimeError as error:
+                assert "modified inplace" in str(error)
+                continue
+            # Where rows are padded the output is a copy, and nobody else needs it.
+            actual = torch.autograd.grad((output / 2).square().sum(), arguments)
+        torch.testing.assert_close(actual, expected)
+
+
+def gradient_penalty(function: object, arguments: list[Tensor]) -> tuple[Tensor, ...]:
+    output, h_n, c_n = function(*arguments, reverse=False)  # type: ignore[operator]
+    grads = torch.autograd.grad(output.square().sum() + (h_n * c_n).sum(), arguments, create_graph=True)
+    penalty = torch.stack([grad.square().sum() for grad in grads]).sum()
+    return torch.autograd.grad(penalty, arguments)
+
+
+def test_second_derivatives_are_right() -> None:
+    arguments = [tensor.requires_grad_() for tensor in Layer(3, 2, 3, 20).tensors()]
+    with interpreter.interpret():
+        actual = gradient_penalty(scan_layer, arguments)
+    expected = gradient_penalty(lstm_layer, [tensor.detach().double().requires_grad_() for tensor in arguments])
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("hidden_size", [16, 21])
+def test_operators_keep_their_promises_to_the_compiler(hidden_size: int, save: bool) -> None:
+    """PyTorch's own check of custom operators: schemas, fake results, tracing with changing sizes."""
+    tensors = Layer(3, 2, 3, hidden_size).tensors()
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    with interpreter.interpret():
+        torch.library.opcheck(ops.scan_forward, (*tensors, False, save), test_utils=checks)
+        if save:
+            hidden, cell, gates = ops.scan_forward(*tensors, False, True)
+            grads = (torch.randn(3, 2, hidden_size), None, torch.randn(2, hidden_size))
+            torch.library.opcheck(ops.scan_backward, (*grads, tensors[4], cell, gates, False), test_utils=checks)
+
+
+def test_compiles_into_one_graph() -> None:
+    module = lstm_triton.LSTM(3, 16, num_layers=2, bidirectional=True)
+    compiled = copy.deepcopy(module)
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    input = torch.randn(4, 2, 3)
+    with interpreter.interpret():
+        torch.testing.assert_close(run(compiled, input), run(module, input))
+
+
+def test_states_do_not_keep_the_buffers_alive() -> None:
+    with interpreter.interpret(), torch.no_grad():
+        _, states = lstm_triton.LSTM(3, 16)(torch.randn(40, 2, 3))
+    for state in states:
+        assert state.untyped_storage().nbytes() == state.numel() * state.itemsize
+
+
+def test_nothing_is_kept_without_gradients() -> None:
+    module = lstm_triton.LSTM(3, 16)
+    with interpreter.interpret(), torch.no_grad():
+        output, _ = module(torch.randn(4, 2, 3))
+    assert output.grad_fn is None
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with interpreter.interpret(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(torch.randn(4, 2, 3))
+    assert kept, "the same with gradients keeps something"

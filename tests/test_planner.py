@@ -1,0 +1,121 @@
+"""The planner is a pure function; every plan it makes fits the device."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.resources import DEVICES
+from lstm_triton import planner
+from lstm_triton.planner import Device, candidates, forced, plan, state_stride
+
+SIZES = st.fixed_dictionaries(
+    {
+        "batch_size": st.integers(1, 300) | st.integers(1, 200_000),
+        "input_size": st.integers(1, 3000),
+        "hidden_size": st.integers(1, 2200) | st.integers(1, 8000),
+        "dtype": st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+        "allow_tf32": st.booleans(),
+    }
+)
+H200 = DEVICES["sm_90"]
+
+
+@given(st.sampled_from(["forward", "backward"]), SIZES, st.sampled_from(sorted(DEVICES)))
+def test_every_candidate_covers_the_layer_and_fits_the_device(kind: planner.Kind, sizes: dict[str, object], arch: str) -> None:
+    device = DEVICES[arch]
+    for each in candidates(kind, device=device, **sizes):  # type: ignore[arg-type]
+        assert each.programs <= device.multiprocessors
+        assert each.slices * each.block_hidden >= sizes["hidden_size"] > (each.slices - 1) * each.block_hidden
+        assert each.batch_tiles * each.block_batch >= sizes["batch_size"] > (each.batch_tiles - 1) * each.block_batch
+        assert 1 <= each.groups <= each.batch_tiles
+        depth = sizes["hidden_size"] * (1 if kind == "forward" else 4)
+        assert each.chunks * each.block_k >= depth > (each.chunks - 1) * each.block_k
+        assert 1 <= each.group_chunks <= each.resident_chunks <= each.chunks
+        assert each.block_k // each.split_k >= 16
+        rows = each.block_hidden * (4 if kind == "forward" else 1)
+        size = sizes["dtype"].itemsize  # type: ignore[attr-defined]
+        assert rows * each.block_k * each.resident_chunks * size < device.shared_bytes
+        for block in (each.block_batch, each.block_hidden, each.block_k, each.block_input, each.split_k, each.num_warps):
+            assert block & (block - 1) == 0
+
+
+@given(st.sampled_from(["forward", "backward"]), SIZES)
+def test_the_first_candidate_is_the_plan(kind: planner.Kind, sizes: dict[str, object]) -> None:
+    found = candidates(kind, device=H200, **sizes)  # type: ignore[arg-type]
+    assert plan(kind, device=H200, **sizes) == found[0]  # type: ignore[arg-type]
+    assert [each.predicted_cycles for each in found] == sorted(each.predicted_cycles for each in found)
+
+
+@pytest.mark.parametrize("hidden_size", [64, 128, 256, 384, 512, 768, 1024])
+@pytest.mark.parametrize("batch_size", [1, 16, 64, 256])
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_all_weights_stay_on_a_large_gpu(kind: planner.Kind, batch_size: int, hidden_size: int) -> None:
+    sizes = {"batch_size": batch_size, "input_size": hidden_size, "hidden_size": hidden_size, "allow_tf32": False}
+    for dtype in (torch.float16, torch.bfloat16):
+        assert plan(kind, dtype=dtype, device=H200, **sizes).resident_fraction == 1
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+@pytest.mark.parametrize("hidden_size", [100, 768, 1024])
+def test_batches_share_a_few_kernels(kind: planner.Kind, hidden_size: int) -> None:
+    """What is compiled in does not follow the batch size: only a few tile shapes do."""
+    kernels = set()
+    for batch_size in range(1, 520):
+        chosen = plan(
+            kind, batch_size=batch_size, input_size=64, hidden_size=hidden_size, dtype=torch.float16, device=H200,
+            allow_tf32=False,
+        )  # fmt: skip
+        several = chosen.batch_tiles > chosen.groups
+        kernels.add((several, replace(chosen, batch_tiles=0, groups=0, predicted_cycles=0)))
+    print(f"{kind}, H={hidden_size}: {len(kernels)} kernels for 519 batch sizes")
+    assert len(kernels) <= 8
+
+
+def test_precision_follows_what_cudnn_may_use() -> None:
+    sizes = {"batch_size": 16, "input_size": 64, "hidden_size": 64, "dtype": torch.float32}
+    assert plan("forward", device=H200, allow_tf32=True, **sizes).dot_precision == "tf32"
+    assert plan("forward", device=H200, allow_tf32=False, **sizes).dot_precision == "tf32x3"
+    assert plan("forward", device=DEVICES["gfx942"], allow_tf32=True, **sizes).dot_precision == "ieee"
+
+
+def test_a_device_that_is_too_small_is_refused() -> None:
+    sizes = {"batch_size": 1, "input_size": 8, "hidden_size": 4096, "dtype": torch.float32, "allow_tf32": False}
+    with pytest.raises(ValueError, match="no plan for hidden_size 4096"):
+        plan("forward", device=Device("toy", "sm_90", 2, 16 * 1024), **sizes)
+
+
+def test_a_measured_table_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"batch_size": 16, "input_size": 64, "hidden_size": 256, "dtype": torch.float16, "allow_tf32": False}
+    device = Device("NVIDIA Measured", "sm_90", 132, 232448)
+    second = candidates("forward", device=device, **sizes)[1]
+    path = tmp_path / planner.table_path(device).name
+    path.write_text(json.dumps({planner.key("forward", **sizes): asdict(second)}))
+    monkeypatch.setattr(planner, "table_path", lambda device: path)
+    planner._table.cache_clear()
+    planner._plan.cache_clear()
+    assert plan("forward", device=device, **sizes) == second
+    other = {**sizes, "batch_size": 17}
+    assert plan("forward", device=device, **other) == candidates("forward", device=device, **other)[0]
+    planner._table.cache_clear()
+    planner._plan.cache_clear()
+
+
+def test_a_forced_plan_holds_for_its_kind_only() -> None:
+    sizes = {"batch_size": 16, "input_size": 64, "hidden_size": 256, "dtype": torch.float16, "allow_tf32": False}
+    usual = plan("forward", device=H200, **sizes)
+    other = candidates("forward", device=H200, **sizes)[-1]
+    with forced(other, "forward"):
+        assert plan("forward", device=H200, **sizes) == other
+        assert plan("backward", device=H200, **sizes) != other
+    assert plan("forward", device=H200, **sizes) == usual
+
+
+def test_state_rows_are_aligned() -> None:
+    for hidden_size in range(1, 200):
+        assert state_stride(hidden_size) % 16 == 0
+        assert 0 <= state_stride(hidden_size) - hidden_size < 16
