@@ -95,10 +95,10 @@ def forward_scan(
     hidden_ptrs = hidden_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     cell_ptrs = cell_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     gates_ptrs = gates_ptr + rows[:, None] * (4 * HIDDEN) + units[None, :]
-    input_ptrs = input_ptr + rows[:, None].to(tl.int64) * (input_stride_batch * INPUT_STRIDE_UNIT) + input_ks[None, :]
+    input_ptrs = input_ptr + rows[:, None].to(tl.int64) * input_stride_batch * INPUT_STRIDE_UNIT + input_ks[None, :]
 
     first_row = group * BLOCK_BATCH
-    cell_row = first_row + ((seq_len.to(tl.int64) + 1) * batch_size * reverse if SAVE else 0)
+    cell_row = first_row.to(tl.int64) + ((seq_len.to(tl.int64) + 1) * batch_size * reverse if SAVE else 0)
     cell_mask = (first_row + rows < batch_size)[:, None] & written_mask
     cell = tl.load(cell_ptrs + cell_row * STATE_STRIDE, mask=cell_mask, other=0.0)
     for index in range(seq_len * tiles_per_step):
@@ -137,7 +137,7 @@ def forward_scan(
             output_share = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0)
         if SEVERAL_TILES:
             tl.debug_barrier()  # other threads of this program may have written it, one step ago
-            cell = tl.load(cell_ptrs + (previous_row if SAVE else first_row) * STATE_STRIDE, mask=state_mask, other=0.0)
+            cell = tl.load(cell_ptrs + (previous_row if SAVE else first_row.to(tl.int64)) * STATE_STRIDE, mask=state_mask, other=0.0)
 
         sums = add_received(
             sums, hidden_tiles, hidden_prev, row_mask, step > 0, weights_hh, weight_hh_ptrs, gate_mask, ks,
@@ -173,6 +173,6 @@ def forward_scan(
             tl.store(gates + 2 * HIDDEN, candidate.to(gates_ptr.dtype.element_ty), mask=mask)
             tl.store(gates + 3 * HIDDEN, output_gate.to(gates_ptr.dtype.element_ty), mask=mask)
         elif SEVERAL_TILES:
-            tl.store(cell_ptrs + first_row * STATE_STRIDE, cell, mask=state_mask)
+            tl.store(cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, cell, mask=state_mask)
     if not SAVE and not SEVERAL_TILES:
-        tl.store(cell_ptrs + first_row * STATE_STRIDE, cell, mask=cell_mask)
+        tl.store(cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, cell, mask=cell_mask)

@@ -1,0 +1,104 @@
+"""What the kernels compile to, ahead of time and without a GPU (bench/resources.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import resources, sass
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+FIELDS = {
+    "kernel", "arch", "hidden", "batch", "dtype", "registers", "spill_bytes", "shared_bytes", "programs",
+    "resident_fraction", "step_cycles",
+}  # fmt: skip
+
+
+def report(*arguments: str) -> list[dict[str, Any]]:
+    """The command in a process of its own: here kernels are interpreted, there they are compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.resources", "--json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    for row in rows:
+        print({name: row[name] for name in sorted(FIELDS)})
+        assert row.keys() >= FIELDS
+    return rows
+
+
+def test_hopper_holds_what_the_planner_promises() -> None:
+    """No spills, within shared memory, one program a multiprocessor, and the weights on the chip wherever they fit."""
+    rows = report(
+        "--arch", "sm_90", "--hidden", "64", "384", "768", "1024", "1536", "2048", "--batch", "1", "16", "256",
+        "--dtype", "tf32", "float16",
+    )  # fmt: skip
+    assert len(rows) == 2 * 2 * 6 * 3
+    for row in rows:
+        assert resources.problems(row) == []
+        if row["hidden"] <= 1024 and row["dtype"] == "float16":
+            assert row["resident_fraction"] == 1.0
+    headline = next(
+        row for row in rows if (row["kernel"], row["hidden"], row["batch"], row["dtype"]) == ("forward", 768, 16, "float16")
+    )
+    assert headline["step_cycles"] <= 2300
+
+
+def test_sizes_that_are_no_multiple_of_anything() -> None:
+    for row in report("--hidden", "1", "37", "1000", "--batch", "5", "--dtype", "float32", "bfloat16"):
+        assert resources.problems(row) == []
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
+def test_every_kernel_compiles_for_other_gpus(arch: str) -> None:
+    for row in report("--arch", arch, "--hidden", "64", "768", "--batch", "16", "--dtype", "float32", "bfloat16"):
+        assert row["error"] is None
+        assert row["shared_bytes"] <= resources.DEVICES[arch].shared_bytes
+        assert row["programs"] <= resources.DEVICES[arch].multiprocessors
+        assert (row["step_cycles"] is None) == arch.startswith("gfx")
+
+
+def test_problems_are_found() -> None:
+    fine: dict[str, Any] = {"arch": "sm_90", "error": None, "spill_bytes": 0, "shared_bytes": 1, "programs": 132}
+    assert resources.problems(fine) == []
+    assert "spills 8 bytes" in resources.problems({**fine, "spill_bytes": 8})[0]
+    assert "shared memory" in resources.problems({**fine, "shared_bytes": 10**6})[0]
+    assert "133 programs" in resources.problems({**fine, "programs": 133})[0]
+
+
+def test_a_size_without_a_plan_is_a_row_that_says_why() -> None:
+    row = resources.report(resources.Case("forward", "sm_80", 100_000, 1, "float16"))
+    assert "no plan" in row["error"] and row["registers"] is None
+
+
+LISTING = """
+.L_x_1:
+        /*0000*/                   LDG.E R2, desc[UR4][R4.64] ;    /* 0x0000000000000000 */
+                                                                   /* 0x{load:016x} */
+        /*0010*/                   FADD R3, R2, R2 ;               /* 0x0000000000000000 */
+                                                                   /* 0x{add:016x} */
+        /*0020*/                   @P0 BRA `(.L_x_2) ;             /* 0x0000000000000000 */
+                                                                   /* 0x{branch:016x} */
+        /*0030*/                   NOP ;                           /* 0x0000000000000000 */
+                                                                   /* 0x{slow:016x} */
+.L_x_2:
+        /*0040*/                   BRA `(.L_x_1) ;                 /* 0x0000000000000000 */
+                                                                   /* 0x{branch:016x} */
+"""
+
+
+def control(stall: int, sets: int = 7, waits: int = 0) -> int:
+    return (stall | sets << 5 | 7 << 8 | waits << 11) << 41
+
+
+def test_step_cycles_follow_stalls_and_scoreboards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load of 600 cycles that the addition waits for; the slow instruction behind the taken branch does not count."""
+    listing = LISTING.format(load=control(2, sets=0), add=control(4, waits=1), branch=control(5), slow=control(15))
+    monkeypatch.setattr(sass, "run_on_cubin", lambda *arguments: listing)
+    assert sass.step_cycles(b"") == 600 + 4 + 5 + 5
