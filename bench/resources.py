@@ -74,7 +74,7 @@ def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Pla
 
     from lstm_triton.kernels.backward import backward_scan
     from lstm_triton.kernels.forward import forward_scan
-    from lstm_triton.ops import constants_of
+    from lstm_triton.ops import compiler_options, constants_of
 
     kernel = forward_scan if kind == "forward" else backward_scan
     constants: dict[str, Any] = {"HIDDEN": hidden, "STATE_STRIDE": state_stride(hidden), **constants_of(chosen)}
@@ -107,7 +107,7 @@ def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Pla
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     else:
         target = GPUTarget("hip", arch, 64)
-    return triton.compile(source, target=target, options={"num_warps": chosen.num_warps, "num_stages": 1})
+    return triton.compile(source, target=target, options=compiler_options(chosen, is_nvidia=arch.startswith("sm_")))
 
 
 def resources(binary: Any) -> dict[str, int | None]:

@@ -37,7 +37,8 @@ def backward_scan(
     gates_ptr,  # (T * B, 4H) I/O dtype: activated gates
     cell_ptr,  # (B + T * B + B, STATE_STRIDE) float32 state rows of c
     weight_hh_ptr,  # (4H, H)
-    grad_gates_ptr,  # (T * B, 4 * STATE_STRIDE) I/O dtype, gate-minor: gradients of the pre-activations; sentinels on entry
+    grad_gates_ptr,  # (B + T * B + B, 4 * STATE_STRIDE) I/O dtype, state rows of the pre-activations' gradients, gate-minor;
+    # on entry sentinels, and zeros in the rows after the last step
     seq_len,
     batch_size,
     batch_tiles,
@@ -81,7 +82,6 @@ def backward_scan(
     grad_cell_ptrs = grad_cell_ptr + rows[:, None] * STATE_STRIDE + units
     gates_ptrs = gates_ptr + rows[:, None] * (4 * HIDDEN) + units
     cell_ptrs = cell_ptr + rows[:, None] * STATE_STRIDE + units
-    grad_gates_next_ptrs = grad_gates_ptr + rows[:, None] * (4 * STATE_STRIDE) + ks[None, :]
     grad_gates_ptrs = grad_gates_ptr + rows[:, None] * (4 * STATE_STRIDE) + gate_minor
 
     first_row = group * BLOCK_BATCH
@@ -94,17 +94,15 @@ def backward_scan(
             first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH
         time = tl.where(reverse != 0, step, seq_len - 1 - step).to(tl.int64)
         step_row = time * batch_size + first_row
-        next_row = step_row + tl.where(reverse != 0, -batch_size, batch_size)
         state_row = step_row + batch_size
-        previous_row = state_row + tl.where(reverse != 0, batch_size, -batch_size)
+        to_next_row = tl.where(reverse != 0, -batch_size, batch_size)
         row_mask = (first_row + rows < batch_size)[:, None]
         mask = row_mask & (units < HIDDEN)
 
-        # The last step in time comes first: it has no successor, but the gradient of h_n.
-        received_mask = (first_row + rows < tl.where(step > 0, batch_size, 0))[:, None]
-        last_mask = (first_row + rows < tl.where(step == 0, batch_size, 0))[:, None] & (units < HIDDEN)
-        grad_gates_next = grad_gates_next_ptrs + next_row * (4 * STATE_STRIDE)
-        grad_gates_tiles = request(grad_gates_next, received_mask, ks, 0, GROUP, WRITTEN, BLOCK_K)
+        read_rows = tl.minimum(rows, batch_size - 1 - first_row)[:, None]  # past the batch: its last row once more
+        grad_gates_next = grad_gates_ptr + (state_row + to_next_row) * (4 * STATE_STRIDE)
+        grad_gates_next = grad_gates_next + read_rows * (4 * STATE_STRIDE) + ks[None, :]
+        grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)
 
         gates = gates_ptrs + step_row * (4 * HIDDEN)
         input_gate = tl.load(gates, mask=mask, other=0.0)
@@ -112,11 +110,12 @@ def backward_scan(
         candidate = tl.load(gates + 2 * HIDDEN, mask=mask, other=0.0)
         output_gate = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0)
         cell = tl.load(cell_ptrs + state_row * STATE_STRIDE, mask=mask, other=0.0)
-        cell_prev = tl.load(cell_ptrs + previous_row * STATE_STRIDE, mask=mask, other=0.0)
+        cell_prev = tl.load(cell_ptrs + (state_row - to_next_row) * STATE_STRIDE, mask=mask, other=0.0)
         grad_outputs = (
             grad_output_ptrs + time * grad_output_stride_step + first_row.to(tl.int64) * grad_output_stride_batch
         )
         grad_output = tl.load(grad_outputs, mask=mask, other=0.0)
+        last_mask = (first_row + rows < tl.where(step == 0, batch_size, 0))[:, None] & (units < HIDDEN)
         grad_last = tl.load(grad_hidden_ptrs + first_row.to(tl.int64) * HIDDEN, mask=last_mask, other=0.0)
         if SEVERAL_TILES:
             tl.debug_barrier()  # other threads of this program may have written it, one step ago
@@ -124,7 +123,7 @@ def backward_scan(
 
         sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
         sums = add_received(
-            sums, grad_gates_tiles, grad_gates_next, received_mask, step > 0, weights, weight_ptrs, local_units < HIDDEN, ks,
+            sums, grad_gates_tiles, grad_gates_next, step > 0, weights, weight_ptrs, local_units < HIDDEN, ks,
             CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, PACKED,
         )  # fmt: skip
         grad_hidden = tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
@@ -139,7 +138,7 @@ def backward_scan(
         )
         if HIDDEN % BLOCK_HIDDEN != 0:
             grad_gates = tl.where(gate_minor < 4 * HIDDEN, grad_gates, 0.0)  # see forward.py
-        publish(grad_gates_ptrs + step_row * (4 * STATE_STRIDE), grad_gates, row_mask & (gate_minor < WRITTEN))
+        publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), grad_gates, row_mask & (gate_minor < WRITTEN))
         if SEVERAL_TILES:
             tl.store(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, grad_cell, mask=mask)
     if not SEVERAL_TILES:

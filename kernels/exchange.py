@@ -33,19 +33,20 @@ def publish(pointers, value, mask):
 
 
 @triton.jit
-def request(
-    pointers, row_mask, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr
-):
+def request(pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
     """Load COUNT neighbouring (rows, BLOCK_K) tiles from chunk `first` on, all in flight together.
 
-    Rows outside row_mask and columns from SIZE on read 0, which is never the sentinel.
+    Columns from SIZE on read 0, which is never the sentinel. Rows are not masked (that would cost instructions before
+    every load): the caller lets rows past the batch point at one within it.
     """
     tiles = ()
     for chunk in tl.static_range(first, first + COUNT):
-        mask = row_mask
         if (chunk + 1) * BLOCK_K > SIZE:
-            mask = row_mask & (chunk * BLOCK_K + ks < SIZE)[None, :]
-        tiles = tiles + (tl.load(pointers + chunk * BLOCK_K, mask=mask, other=0.0, volatile=True),)
+            mask = (chunk * BLOCK_K + ks < SIZE)[None, :]
+            tile = tl.load(pointers + chunk * BLOCK_K, mask=mask, other=0.0, volatile=True)
+        else:
+            tile = tl.load(pointers + chunk * BLOCK_K, volatile=True)
+        tiles = tiles + (tile,)
     return tiles
 
 

@@ -91,7 +91,6 @@ def forward_scan(
         cell_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 2, HIDDEN)
         output_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 3, HIDDEN)
 
-    hidden_prev_ptrs = hidden_ptr + rows[:, None] * STATE_STRIDE + ks[None, :]
     hidden_ptrs = hidden_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     cell_ptrs = cell_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     gates_ptrs = gates_ptr + rows[:, None] * (4 * HIDDEN) + units[None, :]
@@ -114,8 +113,9 @@ def forward_scan(
         mask = row_mask & unit_mask
         state_mask = row_mask & written_mask
 
-        hidden_prev = hidden_prev_ptrs + previous_row * STATE_STRIDE
-        hidden_tiles = request(hidden_prev, row_mask, ks, 0, GROUP, WRITTEN, BLOCK_K)
+        read_rows = tl.minimum(rows, batch_size - 1 - first_row)[:, None]  # past the batch: its last row once more
+        hidden_prev = hidden_ptr + previous_row * STATE_STRIDE + read_rows * STATE_STRIDE + ks[None, :]
+        hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
 
         # The input's share does not depend on h_{t-1}: it is computed, or asked for, while h_{t-1} is under way.
         sums = no_sums(4 * BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
@@ -140,7 +140,7 @@ def forward_scan(
             cell = tl.load(cell_ptrs + (previous_row if SAVE else first_row.to(tl.int64)) * STATE_STRIDE, mask=state_mask, other=0.0)
 
         sums = add_received(
-            sums, hidden_tiles, hidden_prev, row_mask, step > 0, weights_hh, weight_hh_ptrs, gate_mask, ks,
+            sums, hidden_tiles, hidden_prev, step > 0, weights_hh, weight_hh_ptrs, gate_mask, ks,
             BLOCK_K, HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, PACKED,
         )  # fmt: skip
         preact = total(sums, SPLIT_K, ACCUMULATORS)

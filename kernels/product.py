@@ -87,7 +87,6 @@ def add_received(
     sums,
     tiles,  # the first GROUP chunks of the state as `request`ed by the caller
     state_pointers,  # (rows, BLOCK_K) of chunk 0
-    row_mask,
     wait,  # whether the state comes from peers of this launch
     lefts,  # RESIDENT weight chunks
     weight_pointers,  # for the weight chunks that are not resident: see load_left
@@ -107,16 +106,16 @@ def add_received(
     """Add weights @ state^T to the sums, waiting for the state as needed."""
     for first in tl.static_range(0, RESIDENT, GROUP):
         if first > 0:
-            tiles = request(state_pointers, row_mask, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
+            tiles = request(state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
         while any_missing(tiles, min(GROUP, RESIDENT - first), PACKED) & wait:
-            tiles = request(state_pointers, row_mask, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
+            tiles = request(state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
         sums = add_products(
             sums, lefts, first, tiles, min(GROUP, RESIDENT - first), ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION
         )
     for streamed in range(RESIDENT, (WEIGHT_SIZE + BLOCK_K - 1) // BLOCK_K):
         # Asked for before the wait: the weights are there already.
         left = load_left(weight_pointers, m_mask, ks, streamed, CHUNK_STRIDE, WEIGHT_SIZE, BLOCK_K, SPLIT_K)
-        mask = row_mask & (streamed * BLOCK_K + ks < STATE_SIZE)[None, :]
+        mask = (streamed * BLOCK_K + ks < STATE_SIZE)[None, :]
         tile = tl.load(state_pointers + streamed * BLOCK_K, mask=mask, other=0.0, volatile=True)
         while any_missing((tile,), 1, PACKED) & wait:
             tile = tl.load(state_pointers + streamed * BLOCK_K, mask=mask, other=0.0, volatile=True)

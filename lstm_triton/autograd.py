@@ -90,20 +90,20 @@ class _Scan(torch.autograd.Function):
         hidden_size = weight_hh.shape[1]
         columns = 4 * hidden_size
         grad_gates, grad_cell = ops.scan_backward(grad_output, grad_h_n, grad_c_n, weight_hh, cell, gates, reverse)
-        grad_rows = grad_gates.view(seq_len * batch_size, -1)[:, :columns]
+        grad_steps = grad_gates[ops.STEPS, :, :columns]
+        grad_rows = grad_steps.flatten(0, 1)
 
         grad_input = grad_h_0 = grad_c_0 = grad_weight_ih = grad_weight_hh = grad_bias = None
         if needed[0]:
             grad_input = ops.matmul(grad_rows, _gate_minor(weight_ih)).view(seq_len, batch_size, input_size)
         if needed[1]:
-            first_step = grad_gates[-1 if reverse else 0, :, :columns]
-            grad_h_0 = ops.matmul(first_step, _gate_minor(weight_hh))
+            grad_h_0 = ops.matmul(grad_steps[-1 if reverse else 0], _gate_minor(weight_hh))
         if needed[2]:
             grad_c_0 = grad_cell[:, :hidden_size].to(input.dtype)
         if needed[3]:
             grad_weight_ih = _gate_major(ops.matmul(grad_rows.t(), input.reshape(-1, input_size)))
         if needed[4]:
-            hidden_prev = hidden[ops.previous_blocks(reverse)].view(seq_len * batch_size, -1)[:, :hidden_size]
+            hidden_prev = hidden[ops.previous_blocks(reverse), :, :hidden_size].flatten(0, 1)
             grad_weight_hh = _gate_major(ops.matmul(grad_rows.t(), hidden_prev))
         if needed[5] or needed[6]:
             grad_bias = _gate_major(grad_rows.sum(0).unsqueeze(1)).squeeze(1)

@@ -173,7 +173,7 @@ def scan_backward(
         reverse: as `scan_forward` had it.
 
     Returns:
-        grad_gates: (T, B, 4 * state_stride(H)), gate-minor: column 4 * unit + gate; those past 4H are padding.
+        grad_gates: (T + 2, B, 4 * state_stride(H)) state rows, gate-minor: column 4 * unit + gate; those past 4H are padding.
         grad_cell: (B, state_stride(H)) float32, the gradient of c_0.
     """
     from .kernels.backward import backward_scan
@@ -183,7 +183,8 @@ def scan_backward(
     stride = state_stride(hidden_size)
     plan = plan_of("backward", gates, hidden_size)
 
-    grad_gates = _sentinels((seq_len, batch_size, 4 * stride), gates)
+    grad_gates = _sentinels((seq_len + 2, batch_size, 4 * stride), gates)
+    grad_gates[initial_block(not reverse)].zero_()  # nothing comes after the last step
     grad_cell = torch.zeros((batch_size, stride), dtype=torch.float32, device=gates.device)
     if grad_c_n is not None:
         grad_cell[:, :hidden_size] = grad_c_n
@@ -228,7 +229,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     seq_len, batch_size, _ = gates.shape
     stride = state_stride(weight_hh.shape[1])
-    return gates.new_empty((seq_len, batch_size, 4 * stride)), cell.new_empty((batch_size, stride))
+    return gates.new_empty((seq_len + 2, batch_size, 4 * stride)), cell.new_empty((batch_size, stride))
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -291,17 +292,20 @@ def constants_of(plan: Plan) -> dict[str, object]:
     }
 
 
+def compiler_options(plan: Plan, is_nvidia: bool) -> dict[str, object]:
+    """A plan as options of Triton's compiler."""
+    options: dict[str, object] = {"num_warps": plan.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    if is_nvidia:
+        options["maxnreg"] = 255  # a multiprocessor runs one program: nothing is gained by using fewer registers
+    return options
+
+
 def _launch(kernel: Any, plan: Plan, device: torch.device, **arguments: object) -> None:
     grid = (plan.programs,)
     if device.type == "cpu":  # interpreted
         kernel[grid](**arguments, **constants_of(plan))
         return
+    options = compiler_options(plan, is_nvidia=torch.version.hip is None)
     with torch.cuda.device(device):
         # All programs run at the same time, or the driver refuses: they wait for each other.
-        kernel[grid](
-            **arguments,
-            **constants_of(plan),
-            num_warps=plan.num_warps,
-            num_stages=1,
-            launch_cooperative_grid=plan.programs > 1,
-        )
+        kernel[grid](**arguments, **constants_of(plan), **options, launch_cooperative_grid=plan.programs > 1)

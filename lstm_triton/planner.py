@@ -21,6 +21,7 @@ Kind = Literal["forward", "backward"]
 
 # Of a thread's 255 registers, how many may hold what it has requested: more makes the compiler spill.
 LOAD_REGISTERS = {"16 bit": 96, "tf32": 64, "tf32x3": 32, "ieee": 32}
+LOAD_REGISTERS_OF_LARGE_TILES = 64
 MIN_DOT_DEPTH = 16
 MAX_RESIDENT_CHUNKS = 32  # each is unrolled into the kernel
 MAX_INPUT_CHUNKS = 4
@@ -305,7 +306,9 @@ def _fitted(
     weight_rows = 4 * block_hidden if kind == "forward" else block_hidden  # M of the product
     depth = hidden_size if kind == "forward" else 4 * hidden_size  # K of the product
     # Hopper's asynchronous tensor cores take 64 rows of weights from 4 warps; elsewhere warps share the depth.
-    asynchronous = device.capability >= 90 and size == 2 and weight_rows % 64 == 0 and block_batch >= 16
+    asynchronous = device.capability == 90 and size == 2 and weight_rows % 64 == 0 and block_batch >= 16
+    if not asynchronous and block_batch * block_hidden > 512 and block_batch > 8:
+        return None  # spills
     if asynchronous:
         num_warps, split_k = (8 if weight_rows > 64 or block_batch > 32 else 4), 1
     else:
@@ -320,7 +323,10 @@ def _fitted(
     chunks = _divide_up(depth, block_k)
 
     chunk_registers = max(1, block_batch * block_k * size // (4 * num_warps * device.threads_per_warp))
-    rounds = _divide_up(chunks, max(1, LOAD_REGISTERS[precision if size == 4 else "16 bit"] // chunk_registers))
+    load_registers = LOAD_REGISTERS["16 bit" if size == 2 else precision]
+    if block_batch >= 64:
+        load_registers = min(load_registers, LOAD_REGISTERS_OF_LARGE_TILES)
+    rounds = _divide_up(chunks, max(1, load_registers // chunk_registers))
     group_chunks = _divide_up(chunks, rounds)
     if rounds > 1 and (block_batch > 16 or (asynchronous and kind == "forward")):
         return None  # spills
@@ -377,10 +383,10 @@ def _fitted(
 def _chunk(depth: int, largest: int) -> int:
     """Columns of a chunk: as many as possible without much padding in the last chunk."""
     enough = max(depth + depth // 8, min(2 * depth, depth + 64))
-    block = largest
+    block = min(largest, _power_of_2(depth))
     while block > MIN_DOT_DEPTH and _round_up(depth, block) > enough:
         block //= 2
-    return block
+    return max(block, MIN_DOT_DEPTH)
 
 
 def _divide_up(value: int, by: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 HAS_GPU = torch.cuda.is_available()  # ROCm's GPUs are reported here too
 
@@ -21,6 +21,7 @@ settings.register_profile(
     deadline=None,
     derandomize="CI" in os.environ,
     max_examples=int(os.environ.get("LSTM_TRITON_EXAMPLES", "10")),
+    phases=set(Phase) - {Phase.explain},  # it traces every line, of which the interpreter has many
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("lstm_triton")

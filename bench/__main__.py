@@ -1,0 +1,195 @@
+"""`python -m bench run | gpu | tune | report | status`: see `--help` of each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+START = time.monotonic()  # before the imports that take seconds: they count towards a budget
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake gets one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from . import cases, devices, gpu
+
+    parser = Parser(
+        prog="python -m bench",
+        description="Is every case right, and how fast is it against every alternative?",
+        epilog="grids: " + "; ".join(f"{name}: {grid.about}" for name, grid in cases.GRIDS.items()),
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | gpu | tune | report | status")
+    device = devices.default_device()
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+
+    def add(name: str, help: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=help, description=help, formatter_class=defaults)
+
+    run = add("run", "measure one grid in this process, on pytest-benchmark")
+    run.add_argument("--grid", default="smoke", help=f"one of {', '.join(cases.GRIDS)}")
+    run.add_argument("--device", default=device, help=f"one of {', '.join(devices.DEVICES)}")
+    run.add_argument("--systems", help=f"some of {','.join(cases.SYSTEMS)}; otherwise those that the grid names")
+    run.add_argument("--seconds", type=positive, default=0.3, help="how long to time each system in each case")
+    run.add_argument("--out", type=Path, help="results file; rows of the same kernels and machine in it are kept")
+    run.add_argument("--plugin", help="a module to import first, which may add to bench.systems.REGISTRY")
+
+    everything = add(
+        "gpu", "everything a GPU is needed for, within a budget; a later call goes on where this one stopped"
+    )
+    everything.add_argument("--budget", type=positive, required=True, help="seconds until the command has ended")
+    everything.add_argument("--out", type=Path, required=True, help="folder of the results")
+    everything.add_argument("--device", default="cuda", help="cuda; interpreter or cpu: a rehearsal at tiny sizes")
+    everything.add_argument("--stages", default=",".join(gpu.STAGES), help="which, in this order")
+    everything.add_argument(
+        "--timeout", type=positive, default=90.0, help="seconds without a sign of life before a child is killed"
+    )
+    everything.add_argument("--seconds", type=positive, default=0.3, help="how long to time each system in each case")
+    everything.add_argument("--tests", default="tests", help="what pytest -m gpu is run on")
+    everything.add_argument(
+        "--retry", action="store_true", help="run again what failed or was wrong with these kernels"
+    )
+    everything.add_argument(
+        "--plugin", help="a module that every child imports first, which may add to bench.systems.REGISTRY"
+    )
+
+    tune = add("tune", "measure the planner's candidates and write the table of plans it prefers on this device")
+    tune.add_argument("--hidden", type=whole, nargs="+", default=[256, 512, 768, 1024], help="hidden sizes")
+    tune.add_argument(
+        "--batch", type=whole, nargs="+", default=[1, 16, 64, 256], help="batch sizes, each with each hidden size"
+    )
+    tune.add_argument(
+        "--dtype", nargs="+", default=["bfloat16", "float16", "tf32"], choices=cases.DTYPES, help="dtypes"
+    )
+    tune.add_argument("--steps", type=whole, default=256, help="T of the timed layer")
+    tune.add_argument("--candidates", type=whole, default=8, help="how many to run for each scan, most promising first")
+    tune.add_argument("--seconds", type=positive, default=0.2, help="how long to time each candidate")
+    tune.add_argument("--budget", type=positive, default=540.0, help="seconds until the command has ended")
+    tune.add_argument(
+        "--timeout", type=positive, default=60.0, help="seconds without a sign of life before a child is killed"
+    )
+    tune.add_argument("--device", default="cuda", help="cuda, or interpreter to rehearse")
+    tune.add_argument("--out", type=Path, help="the table; the one the planner reads if not given")
+
+    report = add("report", "tables and pictures from results files, and the README's performance section")
+    report.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the results files")
+    report.add_argument("--out", type=Path, help="folder of the report; that of the results if not given")
+    report.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file with the section to fill in")
+
+    status = add("status", "which results belong to the kernels as they are, and what a GPU would be needed for")
+    status.add_argument("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the results files")
+    return parser.parse_args(argv)
+
+
+def run_tune(arguments: argparse.Namespace) -> int:
+    import tempfile
+
+    import torch
+
+    from . import devices
+    from .watchdog import MARGIN, Watchdog
+
+    devices.require(arguments.device)
+    if arguments.device == "cpu":
+        raise devices.UnusableDevice("device 'cpu': the kernels do not run on it")
+    from lstm_triton.planner import Device, table_path
+
+    from .tune import tune
+
+    device = Device.of(torch.device("cuda" if arguments.device == "cuda" else "cpu"))
+    with tempfile.TemporaryDirectory(prefix="bench-tune-") as folder:
+        deadline = START + arguments.budget - MARGIN
+        watchdog = Watchdog(arguments.device, Path(folder) / "worker.log", deadline, arguments.timeout)
+        return tune(
+            [(hidden_size, batch_size) for hidden_size in arguments.hidden for batch_size in arguments.batch],
+            arguments.dtype,
+            watchdog,
+            device,
+            arguments.out or table_path(device),
+            steps=arguments.steps,
+            limit=arguments.candidates,
+            seconds=arguments.seconds,
+        )
+
+
+def dispatch(arguments: argparse.Namespace) -> int:
+    if arguments.command == "run":
+        from .run import run
+
+        return run(
+            arguments.grid, arguments.device, arguments.systems, arguments.out, arguments.seconds, arguments.plugin
+        )
+    if arguments.command == "gpu":
+        from . import cases, gpu
+        from .watchdog import MARGIN, Watchdog
+
+        stages = arguments.stages.split(",")
+        if unknown := [stage for stage in stages if stage not in gpu.STAGES]:
+            raise cases.UnknownName(f"unknown stage {unknown[0]!r}: choose from {', '.join(gpu.STAGES)}")
+        out = arguments.out.resolve()
+        watchdog = Watchdog(
+            arguments.device, out / "gpu.log", START + arguments.budget - MARGIN, arguments.timeout, arguments.plugin
+        )
+        session = gpu.Session(out, watchdog, arguments.seconds, arguments.tests, arguments.retry, START)
+        if arguments.device == "cuda":  # elsewhere nothing is compiled
+            session.compilers = min((os.cpu_count() or 1) - 2, 12) if (os.cpu_count() or 1) >= 4 else 0
+        return gpu.gpu(session, [stage for stage in gpu.STAGES if stage in stages])
+    if arguments.command == "tune":
+        return run_tune(arguments)
+    if arguments.command == "report":
+        from .report import report
+
+        return report(arguments.results, arguments.out or arguments.results, arguments.readme)
+    from .status import status
+
+    return status(arguments.results)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+
+    from .cases import UnknownName
+    from .devices import UnusableDevice
+    from .results import ResultsError
+    from .run import MissingPackage
+    from .watchdog import CannotStart
+
+    try:
+        return dispatch(arguments)
+    except (UnknownName, UnusableDevice, ResultsError, MissingPackage, CannotStart) as error:
+        print(f"python -m bench {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"python -m bench {arguments.command}: interrupted; what was measured is saved", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""What is measured: cases, and the named grids they come in, as data.
+
+T steps, B batch rows, I input_size, H hidden_size, as in the results' rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from typing import Any
+
+Row = dict[str, Any]  # of a results file: see results.ROW_KEYS
+
+MODES = ("forward", "forward+backward", "inference")
+DTYPES = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 tensors, products in TF32
+LAYOUTS = ("dense", "packed")
+
+OURS = "lstm_triton"
+BASELINE = "nn.LSTM"
+FLOOR = "exchange-floor"
+SYSTEMS = (OURS, BASELINE, "nn.LSTM+compile", "flashrnn-triton", "flashrnn-cuda", "torchrl-triton", FLOOR)
+MAIN = (OURS, BASELINE, FLOOR)
+
+
+@dataclass(frozen=True)
+class Case:
+    mode: str
+    dtype: str
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    layers: int = 1
+    bidirectional: bool = False
+    layout: str = "dense"
+    proj_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES or self.dtype not in DTYPES or self.layout not in LAYOUTS:
+            raise ValueError(f"no such case: {self}")
+
+    def __str__(self) -> str:
+        return "-".join([self.shape, self.dtype, self.mode])
+
+    @property
+    def shape(self) -> str:
+        parts = [f"T{self.T}", f"B{self.B}", f"H{self.H}"]
+        parts += [f"I{self.I}"] if self.I != self.H else []
+        parts += [f"{self.layers}layers"] if self.layers > 1 else []
+        parts += ["bidirectional"] if self.bidirectional else []
+        parts += [self.layout] if self.layout != "dense" else []
+        parts += [f"proj{self.proj_size}"] if self.proj_size else []
+        return "-".join(parts)
+
+    @property
+    def backward(self) -> bool:
+        return self.mode == "forward+backward"
+
+    @property
+    def output_size(self) -> int:
+        return self.proj_size or self.H
+
+    @property
+    def lengths(self) -> list[int]:
+        """Steps of every batch row: all T, or, packed, from a quarter of T to T in no order."""
+        if self.layout == "dense":
+            return [self.T] * self.B
+        shortest = max(1, self.T // 4)
+        spread = [self.T - (self.T - shortest) * row // max(1, self.B - 1) for row in range(self.B)]
+        return spread[1::2] + spread[::2]
+
+
+CASE_FIELDS = tuple(Case.__dataclass_fields__)
+
+
+def as_dict(case: Case) -> Row:
+    """The case as a row's keys; proj_size only where there is a projection."""
+    fields = asdict(case)
+    if not case.proj_size:
+        del fields["proj_size"]
+    return fields
+
+
+def from_dict(fields: Row) -> Case:
+    return Case(**{name: fields[name] for name in CASE_FIELDS if name in fields})
+
+
+@dataclass(frozen=True)
+class Block:
+    """Cases that the same systems take part in."""
+
+    cases: tuple[Case, ...]
+    systems: tuple[str, ...] = MAIN
+
+
+@dataclass(frozen=True)
+class Grid:
+    about: str
+    blocks: tuple[Block, ...]
+    timed: bool = True  # False: values only
+    first_call: bool = False  # start from an empty kernel cache and report how long the first call takes
+
+    def __iter__(self) -> Iterator[tuple[Case, tuple[str, ...]]]:
+        """(case, systems) in order of importance; a case comes again only for systems that it did not come for."""
+        seen: set[tuple[Case, str]] = set()
+        for block in self.blocks:
+            for case in block.cases:
+                if names := tuple(name for name in block.systems if (case, name) not in seen):
+                    seen.update((case, name) for name in names)
+                    yield case, names
+
+
+def product_of(**axes: Iterable[Any]) -> tuple[Case, ...]:
+    """All combinations, the last axis changing fastest; I is H where it is not given."""
+    combinations = (dict(zip(axes, values, strict=True)) for values in product(*axes.values()))
+    return tuple(Case(**{"I": fields["H"], **fields}) for fields in combinations)
+
+
+def variations(base: Case, modes: Iterable[str], dtypes: Iterable[str], *changes: Row) -> tuple[Case, ...]:
+    return tuple(
+        replace(base, mode=mode, dtype=dtype, **change) for change in changes for mode, dtype in product(modes, dtypes)
+    )
+
+
+TRAINING = ("forward+backward", "forward")
+FAST_DTYPES = ("bfloat16", "float16", "tf32")
+TINY = Case("forward+backward", "float32", T=6, B=3, I=8, H=8)
+FLASHRNN_CASE = Case("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
+FLASHRNN_SWEEPS = variations(
+    FLASHRNN_CASE,
+    TRAINING,
+    FAST_DTYPES,
+    *({"T": length} for length in (256, 512, 2048)),
+    *({"B": batch} for batch in (64, 256, 2, 128, 32, 8)),
+)
+STACK = Case("forward+backward", "bfloat16", T=512, B=32, I=512, H=512)
+
+GRIDS = {
+    "smoke": Grid(
+        "everything once, in seconds, on any machine",
+        (
+            Block(
+                variations(TINY, MODES, ("float32",), {}),
+                tuple(system for system in SYSTEMS if system != "nn.LSTM+compile"),
+            ),
+            Block(variations(TINY, MODES[1:2], ("bfloat16", "float32"), {}, {"T": 12}, {"B": 1}, {"H": 16, "I": 16})),
+            Block(
+                variations(
+                    TINY,
+                    MODES[1:2],
+                    ("float32",),
+                    {"I": 5, "layers": 2, "bidirectional": True},
+                    {"layout": "packed"},
+                    {"proj_size": 3},
+                )
+            ),
+        ),
+    ),
+    "accuracy": Grid(
+        "errors against float64 over sizes that fit a tile and sizes that fit none",
+        (
+            Block(
+                product_of(
+                    mode=TRAINING[:1],
+                    T=(64,),
+                    H=(768, 128, 256, 512, 1024, 100, 2048, 1536, 7, 331),
+                    B=(16, 5),
+                    dtype=DTYPES,
+                ),
+                (OURS, BASELINE),
+            ),
+        ),
+        timed=False,
+    ),
+    "headline": Grid(
+        "FlashRNN's published case (T=1024, B=16, H=768), then its sweeps over B and over T",
+        (
+            Block(variations(FLASHRNN_CASE, MODES[1::-1] + MODES[2:], (*FAST_DTYPES, "float32"), {}), SYSTEMS),
+            Block(FLASHRNN_SWEEPS),
+            Block(FLASHRNN_SWEEPS, SYSTEMS[3:6]),  # last: some of them compile for minutes
+        ),
+    ),
+    "latency": Grid(
+        "one step of one row: the overhead of a call, and how long the first call takes",
+        (
+            Block(
+                product_of(T=(1,), B=(1,), H=(512, 128), mode=("inference", "forward+backward"), dtype=FAST_DTYPES),
+                SYSTEMS[:2],
+            ),
+        ),
+        first_call=True,
+    ),
+    "stacks": Grid(
+        "several layers, both directions, odd batches, packed sequences, projections",
+        (
+            Block(
+                variations(
+                    STACK,
+                    ("forward+backward", "inference"),
+                    ("bfloat16", "tf32"),
+                    {"layers": 2},
+                    {"bidirectional": True},
+                    {"layout": "packed"},
+                    {"layers": 4},
+                    {"B": 33},
+                    {"layers": 2, "bidirectional": True, "layout": "packed"},
+                    {"proj_size": 128},
+                    {"layers": 3, "bidirectional": True, "B": 33},
+                    {"layers": 6},
+                    {"layers": 2, "proj_size": 128, "layout": "packed"},
+                ),
+            ),
+        ),
+    ),
+    "full": Grid(
+        "the map: hidden size by batch size by dtype, two lengths",
+        (
+            Block(
+                product_of(
+                    mode=("forward+backward", "inference"),
+                    T=(1024, 256),
+                    B=(16, 64, 256, 1),
+                    H=(512, 1024, 256, 768, 128, 2048, 64, 1536, 160),
+                    dtype=FAST_DTYPES,
+                ),
+            ),
+        ),
+    ),
+}
+
+
+def rehearsal(grid: Grid) -> Grid:
+    """The grid with every size cut down to what an interpreter does in a second, a few cases of each block."""
+
+    def shrink(case: Case) -> Case:
+        return replace(
+            case,
+            T=min(case.T, 3),
+            B=min(case.B, 3),
+            I=min(case.I, 5),
+            H=min(case.H, 8),
+            layers=min(case.layers, 2),
+            proj_size=min(case.proj_size, 3),
+        )
+
+    blocks = []
+    for block in grid.blocks:
+        small = tuple(dict.fromkeys(shrink(case) for case in block.cases))
+        blocks.append(replace(block, cases=small[:: max(1, len(small) // 3)][:3]))
+    return replace(grid, blocks=tuple(blocks))
+
+
+class UnknownName(Exception):
+    """A grid or system that does not exist; the message is one line."""
+
+
+def systems_named(names: str | None) -> tuple[str, ...] | None:
+    """From a list with commas; None where none was given."""
+    if names is None:
+        return None
+    chosen = tuple(names.split(","))
+    if unknown := [name for name in chosen if name not in SYSTEMS]:
+        raise UnknownName(f"unknown system {unknown[0]!r}: choose from {', '.join(SYSTEMS)}")
+    return chosen
+
+
+def work_list(grid_name: str, systems: str | None = None, rehearse: bool = False) -> list[tuple[Case, tuple[str, ...]]]:
+    """(case, systems) of a grid, in order. rehearse: tiny sizes, for the interpreter."""
+    if grid_name not in GRIDS:
+        raise UnknownName(f"unknown grid {grid_name!r}: choose from {', '.join(GRIDS)}")
+    chosen = systems_named(systems)
+    grid = rehearsal(GRIDS[grid_name]) if rehearse else GRIDS[grid_name]
+    return [(case, chosen or names) for case, names in grid]

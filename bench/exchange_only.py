@@ -1,0 +1,113 @@
+"""The scans without their arithmetic: what handing values around takes, and nothing else. Device code, for floor.py.
+
+The same grid, batch tiles and turns as kernels/forward.py and kernels/backward.py; the same requests, polls and
+publications of state; the same loads of a step's own tiles and, where forward saves, the same stores. No weights are
+read, nothing is computed.
+"""
+
+# mypy: ignore-errors
+import triton
+import triton.language as tl
+
+from lstm_triton.kernels.exchange import any_missing, publish, request
+
+
+@triton.jit(do_not_specialize=["seq_len", "batch_size", "batch_tiles"])
+def exchange_scan(
+    state_ptr,  # (T + 1, B, COPIES * STATE_STRIDE) I/O dtype: the initial state, then sentinels on entry
+    gates_ptr,  # (T, B, 4H) I/O dtype
+    cell_ptr,  # (T + 1, B, STATE_STRIDE) float32
+    input_ptr,  # (T, B, INPUT) I/O dtype: read in forward if FUSE_INPUT, in backward as the outputs' gradients
+    seq_len,
+    batch_size,
+    batch_tiles,
+    HIDDEN: tl.constexpr,
+    INPUT: tl.constexpr,
+    STATE_STRIDE: tl.constexpr,
+    COPIES: tl.constexpr,  # values a unit publishes: 1 (h) in forward, 4 (its gates' gradients) in backward
+    SAVE: tl.constexpr,
+    FUSE_INPUT: tl.constexpr,
+    SEVERAL_TILES: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_INPUT: tl.constexpr,
+    RESIDENT_CHUNKS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    GROUP_CHUNKS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    BACKWARD: tl.constexpr = COPIES > 1
+    SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
+    WIDTH: tl.constexpr = COPIES * STATE_STRIDE
+    WRITTEN: tl.constexpr = COPIES * min(SLICES * BLOCK_HIDDEN, STATE_STRIDE)
+    GROUP: tl.constexpr = min(GROUP_CHUNKS, RESIDENT_CHUNKS)
+
+    slice_index = tl.program_id(0) % SLICES
+    group = tl.program_id(0) // SLICES
+    groups = tl.num_programs(0) // SLICES
+    tiles_per_step = (batch_tiles - group + groups - 1) // groups
+
+    rows = tl.arange(0, BLOCK_BATCH)
+    ks = tl.arange(0, BLOCK_K)
+    units = (slice_index * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN))[None, :]
+    own = (slice_index * COPIES * BLOCK_HIDDEN + tl.arange(0, COPIES * BLOCK_HIDDEN))[None, :]
+    values = tl.zeros((BLOCK_BATCH, COPIES * BLOCK_HIDDEN), tl.float32)
+    numbers = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), tl.float32)
+
+    for index in range(seq_len * tiles_per_step):
+        step = index
+        first_row = group * BLOCK_BATCH
+        if SEVERAL_TILES:
+            step = index // tiles_per_step
+            first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH
+        batch_rows = (first_row + rows)[:, None]
+        step_rows = step.to(tl.int64) * batch_size + batch_rows
+        row_mask = batch_rows < batch_size
+        mask = row_mask & (units < HIDDEN)
+
+        # Rows past the batch: its last row once more.
+        read_rows = step.to(tl.int64) * batch_size + tl.minimum(batch_rows, batch_size - 1)
+        previous = state_ptr + read_rows * WIDTH + ks[None, :]
+        tiles = request(previous, ks, 0, GROUP, WRITTEN, BLOCK_K)
+
+        # Volatile, so that what nobody uses is loaded all the same.
+        if BACKWARD or not FUSE_INPUT:
+            for gate in tl.static_range(4):
+                tl.load(gates_ptr + step_rows * (4 * HIDDEN) + gate * HIDDEN + units, mask=mask, volatile=True)
+        if BACKWARD:
+            tl.load(input_ptr + step_rows * INPUT + units, mask=mask & (units < INPUT), volatile=True)
+            tl.load(cell_ptr + step_rows * STATE_STRIDE + units, mask=mask, volatile=True)
+            tl.load(cell_ptr + (step_rows + batch_size) * STATE_STRIDE + units, mask=mask, volatile=True)
+        elif FUSE_INPUT:
+            inputs = tl.arange(0, BLOCK_INPUT)
+            for chunk in tl.static_range((INPUT + BLOCK_INPUT - 1) // BLOCK_INPUT):
+                columns = (chunk * BLOCK_INPUT + inputs)[None, :]
+                tl.load(input_ptr + step_rows * INPUT + columns, mask=row_mask & (columns < INPUT), volatile=True)
+
+        for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
+            if first > 0:
+                tiles = request(previous, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
+            missing = any_missing(tiles, min(GROUP, RESIDENT_CHUNKS - first), PACKED) & (step > 0)
+            while missing:
+                # A name of its own: tiles carried by the loop and then not used crash the compiler of Triton 3.6.
+                again = request(previous, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
+                missing = any_missing(again, min(GROUP, RESIDENT_CHUNKS - first), PACKED)
+        for streamed in range(RESIDENT_CHUNKS, CHUNKS):
+            streamed_mask = (streamed * BLOCK_K + ks < WRITTEN)[None, :]
+            tile = tl.load(previous + streamed * BLOCK_K, mask=streamed_mask, other=0.0, volatile=True)
+            missing = any_missing((tile,), 1, PACKED) & (step > 0)
+            while missing:
+                next_tile = tl.load(previous + streamed * BLOCK_K, mask=streamed_mask, other=0.0, volatile=True)
+                missing = any_missing((next_tile,), 1, PACKED)
+
+        publish(state_ptr + (step_rows + batch_size) * WIDTH + own, values, row_mask & (own < WIDTH))
+        if SAVE:
+            tl.store(
+                cell_ptr + (step_rows + batch_size) * STATE_STRIDE + units,
+                numbers,
+                mask=row_mask & (units < STATE_STRIDE),
+            )
+            for gate in tl.static_range(4):
+                gates = gates_ptr + step_rows * (4 * HIDDEN) + gate * HIDDEN + units
+                tl.store(gates, numbers.to(gates_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,135 @@
+"""The floor under a case's time: what the device must do at least, each part measured in the same run.
+
+A scan cannot be faster than handing h_t around T times (`exchange`: the scans' grids, loads, polls and stores without
+their arithmetic), than its products at the rate of a large matrix product, or than moving its tensors at the rate of a
+copy. The floor is the largest of the three.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .devices import Call, Cpu, tf32
+from .systems import TORCH_DTYPES, Outputs, Problem, Runner
+
+if TYPE_CHECKING:
+    from lstm_triton.planner import Kind
+
+
+@functools.cache
+def product_rate(device: Cpu, dtype: str) -> float:
+    """FLOP per microsecond of a large square matrix product on random data, in the case's dtype (and TF32 as set)."""
+    size = 8192 if device.name == "cuda" else 256
+    left, right = (torch.randn(size, size, device=device.torch_device, dtype=TORCH_DTYPES[dtype]) for _ in range(2))
+    return 2 * size**3 / _median_us(device, lambda: left @ right)
+
+
+@functools.cache
+def copy_rate(device: Cpu) -> float:
+    """Bytes per microsecond, read plus written, of a copy far larger than the cache."""
+    size = 2**30 if device.name == "cuda" else 2**24
+    source = torch.ones(size, dtype=torch.int8, device=device.torch_device)
+    target = torch.empty_like(source)
+    return 2 * size / _median_us(device, lambda: target.copy_(source))
+
+
+def _median_us(device: Cpu, call: Call) -> float:
+    call()
+    return statistics.median(device.time(call) for _ in range(5))
+
+
+def work(case: Case) -> tuple[int, int]:
+    """(FLOP, bytes) that a case takes at least: its products, and every tensor read or written once."""
+    directions = 2 if case.bidirectional else 1
+    rows = sum(case.lengths)
+    weights = products = 0
+    for layer in range(case.layers):
+        input_size = case.I if layer == 0 else directions * case.output_size
+        layer_weights = directions * (4 * case.H * (input_size + case.output_size) + case.proj_size * case.H)
+        weights += layer_weights
+        products += 2 * rows * layer_weights
+    numbers = rows * (case.I + directions * case.output_size) + weights
+    # Backward: a product for the input's gradient and one for the weights', as large as forward's each.
+    times = 3 if case.backward else 1
+    return times * products, times * numbers * TORCH_DTYPES[case.dtype].itemsize
+
+
+def lower_bound(case: Case, device: Cpu, exchange_us: float | None) -> float:
+    """The floor of a case in microseconds. exchange_us: what the exchange-only kernel took, where it ran."""
+    flop, moved = work(case)
+    bounds = flop / product_rate(device, case.dtype), moved / copy_rate(device), exchange_us or 0.0
+    return round(max(bounds), 3)
+
+
+def rates(device: Cpu) -> dict[str, object]:
+    """The two rates, for a results file's provenance."""
+    tera = {}
+    for dtype in TORCH_DTYPES:
+        if dtype == "tf32" and device.name != "cuda":
+            continue
+        with tf32(dtype == "tf32"):
+            tera[dtype] = float(f"{product_rate(device, dtype) / 1e6:.3g}")
+    return {"product_tflops": tera, "copy_gbps": float(f"{copy_rate(device) / 1e3:.3g}")}
+
+
+def exchange_runner(problem: Problem) -> Runner:
+    """The exchange-only kernel, launched as lstm_triton launches its scans: layer by layer, direction by direction."""
+    case = problem.case
+    directions = 2 if case.bidirectional else 1
+
+    def call(leaf: Tensor) -> Outputs:
+        for layer in range(case.layers):
+            input_size = case.I if layer == 0 else directions * case.H
+            for _ in range(directions):
+                exchange(problem, "forward", input_size)
+                if case.backward:
+                    exchange(problem, "backward", input_size)
+        return leaf, leaf, leaf
+
+    return Runner(call, [], checked=False)
+
+
+def exchange(problem: Problem, kind: Kind, input_size: int) -> Tensor:
+    """One launch with the buffers and the plan of a scan. Returns the states, in which every program has published."""
+    from lstm_triton import ops, planner
+
+    from .exchange_only import exchange_scan
+
+    case, device = problem.case, problem.device.torch_device
+    like = torch.empty(case.T, case.B, input_size, dtype=problem.dtype, device=device)
+    plan = ops.plan_of(kind, like, case.H)
+    stride = planner.state_stride(case.H)
+    copies = 1 if kind == "forward" else 4
+    save = kind == "forward" and case.mode != "inference"
+    state = torch.empty(case.T + 1, case.B, copies * stride, dtype=problem.dtype, device=device)
+    state.view(torch.int32 if problem.dtype.itemsize == 4 else torch.int16).fill_(-1)
+    state[0] = 0
+    options = {}
+    if device.type == "cuda":
+        options = {"num_warps": plan.num_warps, "num_stages": 1, "launch_cooperative_grid": plan.programs > 1}
+    exchange_scan[(plan.programs,)](
+        state,
+        torch.empty(case.T, case.B, 4 * case.H, dtype=problem.dtype, device=device),
+        torch.empty(case.T + 1, case.B, stride, device=device),
+        like,
+        case.T,
+        case.B,
+        plan.batch_tiles,
+        HIDDEN=case.H,
+        INPUT=input_size,
+        STATE_STRIDE=stride,
+        COPIES=copies,
+        SAVE=save,
+        FUSE_INPUT=plan.fuse_input,
+        BLOCK_INPUT=plan.block_input,
+        CHUNKS=plan.chunks,
+        **{name: value for name, value in ops.constants_of(plan).items() if name in exchange_scan.arg_names},
+        **options,
+    )
+    return state

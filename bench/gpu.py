@@ -1,0 +1,290 @@
+"""`python -m bench gpu`: everything that needs a GPU, most important first, within a budget; the next call goes on.
+
+Nothing runs on the device in this process. Tests and cases run in child processes under a watchdog; one that crashes,
+hangs or loses the device becomes a line or a row that says so, and a new child goes on with the rest.
+
+The folder gets results.json (bench.results), gpu-tests.jsonl (bench.journal) and gpu.log (what the children print).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import cases, devices, measure, results
+from .cases import Row
+from .results import JsonObject
+from .run import empty_kernel_caches
+from .systems import REGISTRY
+from .watchdog import Crew, OutOfBudget, Watchdog, describe_exit, end
+
+STAGES = ("tests", "accuracy", "headline", "latency", "stacks", "full")
+CHUNK = 24  # cases whose kernels are compiled before the first of them is measured
+COMPILING = 0.3  # of the time left, at most, for that
+STRIKES = 3  # crashes and time-outs after which a system other than ours and nn.LSTM is not run any more
+
+
+@dataclass
+class Session:
+    """One call of the command."""
+
+    out: Path
+    watchdog: Watchdog
+    seconds: float  # of timing per system and case
+    tests: str  # what pytest -m gpu is run on
+    retry: bool = False
+    start: float = field(default_factory=time.monotonic)
+    found: results.Results = field(default_factory=lambda: results.Results({}))
+    strikes: Counter[str] = field(default_factory=Counter)
+    failures: int = 0
+    compilers: int = 0  # children that compile ahead, side by side
+    crew: Crew | None = None
+
+    @property
+    def results_file(self) -> Path:
+        return self.out / "results.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.out / "gpu-tests.jsonl"
+
+    def say(self, text: str) -> None:
+        print(f"[{time.monotonic() - self.start:7.1f} s] {text}", flush=True)
+
+    def open_results(self, origin: JsonObject) -> results.Results:
+        """Rows of the same kernels and machine are kept; a file of others is moved aside, not lost."""
+        if not self.results_file.exists():
+            return results.Results(origin)
+        found = results.Results.read(self.results_file)
+        if not found.belongs_with(origin):
+            move_aside(self.results_file, found.provenance["kernel_hash"])
+            return results.Results(origin)
+        found.provenance = origin
+        if self.retry:
+            found.rows = [row for row in found.rows if row["status"] in ("ok", "missing")]
+        return found
+
+    # Cases
+
+    def save(self, rows: list[Row]) -> None:
+        self.found.add(rows)
+        self.found.write(self.results_file)
+        self.failures += sum(row["system"] == cases.OURS and row["status"] not in ("ok", "missing") for row in rows)
+
+    def run_grid(self, grid_name: str) -> None:
+        work = cases.work_list(grid_name, rehearse=self.watchdog.device_name != "cuda")
+        left = [(case, todo) for case, names in work if (todo := self.todo(grid_name, case, names))]
+        if not left:
+            return
+        first_call = cases.GRIDS[grid_name].first_call
+        if first_call:
+            self.watchdog.stop()  # the next child finds the caches empty
+        with empty_kernel_caches() if first_call else contextlib.nullcontext():
+            for first in range(0, len(left), CHUNK):
+                chunk = left[first : first + CHUNK]
+                if not first_call:
+                    self.compile(chunk)
+                for case, todo in chunk:
+                    self.run_case(grid_name, case, todo)
+            self.watchdog.stop()  # the next stage starts with free memory
+
+    def compile(self, work: list[tuple[cases.Case, list[str]]]) -> None:
+        """Compile, side by side, what these cases launch."""
+        wanted = dict.fromkeys(case for case, todo in work if cases.OURS in todo)
+        if self.compilers == 0 or not wanted:
+            return
+        self.crew = self.crew or Crew(self.watchdog, self.compilers)
+        self.crew.compile(wanted, COMPILING * self.watchdog.time_left())
+
+    def todo(self, grid_name: str, case: cases.Case, names: tuple[str, ...]) -> list[str]:
+        """The systems without a row yet. lstm_triton, nn.LSTM and the floor are only measured side by side."""
+        rows = {
+            row["system"]: row for row in self.found.rows if row["grid"] == grid_name and results.case_of(row) == case
+        }
+
+        def there(name: str) -> bool:
+            if name not in rows:
+                return False
+            came = "is not installed" in rows[name]["message"] and REGISTRY[name].installed()
+            return not (rows[name]["status"] == "missing" and came)
+
+        together = not all(there(name) for name in names if name in cases.MAIN)
+        return [name for name in names if (together if name in cases.MAIN else not there(name))]
+
+    def run_case(self, grid_name: str, case: cases.Case, names: list[str]) -> None:
+        """Rows for all these systems: each turn of the loop gets them, or loses a system to a crash or a time-out."""
+        rows: list[Row] = []
+
+        def fail(systems: list[str], status: str, message: str) -> None:
+            rows.extend(measure.new_row(grid_name, case, name, status, message) for name in systems)
+
+        given_up = [name for name in names if self.strikes[name] >= STRIKES and name not in cases.MAIN]
+        fail(given_up, "error", f"not run: it crashed or hung {STRIKES} times before")
+        while todo := [name for name in names if name not in {row["system"] for row in rows}]:
+            measured, failure = self.watchdog.measure(grid_name, case, todo, self.seconds)
+            rows += measured
+            if failure is not None:
+                # Whatever needs the reference, or nn.LSTM's error as a yardstick, falls with it.
+                guilty = [failure["system"]] if failure["system"] in todo else todo
+                fail(guilty, failure["status"], f"{failure['message']}, in {failure['phase']} of {failure['system']}")
+                self.strikes.update(guilty)
+        self.save(rows)
+        self.say(f"{grid_name} {case}: {summary(rows)}")
+
+    # Tests
+
+    def run_tests(self) -> None:
+        """`pytest -m gpu`, again and again without what is done, until it comes to its end."""
+        self.watchdog.stop()
+        header = {key: self.found.provenance[key] for key in ("kernel_hash", "gpu")}
+        entries = read_journal(self.journal)
+        if entries and entries[0] != header:
+            move_aside(self.journal, str(entries[0].get("kernel_hash")))
+            entries = []
+        if self.retry:
+            entries = [entry for entry in entries if entry.get("outcome") in ("passed", "skipped")]
+            self.journal.unlink(missing_ok=True)
+            for entry in [header, *entries] if entries else []:
+                append(self.journal, entry)
+        if not entries:
+            append(self.journal, header)
+        while not any("end" in entry for entry in read_journal(self.journal)):
+            self.run_remaining_tests()
+        outcomes = Counter(outcomes_of(read_journal(self.journal)).values())
+        self.failures += sum(number for outcome, number in outcomes.items() if outcome not in ("passed", "skipped"))
+        self.say(f"gpu tests: {', '.join(f'{number} {outcome}' for outcome, number in outcomes.items()) or 'none'}")
+
+    def run_remaining_tests(self) -> None:
+        skip = self.out / ".gpu-tests-done"
+        skip.write_text("\n".join(outcomes_of(read_journal(self.journal))), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", self.tests, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        command += [f"--rootdir={results.ROOT}", f"--config-file={results.ROOT / 'pyproject.toml'}"]
+        command += ["-p", "bench.journal", f"--journal={self.journal}", f"--journal-skip={skip}"]
+        with self.watchdog.log.open("ab") as log:
+            process = subprocess.Popen(
+                command, cwd=results.ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        size, changed = -1, time.monotonic()
+        outcome = ""
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                self.watchdog.time_left()
+                now = self.journal.stat().st_size
+                if now != size:
+                    size, changed = now, time.monotonic()
+                elif time.monotonic() - changed > self.watchdog.timeout:
+                    outcome = "timeout"
+                    break
+        finally:
+            end(process)
+            skip.unlink(missing_ok=True)
+        entries = read_journal(self.journal)
+        running = [entry["test"] for entry in entries if entry.get("outcome") == "started"]
+        unfinished = [test for test in running if test not in outcomes_of(entries)]
+        message = f"silent for {self.watchdog.timeout:.0f} s" if outcome else describe_exit(process.returncode)
+        for test in unfinished:
+            append(self.journal, {"test": test, "outcome": outcome or "crashed", "message": message})
+            self.say(f"gpu test {test}: {outcome or 'crashed'} ({message})")
+        lost = bool(entries) and "lost" in entries[-1]
+        if not unfinished and not lost:
+            # 0: all passed, 1: some failed, 5: none left. Anything else was no run, and would be none again.
+            if process.returncode not in (0, 1, 5):
+                append(self.journal, {"test": "pytest itself", "outcome": "failed", "message": message})
+            append(self.journal, {"end": True})
+
+
+def move_aside(path: Path, kernel_hash: str) -> None:
+    """Keep a file of other kernels under a name of its own."""
+    target = path.with_name(f"{path.stem}-{kernel_hash}{path.suffix}")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.stem}-{kernel_hash}-{number}{path.suffix}")
+    path.rename(target)
+
+
+def append(path: Path, entry: JsonObject) -> None:
+    cut_short = path.exists() and not path.read_bytes().endswith(b"\n")  # by the end of a child while it wrote
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * cut_short + json.dumps(entry) + "\n")
+
+
+def read_journal(path: Path) -> list[JsonObject]:
+    """The entries so far; a line that a killed process left unfinished counts for nothing."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def outcomes_of(entries: list[JsonObject]) -> dict[str, str]:
+    """Test -> outcome, of the tests that are over."""
+    return {entry["test"]: entry["outcome"] for entry in entries if entry.get("outcome", "started") != "started"}
+
+
+def summary(rows: list[Row]) -> str:
+    parts = []
+    for row in rows:
+        if row["status"] != "ok":
+            parts.append(f"{row['system']} {row['status']}")
+        elif row["median_us"] is not None:
+            parts.append(f"{row['system']} {row['median_us']:.1f} us")
+        else:
+            parts.append(f"{row['system']} error {row['error']:.1e}")
+    return ", ".join(parts)
+
+
+@contextlib.contextmanager
+def ending_children(session: Session) -> Iterator[None]:
+    """No child outlives this process, however it ends."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if session.crew is not None:
+            session.crew.stop()
+        if session.watchdog.child is not None:
+            end(session.watchdog.child.process)
+        signal.signal(signal.SIGTERM, before)
+
+
+def gpu(session: Session, stages: list[str]) -> int:
+    """Run the stages in order. Returns 0, or 1 if a test or a row of lstm_triton is not right."""
+    devices.require(session.watchdog.device_name)
+    results.require_writable(session.out)
+    if session.results_file.exists():
+        results.Results.read(session.results_file)
+    ended = "complete"
+    with ending_children(session):
+        try:
+            session.watchdog.started()
+            assert session.watchdog.origin is not None
+            session.found = session.open_results(session.watchdog.origin)
+            session.say(f"{session.found.provenance['gpu']}, kernels {session.found.provenance['kernel_hash']}")
+            for stage in stages:
+                session.watchdog.time_left()
+                if stage == "tests":
+                    session.run_tests()
+                else:
+                    session.run_grid(stage)
+                session.say(f"{stage}: done")
+        except OutOfBudget:
+            ended = "out of budget: call again to go on"
+    session.say(f"{ended}; {session.failures} failures of lstm_triton; results in {session.out}")
+    return int(session.failures > 0)

@@ -1,0 +1,70 @@
+"""A pytest plugin (-p bench.journal --journal FILE): every test leaves a line when it starts and one when it is over.
+
+So a run that is killed can be told from one that ended, the test that hung or crashed has a name, and the next run
+goes on after it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--journal", type=Path, help="append one JSON line when a test starts and one when it is over")
+    parser.addoption("--journal-skip", type=Path, help="a file of test ids, one a line, that are left out")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (path := config.getoption("--journal-skip")) is not None:
+        done = set(path.read_text(encoding="utf-8").splitlines())
+        items[:] = [item for item in items if item.nodeid not in done]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (path := config.getoption("--journal")) is not None:
+        config.pluginmanager.register(Journal(path))
+
+
+class Journal:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outcomes: dict[str, tuple[str, str]] = {}
+
+    def write(self, **entry: object) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.outcomes.pop(nodeid, None)
+        self.write(test=nodeid, outcome="started")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed or report.skipped or report.when == "call":
+            message = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+            self.outcomes.setdefault(report.nodeid, (report.outcome, message[-2000:]))
+            if report.failed:
+                self.outcomes[report.nodeid] = (report.outcome, message[-2000:])
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        outcome, message = self.outcomes.get(nodeid, ("failed", "no report"))
+        self.write(test=nodeid, outcome=outcome, message=message)
+        if outcome == "failed" and device_lost():
+            # Every later test of this process would fail for nothing.
+            self.write(lost=nodeid)
+            os._exit(3)
+
+
+def device_lost() -> bool:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False

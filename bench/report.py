@@ -1,0 +1,357 @@
+"""`python -m bench report`: tables from results files, and the README's performance section. Measures nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import cases, gpu, results
+from .cases import Row
+from .results import Results, ResultsError
+from .run import MissingPackage
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+COMMAND = "python -m bench gpu --budget 600 --out DIR"
+
+
+@dataclass
+class Machine:
+    """What one results file says."""
+
+    path: Path
+    results: Results
+    slug: str  # names its pictures
+
+    @property
+    def on_gpu(self) -> bool:
+        return not str(self.results.provenance["gpu"]).startswith("none")
+
+    @property
+    def name(self) -> str:
+        return str(self.results.provenance["gpu"]).removeprefix("none: ")
+
+    @property
+    def current(self) -> bool:
+        return bool(self.results.provenance["kernel_hash"] == results.kernel_hash(self.results.provenance["gpu"]))
+
+    @property
+    def warning(self) -> str:
+        """What a reader must know before any figure."""
+        if not self.on_gpu:
+            return f"{self.name} figures: a check that everything runs, no statement about a GPU"
+        return "" if self.current else "Measured with other kernels than those in this checkout"
+
+    def rows_by_case(self, grid: str | None = None) -> dict[tuple[str, cases.Case], dict[str, Row]]:
+        """(grid, case) -> system -> row, in the file's order."""
+        table: dict[tuple[str, cases.Case], dict[str, Row]] = {}
+        for row in self.results.rows:
+            if grid in (None, row["grid"]):
+                table.setdefault((row["grid"], results.case_of(row)), {})[row["system"]] = row
+        return table
+
+    def comparisons(self) -> list[Comparison]:
+        """lstm_triton against nn.LSTM, wherever lstm_triton was to be timed."""
+        found = []
+        for (grid, case), rows in self.rows_by_case().items():
+            if cases.OURS in rows and rows[cases.OURS]["status"] != "missing":
+                if grid in cases.GRIDS and not cases.GRIDS[grid].timed and rows[cases.OURS]["status"] == "ok":
+                    continue
+                found.append(Comparison(grid, case, rows[cases.OURS], rows.get(cases.BASELINE)))
+        return found
+
+
+@dataclass
+class Comparison:
+    grid: str
+    case: cases.Case
+    ours: Row
+    baseline: Row | None
+
+    @property
+    def speedup(self) -> float | None:
+        return speedup(self.ours, self.baseline)
+
+    @property
+    def verdict(self) -> str:
+        """Times whose 20..80 % ranges overlap are no different."""
+        if self.ours["status"] != "ok":
+            return str(self.ours["status"])
+        if self.baseline is None or self.speedup is None:
+            return "not compared"
+        if self.ours["p80_us"] < self.baseline["p20_us"]:
+            return "faster"
+        return "slower" if self.ours["p20_us"] > self.baseline["p80_us"] else "no different"
+
+
+def speedup(row: Row | None, baseline: Row | None) -> float | None:
+    """How many times as fast as the baseline; None where one of them has no time."""
+    if row is None or baseline is None or not row["status"] == baseline["status"] == "ok":
+        return None
+    return baseline["median_us"] / row["median_us"] if row["median_us"] and baseline["median_us"] else None
+
+
+def load(folder: Path) -> list[Machine]:
+    """All results files in a folder and its folders. Raises ResultsError for one that cannot be read."""
+    if not folder.is_dir():
+        raise ResultsError(f"cannot read {folder}: no such folder")
+    machines = []
+    for path in sorted(folder.rglob("*.json")):
+        slug = re.sub(r"[^a-z0-9]+", "-", str(path.relative_to(folder).with_suffix("")).lower()).strip("-")
+        machines.append(Machine(path, Results.read(path), slug))
+    return machines
+
+
+# Figures as text
+
+
+def microseconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    for limit, unit, factor in ((1e3, "us", 1.0), (1e6, "ms", 1e3), (math.inf, "s", 1e6)):
+        if value < limit:
+            return f"{value / factor:.3g} {unit}"
+    return ""
+
+
+def mebibytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**20:.1f} MiB" if value >= 2**18 else f"{value / 2**10:.1f} KiB"
+
+
+def ratio(value: float | None) -> str:
+    """A speed-up; a loss is marked as plainly as a win."""
+    if value is None:
+        return ""
+    return f"**{value:.2f}x**" if value >= 1 else f"**{value:.2f}x (slower)**"
+
+
+def time_of(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row["status"] != "ok":
+        return f"{row['status']}"
+    if row["median_us"] is None:
+        return "values right"
+    return f"{microseconds(row['median_us'])} ({microseconds(row['p20_us'])} .. {microseconds(row['p80_us'])})"
+
+
+def error_of(row: Row | None) -> str:
+    return "" if row is None or row["error"] is None else f"{row['error']:.1e}"
+
+
+def fraction_of_floor(row: Row | None) -> str:
+    if row is None or not row["median_us"] or not row["floor_us"]:
+        return ""
+    return f"{100 * row['floor_us'] / row['median_us']:.0f} %"
+
+
+def table(head: list[str], lines: Iterable[list[str]]) -> str:
+    """Markdown, without the columns that are empty in every line."""
+    lines = list(lines)
+    kept = [column for column in range(len(head)) if any(line[column] for line in lines)]
+
+    def render(cells: list[str]) -> str:
+        return "| " + " | ".join(cells[column].replace("|", "\\|") for column in kept) + " |"
+
+    return "\n".join([render(head), "|" + " --- |" * len(kept), *map(render, lines)])
+
+
+# Parts of the report
+
+
+def facts(machine: Machine) -> str:
+    origin = machine.results.provenance
+    names = {"driver": "driver", "torch": "PyTorch", "triton": "Triton", "cudnn": "cuDNN", "commit": "commit"}
+    parts = [f"{names[key]} {origin[key]}" for key in names if origin[key] is not None]
+    parts += [f"kernels {origin['kernel_hash']}", str(origin["date"])]
+    if rates := origin.get("rates"):
+        products = ", ".join(f"{dtype} {rate:g}" for dtype, rate in rates["product_tflops"].items())
+        parts.append(f"measured rates: products in TFLOP/s: {products}; copy {rates['copy_gbps']:g} GB/s")
+    return "; ".join(parts) + "."
+
+
+def verdicts(machine: Machine) -> str:
+    """Wins and losses against nn.LSTM in one paragraph."""
+    comparisons = machine.comparisons()
+    if not comparisons:
+        return "lstm_triton was not measured."
+    counts: dict[str, int] = {}
+    for comparison in comparisons:
+        counts[comparison.verdict] = counts.get(comparison.verdict, 0) + 1
+    order = ("faster", "no different", "slower", "wrong", "error", "timeout", "not compared")
+    text = f"lstm_triton against nn.LSTM in {len(comparisons)} cases: "
+    text += ", ".join(f"**{counts[verdict]} {verdict}**" for verdict in order if verdict in counts) + "."
+    timed = sorted(
+        ((comparison.speedup, comparison) for comparison in comparisons if comparison.speedup is not None),
+        key=lambda pair: pair[0],
+    )
+    if timed:
+        mean = math.exp(sum(math.log(value) for value, _ in timed) / len(timed))
+        worst, best = timed[0], timed[-1]
+        text += f" Geometric mean {mean:.2f}x; best {best[0]:.2f}x ({best[1].case}), "
+        text += f"worst {worst[0]:.2f}x ({worst[1].case})."
+    return text
+
+
+def losses(machine: Machine) -> str:
+    """Every case in which lstm_triton is slower, wrong, or gives nothing, worst first."""
+    bad = [
+        comparison
+        for comparison in machine.comparisons()
+        if comparison.verdict not in ("faster", "no different", "not compared")
+    ]
+    if not bad:
+        return "None."
+    bad.sort(key=lambda comparison: comparison.speedup or 0.0)
+    return table(
+        ["grid", "case", "lstm_triton", "nn.LSTM", "speed-up", "message"],
+        (
+            [one.grid, str(one.case), time_of(one.ours), time_of(one.baseline), ratio(one.speedup), one.ours["message"]]
+            for one in bad
+        ),
+    )
+
+
+def grid_table(machine: Machine, grid: str) -> str:
+    """All cases and systems of a grid."""
+    by_case = machine.rows_by_case(grid)
+    names = [name for name in cases.SYSTEMS if any(name in rows for rows in by_case.values())]
+    peers = [name for name in names if name != cases.OURS]
+    head = ["case", "dtype", "mode", cases.OURS, *peers, "lstm_triton against nn.LSTM", "of the floor"]
+    head += ["error", "nn.LSTM's error", "kept for backward", "nn.LSTM's", "peak", "nn.LSTM's", "notes"]
+    lines = []
+    for (_, case), rows in by_case.items():
+        ours, baseline = rows.get(cases.OURS), rows.get(cases.BASELINE)
+        line = [case.shape, case.dtype, case.mode, time_of(ours), *(time_of(rows.get(name)) for name in peers)]
+        line += [ratio(speedup(ours, baseline)), fraction_of_floor(ours), error_of(ours), error_of(baseline)]
+        for key in ("kept_bytes", "peak_bytes"):
+            line += [mebibytes(None if row is None else row[key]) for row in (ours, baseline)]
+        line.append("; ".join(f"{name}: {row['message']}" for name, row in rows.items() if row["message"]))
+        lines.append(line)
+    return table(head, lines)
+
+
+def test_outcomes(machine: Machine) -> str:
+    """What `pytest -m gpu` gave in the same call of `bench gpu`."""
+    entries = gpu.read_journal(machine.path.parent / "gpu-tests.jsonl")
+    header = {key: machine.results.provenance[key] for key in ("kernel_hash", "gpu")}
+    if not entries or entries[0] != header:
+        return ""
+    outcomes = list(gpu.outcomes_of(entries).values())
+    counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
+    unfinished = "" if any("end" in entry for entry in entries) else " (not all were run)"
+    return f"GPU tests: {counts or 'none'}{unfinished}."
+
+
+def machine_section(machine: Machine, pictures: dict[str, Path], out: Path) -> str:
+    parts = [f"## {machine.name}"]
+    parts += [f"> **{machine.warning}.**"] if machine.warning else []
+    parts += [facts(machine), test_outcomes(machine), verdicts(machine)]
+    parts += [f"![{title}]({os.path.relpath(path, out)})" for title, path in pictures.items()]
+    parts += ["### Where lstm_triton is slower, wrong or gives nothing", losses(machine)]
+    grids = list(dict.fromkeys(row["grid"] for row in machine.results.rows))
+    for grid in sorted(
+        grids, key=lambda name: list(cases.GRIDS).index(name) if name in cases.GRIDS else len(cases.GRIDS)
+    ):
+        about = cases.GRIDS[grid].about if grid in cases.GRIDS else ""
+        parts += [f"### {grid}", f"{about[:1].upper()}{about[1:]}." if about else "", grid_table(machine, grid)]
+    return "\n\n".join(part for part in parts if part)
+
+
+EXPLANATION = """\
+Times are medians, with the range from 20 % to 80 % of the samples. A system is timed in a case only if its values are
+right: its largest relative error against float64, over results and gradients, is at most twice that of nn.LSTM in the
+same dtype (or four units of that dtype's rounding, where nn.LSTM is nearer than that). lstm_triton and nn.LSTM are
+measured in one process, in turns. "No different": the two ranges overlap. "Of the floor" is the floor over the time,
+and the floor the largest of what the exchange between programs alone takes, the products at the device's measured
+rate, and the tensors' bytes at its measured copying rate."""
+
+
+def report_text(machines: list[Machine], pictures: dict[Path, dict[str, Path]], out: Path) -> str:
+    parts = ["# Results", "Written by `python -m bench report` from the JSON files; change those, not this."]
+    if not any(machine.on_gpu for machine in machines):
+        parts.append(f"No GPU has been measured yet. `{COMMAND}` does that.")
+    parts += [EXPLANATION] if machines else []
+    parts += [machine_section(machine, pictures[machine.path], out) for machine in machines]
+    return "\n\n".join(parts) + "\n"
+
+
+def headline_table(machine: Machine) -> str:
+    """FlashRNN's case in every dtype and mode, microseconds per step."""
+    blocks = cases.GRIDS["headline"].blocks[:1]
+    wanted = {case for block in blocks for case in block.cases}
+    shown = {key: rows for key, rows in machine.rows_by_case("headline").items() if key[1] in wanted}
+    names = [
+        name for name in cases.SYSTEMS if any(name in rows and rows[name]["status"] == "ok" for rows in shown.values())
+    ]
+    names = [name for name in names if name != cases.FLOOR]
+
+    def step(case: cases.Case, row: Row | None) -> str:
+        if row is None:
+            return ""
+        return f"{row['median_us'] / case.T:.2f}" if row["status"] == "ok" else row["status"]
+
+    lines = [
+        [
+            case.dtype,
+            case.mode,
+            *(step(case, rows.get(name)) for name in names),
+            ratio(speedup(rows.get(cases.OURS), rows.get(cases.BASELINE))),
+            fraction_of_floor(rows.get(cases.OURS)),
+        ]
+        for (_, case), rows in shown.items()
+    ]
+    head = ["dtype", "mode", *names, "lstm_triton against nn.LSTM", "of the floor"]
+    return table(head, lines) if lines else ""
+
+
+def readme_section(machines: list[Machine], pictures: dict[Path, dict[str, Path]], out: Path, readme: Path) -> str:
+    """GPUs measured with these kernels, or a plain word that there are none; then what else there is, marked."""
+    link = os.path.relpath(out / "README.md", readme.resolve().parent)
+    chosen = [machine for machine in machines if machine.on_gpu and machine.current]
+    parts = []
+    if not chosen:
+        parts.append(f"No GPU has been measured with these kernels yet; `{COMMAND}` does that.")
+        chosen = [machine for machine in machines if machine.on_gpu] or machines
+    for machine in chosen:
+        parts.append(f"**{machine.name}**" + (f" ({machine.warning})" if machine.warning else ""))
+        if headline := headline_table(machine):
+            parts += ["Microseconds per step, one layer, T=1024, B=16, H=768 (FlashRNN's published case):", headline]
+        parts.append(verdicts(machine))
+        for title, path in pictures[machine.path].items():
+            parts.append(f"![{machine.name}: {title}]({os.path.relpath(path, readme.resolve().parent)})")
+    if machines:
+        parts.append(f"All figures, the losses too: [{link}]({link}).")
+    return "\n\n".join(parts)
+
+
+def fill_in(readme: Path, section: str) -> str:
+    """The file's text with the section between the markers. Raises ResultsError where there is no place for it."""
+    try:
+        text = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ResultsError(f"cannot read {readme}: {error.strerror}") from error
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ResultsError(f"{readme} needs the lines {BEGIN} and {END}, once each, for the section")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
+
+
+def report(folder: Path, out: Path, readme: Path, say: Callable[[str], None] = print) -> int:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise MissingPackage("report needs the package matplotlib: pip install '.[bench]'")
+    from . import pictures
+
+    machines = load(folder)
+    fill_in(readme, "")  # before anything is written
+    results.require_writable(out)
+    drawn = {machine.path: pictures.draw(machine, out.resolve()) for machine in machines}
+    results.write_atomically(out / "README.md", report_text(machines, drawn, out.resolve()))
+    results.write_atomically(readme, fill_in(readme, readme_section(machines, drawn, out.resolve(), readme)))
+    count = sum(len(found) for found in drawn.values())
+    say(f"{len(machines)} results files, {count} pictures: {out / 'README.md'}; section in {readme}")
+    return 0

@@ -1,0 +1,195 @@
+"""Results files: one JSON object {"schema": 1, "provenance": {...}, "rows": [...]}, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lstm_triton.planner import Device, table_path
+
+from .cases import Case, Row, from_dict
+
+JsonObject = dict[str, Any]
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+STATUSES = ("ok", "wrong", "error", "missing", "timeout")
+PROVENANCE_KEYS = ("gpu", "driver", "torch", "triton", "cudnn", "commit", "kernel_hash", "date")
+ROW_KEYS = (
+    *("grid", "system", "mode", "dtype", "T", "B", "I", "H", "layers", "bidirectional", "layout", "status", "message"),
+    *("median_us", "p20_us", "p80_us", "kept_bytes", "peak_bytes", "error", "floor_us"),
+)
+
+
+class ResultsError(Exception):
+    """A results file that cannot be read or written; the message is one line."""
+
+
+def kernel_hash(gpu: str) -> str:
+    """Of the files that decide what runs on a GPU: the kernels, the planner, and its table of plans measured there."""
+    table = table_path(Device(gpu, arch="", multiprocessors=0, shared_bytes=0))
+    digest = hashlib.sha256()
+    for path in [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "lstm_triton" / "planner.py", table]:
+        if path.exists():
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "-dirty" where files differ from it; None without git."""
+    try:
+        answer = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def triton_version() -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("triton")  # without importing it, which takes a while
+    with contextlib.suppress(ImportError):
+        import triton  # builds for other GPUs have distributions of other names
+
+        return str(triton.__version__)
+    return None
+
+
+def provenance(gpu: str, driver: str | None) -> JsonObject:
+    return {
+        "gpu": gpu,
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton_version(),
+        "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
+        "commit": commit(),
+        "kernel_hash": kernel_hash(gpu),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def case_of(row: Row) -> Case:
+    return from_dict(row)
+
+
+def key_of(row: Row) -> tuple[str, Case, str]:
+    return row["grid"], from_dict(row), row["system"]
+
+
+def problem_with(content: object) -> str | None:
+    """Why this is not the content of a results file of this schema, in a few words, or None."""
+    if not isinstance(content, dict):
+        return "not a JSON object"
+    if content.get("schema") != SCHEMA:
+        return f"schema {content.get('schema')!r}, this version reads schema {SCHEMA}"
+    origin, rows = content.get("provenance"), content.get("rows")
+    if not isinstance(origin, dict) or not isinstance(rows, list):
+        return "no provenance or no rows"
+    if absent := [key for key in PROVENANCE_KEYS if key not in origin]:
+        return f"no provenance {absent[0]!r}"
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            return f"row {number} is not an object"
+        if absent := [key for key in ROW_KEYS if key not in row]:
+            return f"row {number} has no {absent[0]!r}"
+        if row["status"] not in STATUSES:
+            return f"row {number} has the unknown status {row['status']!r}"
+        try:
+            from_dict(row)
+        except (TypeError, ValueError) as error:
+            return f"row {number}: {error}"
+    return None
+
+
+@dataclass
+class Results:
+    provenance: JsonObject
+    rows: list[Row] = field(default_factory=list)
+
+    @staticmethod
+    def read(path: Path) -> Results:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ResultsError(f"cannot read {path}: {error.strerror}") from error
+        except ValueError as error:  # cut short, or not JSON or UTF-8 at all
+            raise ResultsError(f"{path} is damaged: {error}") from error
+        if why := problem_with(content):
+            raise ResultsError(f"{path} is not a results file: {why}")
+        return Results(content["provenance"], content["rows"])
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Rows of the same grid, case and system replace what was there."""
+        new = {key_of(row): row for row in rows}
+        self.rows = [new.pop(key_of(row), row) for row in self.rows]
+        self.rows += new.values()
+
+    def belongs_with(self, other: JsonObject) -> bool:
+        """Whether rows measured under the other provenance may stand beside these."""
+        return all(self.provenance[key] == other[key] for key in ("gpu", "torch", "triton", "kernel_hash"))
+
+    def write(self, path: Path) -> None:
+        rows = ",\n".join("  " + json.dumps(row) for row in self.rows)
+        head = json.dumps({"schema": SCHEMA, "provenance": self.provenance}, indent=1)
+        text = head.removesuffix("\n}") + ',\n "rows": [\n' + rows + "\n ]\n}\n"
+        write_atomically(path, text)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader finds the old file or the new one, never a part; a failed write leaves the old one."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise ResultsError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        raise ResultsError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def require_writable(folder: Path) -> None:
+    """Find out before the work that what comes of it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ResultsError(f"cannot write into {folder}: {error.strerror}") from error
+
+
+def open_for(path: Path, origin: JsonObject) -> Results:
+    """The results in a file, to add rows measured under this provenance; a new set where there is no file."""
+    require_writable(path.parent)
+    if not path.exists():
+        return Results(origin)
+    results = Results.read(path)
+    if not results.belongs_with(origin):
+        raise ResultsError(f"{path} holds results of other kernels or of another machine: choose another file")
+    results.provenance = origin
+    return results

@@ -1,0 +1,106 @@
+"""`python -m bench run`: one grid in this process, on pytest-benchmark, into a results file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import cases, devices, floor, results
+from .cases import Row
+
+if TYPE_CHECKING:
+    import pytest
+
+
+class MissingPackage(Exception):
+    """A package that a command needs; the message is one line."""
+
+
+class RowCollector:
+    """A pytest plugin: takes the row that every test leaves, and saves it at once."""
+
+    def __init__(self, found: results.Results, path: Path | None) -> None:
+        self.found = found
+        self.path = path
+        self.rows: list[Row] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        found = dict(report.user_properties) if report.when == "call" else {}
+        new: list[Row] = [found["row"]] if "row" in found else []  # type: ignore[list-item]
+        self.rows += new
+        self.found.add(new)
+        if new and self.path is not None:
+            self.found.write(self.path)
+
+
+@contextlib.contextmanager
+def empty_kernel_caches() -> Iterator[None]:
+    """Compile everything anew, for processes and libraries that start inside."""
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    with tempfile.TemporaryDirectory(prefix="bench-cache-", ignore_cleanup_errors=True) as folder:
+        for name in names:
+            os.environ[name] = os.path.join(folder, name.lower())
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def run(
+    grid_name: str, device_name: str, systems: str | None, out: Path | None, seconds: float, plugin: str | None = None
+) -> int:
+    """Measure a grid, print pytest-benchmark's table. Returns 1 if a row of lstm_triton or nn.LSTM is not right."""
+    for package in ("pytest", "pytest_benchmark"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingPackage(f"run needs the package {package.replace('_', '-')}: pip install '.[bench]'")
+    import pytest
+
+    work = cases.work_list(grid_name, systems, rehearse=device_name == "interpreter")
+    devices.require(device_name)
+    if device_name == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is later
+    if out is not None:
+        results.require_writable(out.parent)
+        if out.exists():
+            results.Results.read(out)
+    caches = empty_kernel_caches() if cases.GRIDS[grid_name].first_call else contextlib.nullcontext()
+    with caches:
+        device = devices.open_device(device_name)
+        origin = results.provenance(device.gpu, device.driver()) | {"rates": floor.rates(device)}
+        found = results.open_for(out, origin) if out is not None else results.Results(origin)
+        collector = RowCollector(found, out)
+        print(f"{grid_name}: {len(work)} cases on {device.gpu}")
+        arguments = [f"--bench-grid={grid_name}", f"--bench-device={device_name}", f"--bench-seconds={seconds}"]
+        arguments += [f"--bench-systems={systems}"] if systems else []
+        arguments += [f"--bench-plugin={plugin}"] if plugin else []
+        table = ["--benchmark-columns=median,iqr,min,max,rounds", "--benchmark-sort=name", "--benchmark-warmup=off"]
+        quiet = [
+            "-q",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            f"--rootdir={results.ROOT}",
+            f"--config-file={results.ROOT / 'pyproject.toml'}",
+        ]
+        test = str(results.ROOT / "bench" / "test_bench.py")
+        code = pytest.main([test, *arguments, *table, *quiet], plugins=[collector])
+    counts = Counter(row["status"] for row in collector.rows)
+    print(
+        f"{len(collector.rows)} rows: {', '.join(f'{number} {status}' for status, number in counts.items()) or 'none'}"
+    )
+    print(f"saved in {out}" if out is not None else "not saved: name a file with --out")
+    ours = [row for row in collector.rows if row["system"] in (cases.OURS, cases.BASELINE)]
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not collector.rows:
+        return 1
+    return int(any(row["status"] not in ("ok", "missing") for row in ours))

@@ -1,0 +1,270 @@
+"""Who takes part: one adapter per system, from a problem (a case with its weights) to functions that can be timed.
+
+Every adapter takes weights in nn.LSTM's own layout (gate order i, f, g, o) and gives gradients for them, so that all
+are compared with one reference. What a user of the system would do once (a layout, a cast) is done outside the timed
+call.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from .cases import BASELINE, FLOOR, OURS, Case
+from .devices import Cpu
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+Outputs = tuple[Tensor, Tensor, Tensor]  # output (T, B, D * P), or its packed rows; h_n; c_n
+
+
+class Problem:
+    """A case with its weights: what every system is given."""
+
+    def __init__(self, case: Case, device: Cpu, seed: int = 0) -> None:
+        self.case = case
+        self.device = device
+        self.dtype = TORCH_DTYPES[case.dtype]
+        self.generator = torch.Generator(device.torch_device).manual_seed(seed)
+        torch.manual_seed(seed)
+        self.module = nn.LSTM(**self.constructor_arguments(), device=device.torch_device, dtype=self.dtype)
+        self.packing: PackedSequence | None = None
+        if case.layout == "packed":
+            padded = torch.zeros(case.T, case.B, 1, device=device.torch_device)
+            self.packing = pack_padded_sequence(padded, torch.tensor(case.lengths), enforce_sorted=False)
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        return {
+            "input_size": self.case.I,
+            "hidden_size": self.case.H,
+            "num_layers": self.case.layers,
+            "bidirectional": self.case.bidirectional,
+            "proj_size": self.case.proj_size,
+        }
+
+    def new_leaf(self) -> Tensor:
+        """A fresh random input: (T, B, I), or the rows of a packed one."""
+        rows = (self.case.T, self.case.B) if self.packing is None else self.packing.data.shape[:1]
+        return torch.randn(
+            *rows, self.case.I, generator=self.generator, device=self.device.torch_device, dtype=self.dtype
+        )
+
+    def shape_input(self, leaf: Tensor) -> Tensor | PackedSequence:
+        """What a module takes."""
+        return leaf if self.packing is None else self.packing._replace(data=leaf)
+
+
+@dataclass
+class Runner:
+    """One way to run one system on one problem."""
+
+    call: Callable[[Tensor], Outputs]  # takes what `adapt` gives
+    parameters: Sequence[Tensor]  # in nn.LSTM's order and layout
+    adapt: Callable[[Tensor], Tensor] = lambda leaf: leaf  # to the system's own layout and dtype
+    label: str = ""  # which variant it is, or what is worth knowing about it: goes into the row's message
+    modules: list[nn.Module] = field(default_factory=list)  # put in training or evaluation mode
+    checked: bool = True  # False: it computes nothing that could be compared
+
+
+@dataclass(frozen=True)
+class System:
+    name: str
+    runners: Callable[[Problem], list[Runner]]
+    refuses: Callable[[Case, Cpu], str | None] = lambda case, device: None  # why it cannot run this case on this device
+    package: str | None = None  # what has to be installed for it
+    patience: float = 1.0  # how many times longer than others it may be silent: some compile for minutes
+
+    def installed(self) -> bool:
+        return self.package is None or importlib.util.find_spec(self.package) is not None
+
+    def why_missing(self, case: Case, device: Cpu) -> str | None:
+        if case.dtype == "tf32" and device.torch_device.type == "cpu":
+            return "a CPU has no TF32"
+        if reason := self.refuses(case, device):
+            return reason
+        return None if self.installed() else f"the package {self.package} is not installed"
+
+
+def module_runner(
+    problem: Problem, module: Callable[..., Any], parameters: Sequence[Tensor], label: str = ""
+) -> Runner:
+    """A runner for anything that is called like nn.LSTM."""
+
+    def call(leaf: Tensor) -> Outputs:
+        output, (h_n, c_n) = module(problem.shape_input(leaf))
+        return (output.data if isinstance(output, PackedSequence) else output), h_n, c_n
+
+    return Runner(call, parameters, label=label, modules=[module] if isinstance(module, nn.Module) else [])
+
+
+def baseline(problem: Problem) -> list[Runner]:
+    return [module_runner(problem, problem.module, list(problem.module.parameters()))]
+
+
+def ours(problem: Problem) -> list[Runner]:
+    import lstm_triton
+
+    module = lstm_triton.LSTM(
+        **problem.constructor_arguments(), device=problem.device.torch_device, dtype=problem.dtype
+    )
+    module.load_state_dict(problem.module.state_dict())
+    input = problem.shape_input(problem.new_leaf())
+    with problem.device.active():
+        layers = lstm_triton.explain(module, input).layers
+    # No fallback may pass for a kernel.
+    label = "; ".join(dict.fromkeys(f"not the kernels: {layer.reason}" for layer in layers if layer.path != "triton"))
+    return [module_runner(problem, module, list(module.parameters()), label)]
+
+
+def step_loop(problem: Problem) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensor]]]:
+    """What a user of torch.compile writes: one compiled step, called T times."""
+    module = problem.module
+
+    def step(preact: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
+        i, f, g, o = (preact + h @ weight_hh.T).chunk(4, dim=-1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    step = torch.compile(step)
+
+    def run(input: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        finals: list[tuple[Tensor, Tensor]] = []
+        for _ in range(module.num_layers):
+            directions = []
+            for direction in range(2 if module.bidirectional else 1):
+                names = module._flat_weights_names[4 * len(finals) : 4 * len(finals) + 4]
+                weight_ih, weight_hh, bias_ih, bias_hh = (getattr(module, name) for name in names)
+                preacts = F.linear(input, weight_ih, bias_ih + bias_hh).unbind()
+                h = c = input.new_zeros(input.shape[1], module.hidden_size)
+                steps = []
+                for preact in reversed(preacts) if direction else preacts:
+                    h, c = step(preact, h, c, weight_hh)
+                    steps.append(h)
+                directions.append(torch.stack(steps[::-1] if direction else steps))
+                finals.append((h, c))
+            input = torch.cat(directions, dim=-1) if len(directions) > 1 else directions[0]
+        h_n, c_n = (torch.stack(states) for states in zip(*finals, strict=True))
+        return input, (h_n, c_n)
+
+    return run
+
+
+def compiled(problem: Problem) -> list[Runner]:
+    torch.compiler.reset()  # the limit of compilations per function counts across cases
+    parameters = list(problem.module.parameters())
+    runners = [module_runner(problem, torch.compile(problem.module), parameters, "torch.compile(nn.LSTM)")]
+    if problem.packing is None and not problem.case.proj_size:
+        runners.append(module_runner(problem, step_loop(problem), parameters, "compiled step loop"))
+    return runners
+
+
+def one_dense_layer(case: Case, device: Cpu) -> str | None:
+    """Why a system whose kernels take one dense layer in one direction, on an NVIDIA GPU, cannot run this case."""
+    if device.name != "cuda" or torch.version.hip is not None:
+        return "runs on NVIDIA GPUs only"
+    if case.layers > 1 or case.bidirectional or case.layout != "dense" or case.proj_size:
+        return "offers one dense layer in one direction without projection"
+    return None
+
+
+def flashrnn(backend: str) -> Callable[[Problem], list[Runner]]:
+    """FlashRNN 1.0 (Poeppel, Beck, Hochreiter), with one head as wide as the layer.
+
+    flashrnn(Wx (B, T, 4, heads, D), R (4, heads, D, D_prev), b (4, heads, D)) gives all states (2, B, T, heads, D), h
+    first, and the last ones; gate order i, f, z, o, which is nn.LSTM's.
+    """
+
+    def runners(problem: Problem) -> list[Runner]:
+        from flashrnn import flashrnn as run  # type: ignore[import-not-found]
+
+        hidden_size = problem.case.H
+        parameters = [parameter.detach().clone().requires_grad_() for parameter in problem.module.parameters()]
+        weight_ih, weight_hh, bias_ih, bias_hh = parameters
+        dtype = str(problem.dtype).removeprefix("torch.")
+
+        def call(input: Tensor) -> Outputs:
+            states, _ = run(
+                F.linear(input, weight_ih).unflatten(-1, (4, 1, hidden_size)),
+                weight_hh.view(4, 1, hidden_size, hidden_size),
+                (bias_ih + bias_hh).view(4, 1, hidden_size),
+                function="lstm",
+                backend=backend,
+                dtype=dtype,
+            )
+            hidden = states[0, :, :, 0]
+            return hidden.transpose(0, 1), hidden[None, :, -1], states[1, None, :, -1, 0]
+
+        return [Runner(call, parameters, adapt=lambda leaf: leaf.transpose(0, 1).contiguous())]
+
+    return runners
+
+
+def torchrl(problem: Problem) -> list[Runner]:
+    """The kernels of TorchRL 0.14's LSTMModule(recurrent_backend="triton").
+
+    lstm_triton(x (B, T, I), hidden (B, T, H), cell (B, T, H), four weights, is_init (B, T)) gives all h, all c, h_n
+    and c_n. hidden and cell are what a reset at (b, t) sets; tensors are float32, compute_dtype is the products'.
+    """
+    from torchrl.modules.tensordict_module._rnn_triton import lstm_triton as run  # type: ignore[import-not-found]
+
+    case = problem.case
+    parameters = [parameter.detach().float().clone().requires_grad_() for parameter in problem.module.parameters()]
+    zeros = torch.zeros(case.B, case.T, case.H, device=problem.device.torch_device)
+    never_reset = torch.zeros(case.B, case.T, dtype=torch.bool, device=problem.device.torch_device)
+
+    def call(input: Tensor) -> Outputs:
+        output, _, h_n, c_n = run(
+            input,
+            zeros,
+            zeros,
+            *parameters,
+            never_reset,
+            compute_dtype=problem.dtype,
+            input_precision="tf32" if case.dtype == "tf32" else "ieee",
+        )
+        return output.transpose(0, 1), h_n[None], c_n[None]
+
+    label = "float32 tensors, bfloat16 products" if case.dtype == "bfloat16" else ""
+    return [Runner(call, parameters, adapt=lambda leaf: leaf.float().transpose(0, 1).contiguous(), label=label)]
+
+
+def torchrl_refuses(case: Case, device: Cpu) -> str | None:
+    return "multiplies in float32 or bfloat16 only" if case.dtype == "float16" else one_dense_layer(case, device)
+
+
+def exchange_floor(problem: Problem) -> list[Runner]:
+    from .floor import exchange_runner
+
+    return [exchange_runner(problem)]
+
+
+def floor_refuses(case: Case, device: Cpu) -> str | None:
+    if device.name == "cpu":
+        return "nothing is exchanged on a CPU"
+    return "the kernels do not take it" if case.layout != "dense" or case.proj_size else None
+
+
+REGISTRY = {
+    system.name: system
+    for system in (
+        System(OURS, ours),
+        System(BASELINE, baseline),
+        System("nn.LSTM+compile", compiled, patience=3),
+        System("flashrnn-triton", flashrnn("triton_fused"), one_dense_layer, "flashrnn"),
+        System("flashrnn-cuda", flashrnn("cuda_fused"), one_dense_layer, "flashrnn", patience=4),
+        System("torchrl-triton", torchrl, torchrl_refuses, "torchrl", patience=2),
+        System(FLOOR, exchange_floor, floor_refuses),
+    )
+}

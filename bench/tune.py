@@ -1,0 +1,156 @@
+"""`python -m bench tune`: measures the planner's candidates and writes the table it prefers to its formula.
+
+A candidate that spills registers or does not fit the device's shared memory is out before anything runs
+(bench.resources). The others are measured on the whole layer, in a child process under a watchdog, and only if their
+values are right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+from . import resources
+from .cases import OURS, Case
+from .report import microseconds
+from .results import JsonObject, ResultsError, require_writable, write_atomically
+from .systems import TORCH_DTYPES
+from .watchdog import OutOfBudget, Watchdog
+
+if TYPE_CHECKING:
+    from lstm_triton.planner import Device, Kind, Plan
+
+TIMED_STEPS = 256  # the best plan does not depend on T
+MODES = {
+    "forward": "forward",
+    "backward": "forward+backward",
+}  # what shows a kind's time; the rest of it is the same for all
+
+
+def read_table(path: Path) -> dict[str, JsonObject]:
+    """The table as it is; empty where there is none. Raises ResultsError for a file that is no table."""
+    from lstm_triton.planner import Plan
+
+    if not path.exists():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        for entry in table.values():
+            Plan(**entry)
+    except OSError as error:
+        raise ResultsError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ResultsError(f"{path} is not a table of plans: {error}") from error
+    return dict(table)
+
+
+def write_table(path: Path, table: dict[str, JsonObject]) -> None:
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table))
+    write_atomically(path, "{\n" + lines + "\n}\n")
+
+
+def refusal(kind: Kind, device: Device, hidden_size: int, dtype: str, plan: Plan) -> str | None:
+    """Why a plan is not worth running: what the compiler says of it. None if nothing speaks against it."""
+    if device.arch == "interpreter":
+        return None
+    try:
+        needs = resources.resources(resources.compiled(kind, device.arch, hidden_size, TORCH_DTYPES[dtype], plan))
+    except Exception as error:  # a compiler may raise anything, and what it refuses is not worth running
+        return f"does not compile: {type(error).__name__}"
+    if needs["spill_bytes"]:
+        return f"spills {needs['spill_bytes']} bytes"
+    if (needs["shared_bytes"] or 0) > device.shared_bytes:
+        return f"needs {needs['shared_bytes']} bytes of shared memory"
+    return None
+
+
+def kept_candidates(kind: Kind, case: Case, device: Device, limit: int, say: Callable[[str], None]) -> list[Plan]:
+    """The `limit` most promising candidates that nothing speaks against."""
+    from lstm_triton import planner
+
+    kept: list[Plan] = []
+    for plan in planner.candidates(
+        kind,
+        batch_size=case.B,
+        input_size=case.I,
+        hidden_size=case.H,
+        dtype=TORCH_DTYPES[case.dtype],
+        device=device,
+        allow_tf32=case.dtype == "tf32",
+    ):
+        if len(kept) == limit:
+            break
+        if why := refusal(kind, device, case.H, case.dtype, plan):
+            say(f"  not run, {why}: {plan}")
+        else:
+            kept.append(plan)
+    return kept
+
+
+def tune_case(
+    kind: Kind, case: Case, device: Device, watchdog: Watchdog, limit: int, seconds: float, say: Callable[[str], None]
+) -> Plan | None:
+    """The fastest of the candidates whose values are right."""
+    best, best_us = None, float("inf")
+    for plan in kept_candidates(kind, case, device, limit, say):
+        rows, failure = watchdog.measure("tune", case, [OURS], seconds, {"kind": kind, "plan": asdict(plan)})
+        row = rows[0] if rows else failure
+        assert row is not None
+        if row["status"] == "ok":
+            say(f"  {microseconds(row['median_us'])}: {plan}")
+            if row["median_us"] < best_us:
+                best, best_us = plan, row["median_us"]
+        else:
+            say(f"  {row['status']}, {row['message']}: {plan}")
+    return best
+
+
+@contextlib.contextmanager
+def ending(watchdog: Watchdog) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        watchdog.stop()
+
+
+def tune(
+    sizes: list[tuple[int, int]],
+    dtypes: list[str],
+    watchdog: Watchdog,
+    device: Device,
+    path: Path,
+    *,
+    steps: int = TIMED_STEPS,
+    limit: int = 8,
+    seconds: float = 0.2,
+    say: Callable[[str], None] = print,
+) -> int:
+    """Tune both scans for every (hidden_size, batch_size) and dtype; what is found is in the table at once."""
+    from lstm_triton import planner
+
+    require_writable(path.parent)
+    table = read_table(path)
+    found = 0
+    with ending(watchdog):
+        try:
+            for hidden_size, batch_size in sizes:
+                for dtype in dtypes:
+                    for kind in get_args(planner.Kind):
+                        case = Case(MODES[kind], dtype, T=steps, B=batch_size, I=hidden_size, H=hidden_size)
+                        key = planner.key(
+                            kind, batch_size, hidden_size, hidden_size, TORCH_DTYPES[dtype], allow_tf32=dtype == "tf32"
+                        )
+                        say(key)
+                        best = tune_case(kind, case, device, watchdog, limit, seconds, say)
+                        if best is not None:
+                            table[key] = planner.as_table_entry(best)
+                            write_table(path, table)
+                            found += 1
+        except OutOfBudget:
+            say("out of budget")
+    say(f"{found} plans in {path}")
+    return int(found == 0)

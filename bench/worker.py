@@ -1,0 +1,75 @@
+"""The child process of `python -m bench gpu` and `tune`: measures the cases it is sent and says what it is doing.
+
+    python -m bench.worker DEVICE [PLUGIN], one JSON object a line
+
+In:   {"measure": {"grid", "case", "systems", "seconds"}, "forced": null or {"kind", "plan"}, a plan to use}
+      {"compile": case}
+Out:  {"ready": provenance}                     once
+      {"phase", "system"}                       before anything that may crash or never come back
+      {"rows", "rates", "lost": false}          the answer; if "lost", the device is gone and the process ends
+      {"compiled": true or false}               the answer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import time
+
+from . import cases, devices, floor, measure, results
+
+
+def work(device_name: str, plugin: str = "") -> int:
+    # Libraries print to file descriptor 1 as they like: it becomes stderr, the answers keep a descriptor of their own.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def say(**message: object) -> None:
+        answers.write(json.dumps(message) + "\n")
+
+    said = ("", "", 0.0)
+
+    def progress(phase: str, system: str) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if said[:2] != (phase, system) or now - said[2] > 1.0:
+            said = (phase, system, now)
+            say(phase=phase, system=system)
+
+    if device_name == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"
+    if plugin:
+        importlib.import_module(plugin)
+    device = devices.open_device(device_name)
+    say(ready=results.provenance(device.gpu, device.driver()))
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "compile" in question:
+            say(compiled=measure.compile_kernels(cases.from_dict(question["compile"]), device))
+            continue
+        task = question["measure"]
+        grid = cases.GRIDS.get(task["grid"], cases.Grid("a case of its own", ()))
+        case = cases.from_dict(task["case"])
+        try:
+            with forced_plan(question["forced"]):
+                rows = measure.measure(task["grid"], grid, case, task["systems"], device, task["seconds"], progress)
+        except measure.DeviceLost as error:
+            say(rows=error.rows, lost=True)
+            return 1
+        say(rows=[measured.row for measured in rows], rates=floor.rates(device), lost=False)
+    return 0
+
+
+def forced_plan(forced: results.JsonObject | None) -> contextlib.AbstractContextManager[None]:
+    if forced is None:
+        return contextlib.nullcontext()
+    from lstm_triton import planner
+
+    return planner.forced(planner.Plan(**forced["plan"]), forced["kind"])
+
+
+if __name__ == "__main__":
+    sys.exit(work(*sys.argv[1:]))
