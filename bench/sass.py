@@ -1,10 +1,10 @@
 """Estimate the cycles of one pass through a kernel's time loop from its machine code, without a GPU.
 
-Every SASS instruction since Volta carries control bits: how many cycles to stall after issue, which of six scoreboards it
-sets when its result arrives, and which ones it waits for. `step_cycles` walks the outermost loop once as a single warp that
-finds its data ready, adding stalls and waits, with assumed latencies for what the encoding leaves open. Contention between
-warps, the rates of shared memory and tensor cores, and the peers' own delay are left out: a lower bound to compare versions
-of a kernel by, not a prediction.
+Every SASS instruction since Volta carries control bits: how many cycles to stall after issue, which of six
+scoreboards it sets when its result arrives, and which ones it waits for. `step_cycles` walks the outermost loop once
+as a single warp that finds its data ready, adding stalls and waits, with assumed latencies for what the encoding
+leaves open. Contention between warps, the rates of shared memory and tensor cores, and the peers' own delay are left
+out: a lower bound to compare versions of a kernel by, not a prediction.
 """
 
 import re

@@ -1,13 +1,13 @@
 """The backward scan: from the gradients of all h_t to those of all gate pre-activations, in one launch.
 
-Notation and state rows as in forward.py. A program owns BLOCK_HIDDEN units, that is 4H x BLOCK_HIDDEN of W_hh, and walks
-against the forward direction:
+Notation and state rows as in forward.py. A program owns BLOCK_HIDDEN units, that is 4H x BLOCK_HIDDEN of W_hh, and
+walks against the forward direction:
 
     dh_t = dL/dh_t + dgates_{t+1} W_hh          (the exchange: dgates_{t+1} of all units, written by the peers)
     dgates_t, dc_{t-1} = differentiate(...)     (gates.py)
 
-The gradients of inputs, weights, biases and of h_0 are plain matrix products over dgates, done afterwards.
-dgates rows are gate-minor, so that a unit's four gradients leave in one piece.
+The gradients of inputs, weights, biases and of h_0 are plain matrix products over dgates, done afterwards. dgates
+rows are gate-minor, so that a unit's four gradients leave in one piece.
 """
 
 import triton
@@ -37,8 +37,9 @@ def backward_scan(
     gates_ptr,  # (T * B, 4H) I/O dtype: activated gates
     cell_ptr,  # (B + T * B + B, STATE_STRIDE) float32 state rows of c
     weight_hh_ptr,  # (4H, H)
-    grad_gates_ptr,  # (B + T * B + B, 4 * STATE_STRIDE) I/O dtype, state rows of the pre-activations' gradients, gate-minor;
-    # on entry sentinels, and zeros in the rows after the last step
+    # (B + T * B + B, 4 * STATE_STRIDE) I/O dtype: state rows of the pre-activations' gradients, gate-minor; on entry
+    # sentinels, and zeros in the rows after the last step
+    grad_gates_ptr,
     seq_len,
     batch_size,
     batch_tiles,
@@ -123,8 +124,9 @@ def backward_scan(
 
         sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
         sums = add_received(
-            sums, grad_gates_tiles, grad_gates_next, step > 0, weights, weight_ptrs, local_units < HIDDEN, ks,
-            CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, PACKED,
+            sums, grad_gates_tiles, grad_gates_next, step > 0, weights, weight_ptrs, local_units < HIDDEN,
+            ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
+            DOT_PRECISION, PACKED,
         )  # fmt: skip
         grad_hidden = tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
         grad_hidden += grad_output.to(tl.float32) + grad_last.to(tl.float32)

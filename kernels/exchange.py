@@ -1,8 +1,8 @@
 """How programs of one launch hand values to each other: a value is its own ready flag.
 
-The exchange buffer is filled beforehand with the sentinel, a bit pattern (all ones: a NaN) that `publish` never stores.
-A reader loads the tiles it needs past the first-level cache, and loads them again until no sentinel is left in them. There
-are no counters, fences or atomics: every element says for itself whether it has been written.
+The exchange buffer is filled beforehand with the sentinel, a bit pattern (all ones: a NaN) that `publish` never
+stores. A reader loads the tiles it needs past the first-level cache, and loads them again until no sentinel is left
+in them. There are no counters, fences or atomics: every element says for itself whether it has been written.
 """
 
 import triton
@@ -24,7 +24,7 @@ def bits_of(value):
 
 @triton.jit
 def publish(pointers, value, mask):
-    """Store a tile for the peers, in the pointers' dtype. A NaN that looks like the sentinel is stored as another quiet NaN."""
+    """Store a tile for the peers, in the pointers' dtype; a NaN that looks like the sentinel as another quiet NaN."""
     value = value.to(pointers.dtype.element_ty)
     bits = bits_of(value)
     sentinel = SENTINEL_16 if bits.dtype == tl.uint16 else SENTINEL_32

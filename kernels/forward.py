@@ -1,11 +1,13 @@
 """The forward scan: all steps of one LSTM layer in one launch.
 
-Notation: T steps, B batch rows, I input_size, H hidden_size; gate order i, f, g, o; formula in gates.py. A program owns
-BLOCK_HIDDEN units, that is 4 * BLOCK_HIDDEN gate-minor rows of W_hh, which stay on the chip while it walks over time, for its
-batch tiles of BLOCK_BATCH rows. h_{t-1} of all units comes from its peers through hidden_ptr (exchange.py).
+Notation: T steps, B batch rows, I input_size, H hidden_size; gate order i, f, g, o; formula in gates.py. A program
+owns BLOCK_HIDDEN units, that is 4 * BLOCK_HIDDEN gate-minor rows of W_hh, which stay on the chip while it walks over
+time, for its batch tiles of BLOCK_BATCH rows. h_{t-1} of all units comes from its peers through hidden_ptr
+(exchange.py).
 
-State rows: the B initial states of the forward direction, the T * B rows of the steps, the B initial states of the reverse
-direction. So the rows of h_{t-1} are always B rows away from those of h_t, whatever the step and the direction.
+State rows: the B initial states of the forward direction, the T * B rows of the steps, the B initial states of the
+reverse direction. So the rows of h_{t-1} are always B rows away from those of h_t, whatever the step and the
+direction.
 """
 
 import triton
@@ -137,7 +139,11 @@ def forward_scan(
             output_share = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0)
         if SEVERAL_TILES:
             tl.debug_barrier()  # other threads of this program may have written it, one step ago
-            cell = tl.load(cell_ptrs + (previous_row if SAVE else first_row.to(tl.int64)) * STATE_STRIDE, mask=state_mask, other=0.0)
+            cell = tl.load(
+                cell_ptrs + (previous_row if SAVE else first_row.to(tl.int64)) * STATE_STRIDE,
+                mask=state_mask,
+                other=0.0,
+            )
 
         sums = add_received(
             sums, hidden_tiles, hidden_prev, step > 0, weights_hh, weight_hh_ptrs, gate_mask, ks,
@@ -162,7 +168,7 @@ def forward_scan(
         )
         cell, hidden = update_state(input_gate, forget_gate, candidate, output_gate, cell)
         if HIDDEN % BLOCK_HIDDEN != 0:
-            # Units past the last one stay 0 even beside an infinity or a NaN, so that 0 weights keep them out of the sums.
+            # Units past the last one stay 0 even beside an infinity or a NaN, which weights of 0 would let through.
             hidden = tl.where(unit_mask, hidden, 0.0)
         publish(hidden_ptrs + state_row * STATE_STRIDE, hidden, state_mask)
 

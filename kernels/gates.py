@@ -9,7 +9,7 @@
 
 Source: Hochreiter & Schmidhuber 1997; forget gate, Gers et al. 2000; gate order i, f, g, o as in torch.nn.LSTM.
 
-A column that holds the four gates of every unit side by side is *gate-minor*: column = 4 * unit + gate.
+An axis is *gate-minor* where the four gates of a unit lie side by side: index = 4 * unit + gate.
 """
 
 import triton
@@ -26,13 +26,16 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    # The exponent is never positive, so nothing overflows; near 0, where 1 - exp(-2|x|) loses the leading digits of x,
-    # the odd Taylor polynomial takes over (relative error below 1e-7 for |x| < 0.3).
+    # Near 0, where exp(-2|x|) is close to 1 and digits would be lost, Moshier's polynomial (Cephes, tanhf) takes over.
+    # Elsewhere the exponent is never positive, so nothing overflows.
     square = x * x
-    near_zero = x + x * square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+    series = -3.33332819422e-1 + square * (
+        1.33314422036e-1 + square * (-5.37397155531e-2 + square * (2.06390887954e-2 - square * 5.70498872745e-3))
+    )
+    near_zero = x + x * square * series
     decay = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
     far = (1.0 - decay) / (1.0 + decay)
-    return tl.where(tl.abs(x) < 0.3, near_zero, tl.where(x < 0, -far, far))
+    return tl.where(tl.abs(x) < 0.625, near_zero, tl.where(x < 0, -far, far))
 
 
 @triton.jit

@@ -1,8 +1,8 @@
-"""The product at the heart of both scans: weights that stay on the chip times a vector of state that the peers are writing.
+"""The product at the heart of both scans: weights on the chip times the state that the peers are writing.
 
-Both are cut along K into chunks of BLOCK_K. A weight chunk is a tile (M, BLOCK_K), a state chunk (rows, BLOCK_K); the result
-is (M, rows), float32: M first, so that tensor cores see the weights as their tall operand and small batches waste little.
-SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time.
+Both are cut along K into chunks of BLOCK_K. A weight chunk is a tile (M, BLOCK_K), a state chunk (rows, BLOCK_K); the
+result is (M, rows), float32: M first, so that tensor cores see the weights as their tall operand and small batches
+waste little. SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time.
 """
 
 import triton
@@ -66,15 +66,33 @@ def total(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
 
 
 @triton.jit
-def load_left(pointers, m_mask, ks, chunk, CHUNK_STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):  # fmt: skip
-    """Weight chunk number `chunk`; pointers: (M, BLOCK_K) of chunk 0, the next chunk's are CHUNK_STRIDE elements further."""
+def load_left(
+    pointers,
+    m_mask,
+    ks,
+    chunk,
+    CHUNK_STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """One weight chunk; pointers: (M, BLOCK_K) of chunk 0, the next chunk's are CHUNK_STRIDE elements further."""
     mask = m_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)[None, :]
     tile = tl.load(pointers + tl.cast(chunk, tl.int64) * CHUNK_STRIDE, mask=mask, other=0.0)
     return as_left(tile, tile.shape[0], BLOCK_K, SPLIT_K)
 
 
 @triton.jit
-def load_lefts(pointers, m_mask, ks, COUNT: tl.constexpr, CHUNK_STRIDE: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):  # fmt: skip
+def load_lefts(
+    pointers,
+    m_mask,
+    ks,
+    COUNT: tl.constexpr,
+    CHUNK_STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
     """The first COUNT weight chunks: loaded before the time loop, they stay in shared memory throughout."""
     lefts = ()
     for chunk in tl.static_range(COUNT):

@@ -30,15 +30,15 @@ def scan_layer(
         reverse: walk from the last step to the first.
 
     Returns:
-        output (T, B, H), h_n (B, H) and c_n (B, H). The states may be views of the kernels' buffers: copy what you keep.
+        output (T, B, H), h_n (B, H) and c_n (B, H). The states may be views of buffers: copy what you keep.
 
     All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
-    lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any order:
-    those above the first come from the step-by-step formula (reference.py), in the same dtype.
+    lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any
+    order: those above the first come from the step-by-step formula (reference.py), in the same dtype.
     """
     arguments = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments):
-        output, h_n, c_n, *_ = _Scan.apply(*arguments, reverse)
+        output, h_n, c_n, *_ = _Scan.apply(*arguments, reverse)  # type: ignore[no-untyped-call]
         return output, h_n, c_n
     hidden, cell, _ = ops.scan_forward(*arguments, reverse, False)
     return _results(hidden, cell, reverse, weight_hh.shape[1])
@@ -54,7 +54,7 @@ def _results(hidden: Tensor, cell: Tensor, reverse: bool, hidden_size: int) -> t
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         input: Tensor,
         h_0: Tensor | None,
         c_0: Tensor | None,
@@ -76,7 +76,7 @@ class _Scan(torch.autograd.Function):
         ctx.save_for_backward(*tensors, hidden, cell, gates)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         *arguments, hidden, cell, gates = ctx.saved_tensors
         grad_output, grad_h_n, grad_c_n, *_ = grads
         needed = ctx.needs_input_grad[:7]
@@ -114,16 +114,21 @@ class _Scan(torch.autograd.Function):
 
 def _gate_minor(weight: Tensor) -> Tensor:
     """(4H, K) with gates one after the other -> (4H, K) with the gates of a unit side by side."""
-    return weight.unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
+    return _regrouped(weight, (4, -1))
 
 
 def _gate_major(weight: Tensor) -> Tensor:
     """The inverse of _gate_minor."""
-    return weight.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
+    return _regrouped(weight, (-1, 4))
+
+
+def _regrouped(weight: Tensor, groups: tuple[int, int]) -> Tensor:
+    result: Tensor = weight.unflatten(0, groups).transpose(0, 1).flatten(0, 1)
+    return result
 
 
 def _differentiable_gradients(
-    arguments: list[Tensor | None],
+    arguments: list[Any],
     needed: tuple[bool, ...],
     reverse: bool,
     grads: tuple[Tensor | None, ...],

@@ -1,8 +1,8 @@
 """The kernels on the CPU: Triton's interpreter, with all programs of a launch taking turns.
 
-Triton's own interpreter runs one program to its end before the next one starts, so programs that wait for each other would
-hang. Here each program is a greenlet that yields wherever it loads what a peer may have to write first, and wherever it
-stores; a seeded random schedule picks who goes on. The same seed gives the same schedule.
+Triton's own interpreter runs one program to its end before the next one starts, so programs that wait for each other
+would hang. Here each program is a greenlet that yields wherever it loads what a peer may have to write first, and
+wherever it stores; a seeded random schedule picks who goes on. The same seed gives the same schedule.
 
 Needs TRITON_INTERPRET=1 in the environment before Triton is first imported, and the package greenlet.
 """
@@ -53,7 +53,7 @@ def interpret(seed: int = 0) -> Iterator[None]:
 
 @functools.cache
 def _install() -> None:
-    """Teach Triton's interpreter to take turns, and to compute in bfloat16, which it holds as raw integers, as a GPU does."""
+    """Teach Triton's interpreter to take turns, and to compute in bfloat16, which it holds as raw integers."""
     try:
         import greenlet
     except ImportError:
@@ -119,7 +119,7 @@ def _install() -> None:
 
 
 class _Program:
-    """A kernel for Triton's executor, which calls it once for each program of the grid; `run` gets the call to make later."""
+    """A kernel for Triton's executor, which calls it once for each program of the grid: `run` gets the call instead."""
 
     def __init__(self, kernel: Callable[..., None], run: Callable[[Callable[[], None]], None]) -> None:
         self.kernel = kernel

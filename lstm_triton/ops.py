@@ -1,8 +1,8 @@
 """The two scans as PyTorch operators: they allocate the buffers, ask the planner, and launch the kernels.
 
-Buffers have state rows (kernels/forward.py): T + 2 blocks of B rows, the first one for the initial states of the forward
-direction, the last one for those of the reverse direction; a row has `state_stride(H)` elements, those past H are padding.
-Whole blocks are addressed by their step: `STEPS` are the steps' own, and see `initial_block`.
+Buffers have state rows (kernels/forward.py): T + 2 blocks of B rows, the first one for the initial states of the
+forward direction, the last one for those of the reverse direction; a row has `state_stride(H)` elements, those past H
+are padding. Whole blocks are addressed by their step: `STEPS` are the steps' own, and see `initial_block`.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def final_block(reverse: bool) -> int:
 
 def allows_tf32() -> bool:
     """Whether cuDNN would be let compute a float32 LSTM in TF32."""
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def plan_of(kind: Kind, input: Tensor, hidden_size: int) -> Plan:
@@ -75,7 +75,7 @@ def scan_forward(
 
     Returns:
         hidden: (T + 2, B, state_stride(H)) state rows of h, in the input's dtype.
-        cell: float32 c: (T + 2, B, state_stride(H)) state rows if `save`, otherwise (1, B, state_stride(H)), the last c.
+        cell: float32 c: (T + 2, B, state_stride(H)) state rows if `save`, otherwise (1, B, ...) with the last c.
         gates: (T, B, 4H) activated gates, in the input's dtype, if `save`; otherwise empty.
     """
     from .kernels.forward import forward_scan
@@ -173,7 +173,7 @@ def scan_backward(
         reverse: as `scan_forward` had it.
 
     Returns:
-        grad_gates: (T + 2, B, 4 * state_stride(H)) state rows, gate-minor: column 4 * unit + gate; those past 4H are padding.
+        grad_gates: (T + 2, B, 4 * state_stride(H)) state rows, gate-minor: column 4 * unit + gate, padded past 4H.
         grad_cell: (B, state_stride(H)) float32, the gradient of c_0.
     """
     from .kernels.backward import backward_scan
@@ -233,9 +233,10 @@ def _(
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, in TF32 where cuDNN would use it for an LSTM: torch.matmul has a setting of its own, off by default."""
+    """left @ right, in TF32 where cuDNN would use it for an LSTM: torch.matmul's own setting is off at first."""
     if left.dtype == torch.float32 and left.is_cuda:
-        return _cuda_matmul(left, right)
+        product: Tensor = _cuda_matmul(left, right)
+        return product
     return left @ right
 
 
@@ -253,12 +254,12 @@ def _(left: Tensor, right: Tensor) -> Tensor:
 @contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
     settings = torch.backends.cuda.matmul
-    previous = settings.fp32_precision  # type: ignore[attr-defined]
-    settings.fp32_precision = precision  # type: ignore[attr-defined]
+    previous = settings.fp32_precision
+    settings.fp32_precision = precision
     try:
         yield
     finally:
-        settings.fp32_precision = previous  # type: ignore[attr-defined]
+        settings.fp32_precision = previous
 
 
 def _sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -269,7 +270,7 @@ def _sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _with_aligned_rows(input: Tensor) -> tuple[Tensor, int]:
-    """An input whose rows are contiguous, aligned if their length allows it; and the unit in which its strides are given."""
+    """An input whose rows are contiguous, aligned if their length allows it; and the unit of its strides."""
     unit = 16 if input.shape[2] % 16 == 0 else 1
     if input.stride(2) != 1 or input.stride(0) % unit or input.stride(1) % unit:
         input = input.contiguous()

@@ -79,7 +79,7 @@ def _of_gpu(index: int) -> Device:
         shared_bytes = 160 * 1024 if arch.startswith("gfx95") else 64 * 1024
     else:
         arch = f"sm_{properties.major}{properties.minor}"
-        shared_bytes = properties.shared_memory_per_block_optin
+        shared_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return Device(properties.name, arch, properties.multi_processor_count, shared_bytes)
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import types
 from dataclasses import replace
 
@@ -462,3 +463,32 @@ def test_the_reference_is_the_formula() -> None:
     output, h_n, c_n = lstm_layer(leaf, None, None, *module.parameters())
     found, (found_h, found_c) = module(leaf)
     assert measure.distance([found, found_h[0], found_c[0]], [output, h_n, c_n]) < 1e-15
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["forward+backward", "inference"])
+def test_a_gpu_gives_times_memory_and_a_floor(mode: str) -> None:
+    case = Case(mode, "bfloat16", T=64, B=16, I=256, H=256)
+    rows = measured(["lstm_triton", "nn.LSTM", FLOOR], case, device=devices.open_device("cuda"))
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert rows["lstm_triton"]["message"] == ""  # the kernels, not the fallback
+    for name in ("lstm_triton", "nn.LSTM"):
+        output_bytes = case.T * case.B * case.H * 2
+        assert rows[name]["peak_bytes"] >= output_bytes
+        assert (rows[name]["kept_bytes"] or output_bytes) >= output_bytes
+        assert (rows[name]["kept_bytes"] is None) == (mode == "inference")
+        assert rows[name]["floor_us"] >= rows[FLOOR]["median_us"] > 0
+
+
+@pytest.mark.gpu
+def test_a_gpus_clock_measures_the_device_and_not_the_host() -> None:
+    device = devices.open_device("cuda")
+    spin = round(1000 * device.cycles_per_us)  # a millisecond
+
+    def slow_to_ask() -> None:
+        time.sleep(0.002)
+        torch.cuda._sleep(spin)
+
+    assert device.time(lambda: torch.cuda._sleep(spin)) == pytest.approx(1000, rel=0.3)
+    assert device.time(slow_to_ask, host_us=4000) == pytest.approx(1000, rel=0.3)
+    assert device.wall_time(slow_to_ask) > 2500

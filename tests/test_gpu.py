@@ -105,7 +105,9 @@ def test_sequences_and_batches_share_kernels(precision: str) -> None:
     module = lstm_triton.LSTM(64, 128, dtype=torch.float16, device="cuda")
 
     def compiled() -> int:
-        return sum(len(caches[0]) for kernel in (forward_scan, backward_scan) for caches in kernel.device_caches.values())
+        return sum(
+            len(caches[0]) for kernel in (forward_scan, backward_scan) for caches in kernel.device_caches.values()
+        )
 
     def step(seq_len: int, batch_size: int) -> None:
         module(torch.randn(seq_len, batch_size, 64, device="cuda", dtype=torch.float16))[0].sum().backward()

@@ -1,5 +1,6 @@
 """The cooperative interpreter: programs take turns, schedules repeat, deadlocks are found."""
 
+import os
 import subprocess
 import sys
 
@@ -100,5 +101,8 @@ def test_off_by_default_and_nested() -> None:
 
 def test_needs_the_environment_variable() -> None:
     program = "import lstm_triton.interpreter as i\nwith i.interpret(): pass"
-    done = subprocess.run([sys.executable, "-c", program], env={"PATH": "", "PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True)  # fmt: skip
-    assert done.returncode != 0 and "TRITON_INTERPRET=1" in done.stderr
+    environment = {"PATH": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET=1" in done.stderr

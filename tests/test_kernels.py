@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,9 +38,8 @@ def test_hidden_sizes(hidden_size: int, reverse: bool, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("input_size", [1, 17, 64, 130])
 def test_input_projection_both_ways(input_size: int, fuse_input: bool) -> None:
     device = Device("one of each", "interpreter", 4, 200 * 1024)
-    found = candidates(
-        "forward", batch_size=3, input_size=input_size, hidden_size=20, dtype=torch.float32, device=device, allow_tf32=False
-    )  # fmt: skip
+    sizes = {"batch_size": 3, "input_size": input_size, "hidden_size": 20, "dtype": torch.float32}
+    found = candidates("forward", device=device, allow_tf32=False, **sizes)
     chosen = next(each for each in found if each.fuse_input == fuse_input)
     Layer(3, 3, input_size, 20, forward=chosen).check()
 
@@ -123,8 +123,9 @@ def test_gradients_that_are_no_numbers_do_not_hang(dtype: torch.dtype) -> None:
         output.backward(grad)
     assert arguments[0].grad is not None
     found = arguments[0].grad.isnan()
-    assert found[:3, 1].all(), "steps up to the broken one, in its row"
-    assert not found[3].any() and not found[:, 0].any() and not found[:, 2].any()
+    expected = torch.zeros_like(found)
+    expected[:3, 1] = True  # the steps up to the broken one, in its row
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -184,7 +185,9 @@ def test_offsets_beyond_32_bits(which: str) -> None:
     arguments = [tensor for tensor in layer.tensors() if tensor is not None]
     far.copy_(arguments[0])
     with interpreter.interpret(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "plan_of", lambda kind, *_: fused if kind == "forward" else plan(kind, device=device, **sizes))
+        patch.setattr(
+            ops, "plan_of", lambda kind, *_: fused if kind == "forward" else plan(kind, device=device, **sizes)
+        )
         expected = ops.scan_forward(*arguments, False, True)
         if which == "input":
             actual = ops.scan_forward(far, *arguments[1:], False, True)
@@ -220,4 +223,4 @@ def test_interpretable_plans_keep_everything_else() -> None:
     sizes = {"batch_size": 16, "input_size": 64, "hidden_size": 64, "dtype": torch.float16, "allow_tf32": False}
     chosen = plan("forward", device=Device("GPU", "sm_90", 132, 232448), **sizes)
     assert chosen.packed
-    assert interpretable(chosen) != chosen and interpretable(chosen).programs == chosen.programs
+    assert replace(interpretable(chosen), packed=True, dot_precision=chosen.dot_precision) == chosen

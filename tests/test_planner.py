@@ -26,7 +26,9 @@ H200 = DEVICES["sm_90"]
 
 
 @given(st.sampled_from(["forward", "backward"]), SIZES, st.sampled_from(sorted(DEVICES)))
-def test_every_candidate_covers_the_layer_and_fits_the_device(kind: planner.Kind, sizes: dict[str, object], arch: str) -> None:
+def test_every_candidate_covers_the_layer_and_fits_the_device(
+    kind: planner.Kind, sizes: dict[str, object], arch: str
+) -> None:
     device = DEVICES[arch]
     for each in candidates(kind, device=device, **sizes):  # type: ignore[arg-type]
         assert each.programs <= device.multiprocessors
@@ -40,7 +42,14 @@ def test_every_candidate_covers_the_layer_and_fits_the_device(kind: planner.Kind
         rows = each.block_hidden * (4 if kind == "forward" else 1)
         size = sizes["dtype"].itemsize  # type: ignore[attr-defined]
         assert rows * each.block_k * each.resident_chunks * size < device.shared_bytes
-        for block in (each.block_batch, each.block_hidden, each.block_k, each.block_input, each.split_k, each.num_warps):
+        for block in (
+            each.block_batch,
+            each.block_hidden,
+            each.block_k,
+            each.block_input,
+            each.split_k,
+            each.num_warps,
+        ):
             assert block & (block - 1) == 0
 
 

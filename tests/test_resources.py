@@ -45,7 +45,9 @@ def test_hopper_holds_what_the_planner_promises() -> None:
         if row["hidden"] <= 1024 and row["dtype"] == "float16":
             assert row["resident_fraction"] == 1.0
     headline = next(
-        row for row in rows if (row["kernel"], row["hidden"], row["batch"], row["dtype"]) == ("forward", 768, 16, "float16")
+        row
+        for row in rows
+        if (row["kernel"], row["hidden"], row["batch"], row["dtype"]) == ("forward", 768, 16, "float16")
     )
     assert headline["step_cycles"] <= 2300
 
@@ -74,7 +76,8 @@ def test_problems_are_found() -> None:
 
 def test_a_size_without_a_plan_is_a_row_that_says_why() -> None:
     row = resources.report(resources.Case("forward", "sm_80", 100_000, 1, "float16"))
-    assert "no plan" in row["error"] and row["registers"] is None
+    assert "no plan" in row["error"]
+    assert row["registers"] is None
 
 
 LISTING = """
