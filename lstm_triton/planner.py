@@ -20,7 +20,7 @@ import torch
 Kind = Literal["forward", "backward"]
 
 # Of a thread's 255 registers, how many may hold what it has requested: more makes the compiler spill.
-LOAD_REGISTERS = {"16 bit": 96, "tf32": 64, "tf32x3": 32, "ieee": 32}
+LOAD_REGISTERS = {"16 bit": 96, "tf32": 64, "tf32x3": 16, "ieee": 32}
 LOAD_REGISTERS_OF_LARGE_TILES = 64
 MIN_DOT_DEPTH = 16
 MAX_RESIDENT_CHUNKS = 32  # each is unrolled into the kernel

@@ -1,6 +1,7 @@
 """bench.gpu and bench.watchdog: whatever a system or a test does to its process, everyone else is measured, in time."""
 
 import json
+import queue
 import shutil
 import subprocess
 import sys
@@ -8,10 +9,11 @@ import textwrap
 import time
 import types
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
-from bench import cases, gpu, measure, results
+from bench import cases, gpu, measure, results, watchdog
 from bench.cases import Block, Case, Grid
 from bench.watchdog import CannotStart, Crew, OutOfBudget, Watchdog
 
@@ -122,7 +124,9 @@ def test_a_hang_a_crash_a_wrong_value_and_an_error_are_rows_and_the_rest_goes_on
 def test_a_call_ends_in_time_and_the_next_one_goes_on(session, monkeypatch, capsys) -> None:
     with_systems(monkeypatch, "lstm_triton", "nn.LSTM")
     first = session(SLOW_PLUGIN)
-    first.watchdog.started()
+    child = first.watchdog.started()
+    child.ask(compile=cases.as_dict(CASE))
+    assert child.answer(60.0) == {"compiled": True}
     first.watchdog.deadline = time.monotonic() + 5.5  # enough for one case of eight slow calls, not for two
     assert gpu.gpu(first, ["smoke"]) == 0
     assert time.monotonic() < first.watchdog.deadline + 2.0
@@ -250,33 +254,51 @@ def test_no_time_is_no_child(session, monkeypatch) -> None:
         session(budget=-1.0).watchdog.started()
 
 
-COMPILING_PLUGIN = """
-    import os, time
-    from bench import measure
+class FakeChild:
+    """Answers at once, except that a case of 2 steps ends it and one of 3 makes it silent for ever."""
 
-    def compile_kernels(case, device):
-        if case.T == 2:
-            os._exit(1)
-        if case.T == 3:
-            time.sleep(1000)
-        with open(os.environ["PYTHONPATH"] + "/compiled", "a") as file:
-            file.write(f"{case.T}\\n")
-        return True
+    compiled: ClassVar[list[int]] = []
 
-    measure.compile_kernels = compile_kernels
-"""
+    def __init__(self, *arguments: object) -> None:
+        self.process = types.SimpleNamespace(ended=False)
+        self.answers: list[dict | None] = [{"ready": {}}]
+
+    def ask(self, compile: dict) -> None:
+        if compile["T"] == 2:
+            self.answers.append(None)
+        elif compile["T"] != 3:
+            self.compiled.append(compile["T"])
+            self.answers.append({"compiled": True})
+
+    def answer(self, timeout: float) -> dict | None:
+        if not self.answers:
+            raise queue.Empty
+        return self.answers.pop(0)
 
 
-def test_a_crew_compiles_until_nobody_of_it_is_left(session, tmp_path) -> None:
-    crew = Crew(session(COMPILING_PLUGIN).watchdog, 2)
-    children = [child.process for child in crew.starting]
-    crew.compile([replace(CASE, T=length) for length in (1, 4, 5, 2, 3)], 60.0)
-    assert sorted((tmp_path / "compiled").read_text().split()) == ["1", "4", "5"]
-    assert all(process.poll() is not None for process in children)  # one ended by itself, one was silent
-    started = time.monotonic()
+def test_a_crew_compiles_until_nobody_of_it_is_left(session, monkeypatch) -> None:
+    monkeypatch.setattr(watchdog, "Child", FakeChild)
+    monkeypatch.setattr(watchdog, "end", lambda process: setattr(process, "ended", True))
+    monkeypatch.setattr(FakeChild, "compiled", [])
+    crew = Crew(session(timeout=0.05).watchdog, 2)
+    processes = [child.process for child in crew.starting]
+    crew.compile([replace(CASE, T=length) for length in (1, 4, 5, 2, 6, 3, 7)], 60.0)
+    assert FakeChild.compiled == [1, 4, 5, 6]
+    assert all(process.ended for process in processes)
     crew.compile([CASE], 60.0)  # nobody is waited for
+
+
+def test_a_crew_stops_in_time_and_ends_who_is_in_the_middle_of_something(session, monkeypatch) -> None:
+    monkeypatch.setattr(watchdog, "Child", FakeChild)
+    monkeypatch.setattr(watchdog, "end", lambda process: setattr(process, "ended", True))
+    crew = Crew(session(timeout=60.0).watchdog, 2)
+    processes = [child.process for child in crew.starting]
+    started = time.monotonic()
+    crew.compile([replace(CASE, T=3)], 0.1)
     assert time.monotonic() - started < 5.0
+    assert sorted(process.ended for process in processes) == [False, True]
     crew.stop()
+    assert all(process.ended for process in processes)
 
 
 def test_cases_are_compiled_before_they_are_measured_except_where_the_first_call_counts(session, monkeypatch) -> None:
