@@ -4,7 +4,8 @@ Triton's own interpreter runs one program to its end before the next one starts,
 would hang. Here each program is a greenlet that yields wherever it loads what a peer may have to write first, and
 wherever it stores; a seeded random schedule picks who goes on. The same seed gives the same schedule.
 
-Needs TRITON_INTERPRET=1 in the environment before Triton is first imported, and the package greenlet.
+Needs TRITON_INTERPRET=1 in the environment before Triton is first imported, Triton 3.6 or later, and the package
+greenlet.
 """
 
 import functools
@@ -36,7 +37,8 @@ def interpret(seed: int = 0) -> Iterator[None]:
         seed: of the random schedule in which a launch's programs take turns.
 
     Raises:
-        RuntimeError: TRITON_INTERPRET=1 was not set before Triton was imported, or greenlet is not installed.
+        RuntimeError: TRITON_INTERPRET=1 was not set before Triton was imported, Triton is too old, or greenlet is
+            missing.
 
     Inside, a kernel whose programs wait for values that never come raises Deadlock.
     """
@@ -64,6 +66,8 @@ def _install() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    if not hasattr(interpreter.InterpretedFunction, "run"):
+        raise RuntimeError("interpreting the kernels needs Triton 3.6 or later")
     builder = interpreter.interpreter_builder
     schedule = _Schedule(builder, greenlet.greenlet, greenlet.getcurrent)
 
