@@ -74,19 +74,16 @@ def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Pla
 
     from lstm_triton.kernels.backward import backward_scan
     from lstm_triton.kernels.forward import forward_scan
-    from lstm_triton.ops import compiler_options, constants_of
+    from lstm_triton.ops import compiler_options, constants_of, input_constants_of
 
     kernel = forward_scan if kind == "forward" else backward_scan
     constants: dict[str, Any] = {"HIDDEN": hidden, "STATE_STRIDE": state_stride(hidden), **constants_of(chosen)}
     if kind == "forward":
         unit = 16 if hidden % 16 == 0 else 1
         constants |= {
-            "INPUT": hidden,
-            "INPUT_STRIDE_UNIT": unit,
             "HAS_BIAS": True,
             "SAVE": True,
-            "FUSE_INPUT": chosen.fuse_input,
-            "BLOCK_INPUT": chosen.block_input,
+            **input_constants_of(chosen, hidden, unit),
         }
     names = list(kernel.arg_names)
     signature = {}

@@ -147,7 +147,7 @@ def tune(
                         say(key)
                         best = tune_case(kind, case, device, watchdog, limit, seconds, say)
                         if best is not None:
-                            table[key] = planner.as_table_entry(best)
+                            table[key] = asdict(best)
                             write_table(path, table)
                             found += 1
         except OutOfBudget:

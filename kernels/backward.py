@@ -89,7 +89,7 @@ def backward_scan(
     grad_cell_mask = (first_row + rows < batch_size)[:, None] & (units < STATE_STRIDE)
     grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=grad_cell_mask, other=0.0)
     for index in range(seq_len * tiles_per_step):
-        step = tl.cast(index, tl.int32)
+        step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if SEVERAL_TILES:
             step = step // tiles_per_step
             first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH

@@ -103,7 +103,7 @@ def forward_scan(
     cell_mask = (first_row + rows < batch_size)[:, None] & written_mask
     cell = tl.load(cell_ptrs + cell_row * STATE_STRIDE, mask=cell_mask, other=0.0)
     for index in range(seq_len * tiles_per_step):
-        step = tl.cast(index, tl.int32)
+        step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if SEVERAL_TILES:
             step = step // tiles_per_step
             first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH

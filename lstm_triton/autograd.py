@@ -77,39 +77,41 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        *arguments, hidden, cell, gates = ctx.saved_tensors
-        grad_output, grad_h_n, grad_c_n, *_ = grads
-        needed = ctx.needs_input_grad[:7]
-        if torch.is_grad_enabled():
-            found = _differentiable_gradients(arguments, needed, ctx.reverse, (grad_output, grad_h_n, grad_c_n))
-            return *found, None
+        # Autocast that is on where backward is called was not asked for by the layer.
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+            return *gradients(ctx.saved_tensors, ctx.needs_input_grad[:7], ctx.reverse, grads[:3]), None
 
-        input, _, _, weight_ih, weight_hh, _, _ = arguments
-        reverse = ctx.reverse
-        seq_len, batch_size, input_size = input.shape
-        hidden_size = weight_hh.shape[1]
-        columns = 4 * hidden_size
-        grad_gates, grad_cell = ops.scan_backward(grad_output, grad_h_n, grad_c_n, weight_hh, cell, gates, reverse)
-        grad_steps = grad_gates[ops.STEPS, :, :columns]
-        grad_rows = grad_steps.flatten(0, 1)
 
-        grad_input = grad_h_0 = grad_c_0 = grad_weight_ih = grad_weight_hh = grad_bias = None
-        if needed[0]:
-            grad_input = ops.matmul(grad_rows, _gate_minor(weight_ih)).view(seq_len, batch_size, input_size)
-        if needed[1]:
-            grad_h_0 = ops.matmul(grad_steps[-1 if reverse else 0], _gate_minor(weight_hh))
-        if needed[2]:
-            grad_c_0 = grad_cell[:, :hidden_size].to(input.dtype)
-        if needed[3]:
-            grad_weight_ih = _gate_major(ops.matmul(grad_rows.t(), input.reshape(-1, input_size)))
-        if needed[4]:
-            hidden_prev = hidden[ops.previous_blocks(reverse), :, :hidden_size].flatten(0, 1)
-            grad_weight_hh = _gate_major(ops.matmul(grad_rows.t(), hidden_prev))
-        if needed[5] or needed[6]:
-            grad_bias = _gate_major(grad_rows.sum(0).unsqueeze(1)).squeeze(1)
-        grad_bias_ih = grad_bias if needed[5] else None
-        grad_bias_hh = grad_bias.clone() if needed[6] and grad_bias is not None else None
-        return grad_input, grad_h_0, grad_c_0, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, None
+def _gradients(
+    saved: tuple[Any, ...], needed: tuple[bool, ...], reverse: bool, grads: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """The gradients of scan_layer's tensors, as far as needed: the backward scan, and products over what it leaves."""
+    *arguments, hidden, cell, gates = saved
+    input, _, _, weight_ih, weight_hh, _, _ = arguments
+    seq_len, batch_size, input_size = input.shape
+    hidden_size = weight_hh.shape[1]
+    grad_gates, grad_cell = ops.scan_backward(*grads, weight_hh, cell, gates, reverse)
+    grad_steps = grad_gates[ops.STEPS, :, : 4 * hidden_size]
+    grad_rows = grad_steps.flatten(0, 1)
+
+    found: list[Tensor | None] = [None] * len(arguments)
+    if needed[0]:
+        found[0] = ops.matmul(grad_rows, _gate_minor(weight_ih)).view(seq_len, batch_size, input_size)
+    if needed[1]:
+        found[1] = ops.matmul(grad_steps[-1 if reverse else 0], _gate_minor(weight_hh))
+    if needed[2]:
+        found[2] = grad_cell[:, :hidden_size].to(input.dtype)
+    if needed[3]:
+        found[3] = _gate_major(ops.matmul(grad_rows.t(), input.reshape(-1, input_size)))
+    if needed[4]:
+        hidden_prev = hidden[ops.previous_blocks(reverse), :, :hidden_size].flatten(0, 1)
+        found[4] = _gate_major(ops.matmul(grad_rows.t(), hidden_prev))
+    if needed[5] or needed[6]:
+        grad_bias = _gate_major(grad_rows.sum(0).unsqueeze(1)).squeeze(1)
+        found[5] = grad_bias if needed[5] else None
+        found[6] = grad_bias.clone() if needed[5] and needed[6] else grad_bias if needed[6] else None
+    return found
 
 
 def _gate_minor(weight: Tensor) -> Tensor:
@@ -128,12 +130,11 @@ def _regrouped(weight: Tensor, groups: tuple[int, int]) -> Tensor:
 
 
 def _differentiable_gradients(
-    arguments: list[Any],
-    needed: tuple[bool, ...],
-    reverse: bool,
-    grads: tuple[Tensor | None, ...],
+    saved: tuple[Any, ...], needed: tuple[bool, ...], reverse: bool, grads: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again: through the step-by-step formula."""
+    # Under new names: where one argument depends on another, that path is the engine's business, not this formula's.
+    arguments: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:7]]
     wanted = [tensor for tensor, need in zip(arguments, needed, strict=True) if need and tensor is not None]
     results = lstm_layer(*arguments, reverse=reverse)
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]

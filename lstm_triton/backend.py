@@ -1,6 +1,7 @@
 """Which path a call takes, the Triton kernels or PyTorch's own function, and why."""
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def _obstacle(call: "Call") -> str | None:
 
     device = call.data.device
     if device.type != "cuda" and not (device.type == "cpu" and active()):
-        return f"the kernels run on NVIDIA and AMD GPUs, not on {device.type!r} tensors"
+        return f"the kernels run on NVIDIA GPUs, not on {device.type!r} tensors"
     for tensor in _tensors(call):
         if tensor.device != device:
             return f"tensors are on several devices, {device} and {tensor.device}"
@@ -151,7 +152,12 @@ def _found_obstacle_of_device(
         if not torch.cuda.is_available():
             return "there is no GPU: torch.cuda.is_available() is False"
         gpu = torch.cuda.get_device_properties(device)
-        if torch.version.hip is None and gpu.major < 8:
+        if torch.version.hip is not None:
+            # Triton 3.6 makes the loads that wait for other programs cached ones there: they may never see a value.
+            return "the kernels do not run on AMD GPUs yet"
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return "TRITON_INTERPRET=1 is set: programs that wait for each other would run one after another"
+        if gpu.major < 8:
             return f"the kernels need compute capability 8.0 or later, {gpu.name} has {gpu.major}.{gpu.minor}"
     kinds: tuple[Kind, Kind] = ("forward", "backward")
     try:
@@ -240,7 +246,7 @@ def explain(
     >>> print(explain(lstm_triton.LSTM(3, 4), torch.empty(100, 16, 3, device="meta")))
     LSTM(3, 4) on cpu, torch.float32, T=100, B=16
     layer  direction  path    launches  why
-        0  forward    aten           0  the kernels run on NVIDIA and AMD GPUs, not on 'cpu' tensors
+        0  forward    aten           0  the kernels run on NVIDIA GPUs, not on 'cpu' tensors
     """
     call = call_of(module, input, hx)
     if call.data.device.type == "meta":

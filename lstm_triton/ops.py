@@ -5,6 +5,7 @@ forward direction, the last one for those of the reverse direction; a row has `s
 are padding. Whole blocks are addressed by their step: `STEPS` are the steps' own, and see `initial_block`.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import planner
-from .planner import Device, Kind, Plan, state_stride
+from .planner import MIN_DOT_DEPTH, Device, Kind, Plan, state_stride
 
 STEPS = slice(1, -1)
 
@@ -35,7 +36,8 @@ def final_block(reverse: bool) -> int:
 
 def allows_tf32() -> bool:
     """Whether cuDNN would be let compute a float32 LSTM in TF32."""
-    return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
+    # torch.backends.cudnn.rnn.fp32_precision, which some versions of PyTorch hide behind a module of that name.
+    return bool(torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
 
 
 def plan_of(kind: Kind, input: Tensor, hidden_size: int) -> Plan:
@@ -100,7 +102,8 @@ def scan_forward(
         )
         input, stride_unit = _with_aligned_rows(input)
     else:
-        gates = matmul(input.reshape(-1, input_size), weight_ih.t()).view(seq_len, batch_size, 4 * hidden_size)
+        with torch.autocast(input.device.type, enabled=False):
+            gates = matmul(input.reshape(-1, input_size), weight_ih.t()).view(seq_len, batch_size, 4 * hidden_size)
         stride_unit = 1
 
     _launch(
@@ -108,7 +111,7 @@ def scan_forward(
         plan,
         input.device,
         gates_ptr=gates,
-        input_ptr=input,
+        input_ptr=input if plan.fuse_input else gates,
         input_stride_step=input.stride(0) // stride_unit,
         input_stride_batch=input.stride(1) // stride_unit,
         weight_ih_ptr=weight_ih.contiguous(),
@@ -122,13 +125,10 @@ def scan_forward(
         batch_tiles=plan.batch_tiles,
         reverse=int(reverse),
         HIDDEN=hidden_size,
-        INPUT=input_size,
         STATE_STRIDE=stride,
-        INPUT_STRIDE_UNIT=stride_unit,
         HAS_BIAS=bias_ih is not None,
         SAVE=save,
-        FUSE_INPUT=plan.fuse_input,
-        BLOCK_INPUT=plan.block_input,
+        **input_constants_of(plan, input_size, stride_unit),
     )
     return hidden, cell, gates if save else gates.new_empty(0)
 
@@ -242,6 +242,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 
 @torch.library.custom_op("lstm_triton::matmul", mutates_args=())
 def _cuda_matmul(left: Tensor, right: Tensor) -> Tensor:
+    # An operator, because torch.compile cannot change the setting within a graph.
     with _matmul_precision("tf32" if allows_tf32() else "ieee"):
         return left @ right
 
@@ -251,15 +252,25 @@ def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty((left.shape[0], right.shape[1]))
 
 
+_matmul_precision_lock = threading.Lock()
+
+
 @contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
     settings = torch.backends.cuda.matmul
-    previous = settings.fp32_precision
-    settings.fp32_precision = precision
-    try:
-        yield
-    finally:
-        settings.fp32_precision = previous
+    # The setting is the whole process's, and backward runs in a thread for each device.
+    with _matmul_precision_lock:
+        previous = settings.fp32_precision
+        if previous == precision or {previous, precision} <= {"none", "ieee"}:
+            yield
+            return
+        settings.fp32_precision = precision
+        try:
+            yield
+        finally:
+            settings.fp32_precision = "none"  # inherited from torch.backends.fp32_precision, as it may have been
+            if settings.fp32_precision != previous:
+                settings.fp32_precision = previous
 
 
 def _sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -293,6 +304,17 @@ def constants_of(plan: Plan) -> dict[str, object]:
     }
 
 
+def input_constants_of(plan: Plan, input_size: int, stride_unit: int) -> dict[str, object]:
+    """The compile-time arguments of the forward kernel for its input: without fusion all inputs share one kernel."""
+    fused = plan.fuse_input
+    return {
+        "FUSE_INPUT": fused,
+        "INPUT": input_size if fused else 1,
+        "BLOCK_INPUT": plan.block_input if fused else MIN_DOT_DEPTH,
+        "INPUT_STRIDE_UNIT": stride_unit if fused else 1,
+    }
+
+
 def compiler_options(plan: Plan, is_nvidia: bool) -> dict[str, object]:
     """A plan as options of Triton's compiler."""
     options: dict[str, object] = {"num_warps": plan.num_warps, "num_stages": 1, "enable_fp_fusion": True}
@@ -308,5 +330,5 @@ def _launch(kernel: Any, plan: Plan, device: torch.device, **arguments: object) 
         return
     options = compiler_options(plan, is_nvidia=torch.version.hip is None)
     with torch.cuda.device(device):
-        # All programs run at the same time, or the driver refuses: they wait for each other.
-        kernel[grid](**arguments, **constants_of(plan), **options, launch_cooperative_grid=plan.programs > 1)
+        # Programs that share a batch tile wait for each other: all run at the same time, or the driver refuses.
+        kernel[grid](**arguments, **constants_of(plan), **options, launch_cooperative_grid=plan.slices > 1)

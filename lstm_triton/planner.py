@@ -10,7 +10,7 @@ program serves one batch tile or several, so a layer needs few compiled kernels,
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -260,10 +260,6 @@ def forced(chosen: Plan, kind: Kind = "forward") -> Iterator[None]:
             del _forced[kind]
         else:
             _forced[kind] = previous
-
-
-def as_table_entry(chosen: Plan) -> dict[str, object]:
-    return asdict(chosen)
 
 
 def _dot_precision(dtype: torch.dtype, device: Device, allow_tf32: bool) -> str:

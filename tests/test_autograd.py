@@ -121,6 +121,49 @@ def test_second_derivatives_are_right() -> None:
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
 
 
+def dependent(function: object, tensors: list[Tensor], create_graph: bool) -> tuple[Tensor, ...]:
+    """First derivatives where one argument depends on another, and one tensor is two arguments."""
+    input, _, c_0, weight_ih, weight_hh, bias, _ = tensors
+    h_0 = torch.tanh(input[0, :, :1] * c_0)
+    results = function(input, h_0, c_0, weight_ih, weight_hh, bias, bias, reverse=False)  # type: ignore[operator]
+    loss = torch.stack([result.square().sum() for result in results]).sum()
+    return torch.autograd.grad(loss, (input, c_0, weight_ih, weight_hh, bias), create_graph=create_graph)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_arguments_that_depend_on_each_other(create_graph: bool) -> None:
+    tensors = [tensor.requires_grad_() for tensor in Layer(3, 2, 3, 20).tensors()]
+    with interpreter.interpret():
+        actual = dependent(scan_layer, tensors, create_graph)
+    torch.testing.assert_close(actual, dependent(lstm_layer, tensors, False))
+
+
+def test_encoder_and_decoder_of_one_input() -> None:
+    """The decoder's states depend on the encoder's input, which is its own input, too."""
+    encoder, decoder = lstm_triton.LSTM(3, 20), lstm_triton.LSTM(3, 20)
+    input = torch.randn(3, 2, 3, requires_grad=True)
+
+    def gradient(create_graph: bool) -> Tensor:
+        output, _ = decoder(input, encoder(input)[1])
+        return torch.autograd.grad(output.square().sum(), input, create_graph=create_graph)[0]
+
+    expected = gradient(False)
+    with interpreter.interpret():
+        torch.testing.assert_close(gradient(False), expected)
+        torch.testing.assert_close(gradient(True), expected)
+
+
+def test_autocast_around_backward_alone_changes_nothing() -> None:
+    tensors = [tensor.requires_grad_() for tensor in Layer(3, 2, 3, 20).tensors()]
+    with interpreter.interpret():
+        expected = torch.autograd.grad(scan_layer(*tensors, reverse=False)[0].sum(), tensors)
+        loss = scan_layer(*tensors, reverse=False)[0].sum()
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = torch.autograd.grad(loss, tensors)
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("hidden_size", [16, 21])
 def test_operators_keep_their_promises_to_the_compiler(hidden_size: int, save: bool) -> None:

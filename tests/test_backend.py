@@ -57,6 +57,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(backend_module, "_triton_installed", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     caches = (_found_obstacle_of_device, planner._of_gpu)
     for function in caches:
         function.cache_clear()
@@ -73,7 +74,7 @@ def test_backend_holds_inside_the_block_only() -> None:
     input = torch.randn(5, 2, 3)
 
     def on_triton() -> None:
-        with pytest.raises(RuntimeError, match="the kernels run on NVIDIA and AMD GPUs, not on 'cpu' tensors"):
+        with pytest.raises(RuntimeError, match="the kernels run on NVIDIA GPUs, not on 'cpu' tensors"):
             ours(input)
 
     with lstm_triton.backend("triton"):
@@ -113,7 +114,7 @@ def test_unknown_backend(name: Any) -> None:
 
 def test_cpu() -> None:
     choice = choose(None, call_of(lstm_triton.LSTM(3, 4), torch.zeros(5, 2, 3)))
-    assert choice == Choice("aten", "the kernels run on NVIDIA and AMD GPUs, not on 'cpu' tensors")
+    assert choice == Choice("aten", "the kernels run on NVIDIA GPUs, not on 'cpu' tensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -167,8 +168,12 @@ def test_old_gpu(gpu: FakeGPU) -> None:
 
 def test_amd_gpu(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    gpu.major = 0  # compute capabilities are NVIDIA's
-    assert choose(None, call_of(gpu.lstm(3, 4), gpu.tensor(5, 2, 3))).path == "triton"
+    assert_aten(call_of(gpu.lstm(3, 4), gpu.tensor(5, 2, 3)), "the kernels do not run on AMD GPUs yet")
+
+
+def test_interpreted_triton_is_kept_off_gpus(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert_aten(call_of(gpu.lstm(3, 4), gpu.tensor(5, 2, 3)), "one after another")
 
 
 def test_no_gpu(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,17 +200,17 @@ def test_explained_on_the_cpu(cls: type[nn.RNNBase]) -> None:
     ]
     for each in explanation.layers:
         assert (each.path, each.forward, each.backward, each.launches) == ("aten", None, None, 0)
-        assert each.reason == "the kernels run on NVIDIA and AMD GPUs, not on 'cpu' tensors"
+        assert each.reason == "the kernels run on NVIDIA GPUs, not on 'cpu' tensors"
     assert explanation.launches == 0
     assert (explanation.device, explanation.dtype) == ("cpu", torch.float32)
     assert (explanation.time_steps, explanation.batch_size) == (5, 2)
     assert str(explanation).splitlines() == [
         "LSTM(3, 4, num_layers=2, bidirectional=True) on cpu, torch.float32, T=5, B=2",
         "layer  direction  path    launches  why",
-        "    0  forward    aten           0  the kernels run on NVIDIA and AMD GPUs, not on 'cpu' tensors",
-        "    0  reverse    aten           0  the kernels run on NVIDIA and AMD GPUs, not on 'cpu' tensors",
-        "    1  forward    aten           0  the kernels run on NVIDIA and AMD GPUs, not on 'cpu' tensors",
-        "    1  reverse    aten           0  the kernels run on NVIDIA and AMD GPUs, not on 'cpu' tensors",
+        "    0  forward    aten           0  the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
+        "    0  reverse    aten           0  the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
+        "    1  forward    aten           0  the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
+        "    1  reverse    aten           0  the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
     ]
     with pytest.raises(dataclasses.FrozenInstanceError):
         explanation.layers[0].path = "triton"  # type: ignore[misc]

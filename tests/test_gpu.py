@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
 
 import lstm_triton
 from lstm_triton import planner
 from lstm_triton.autograd import scan_layer
+from lstm_triton.reference import lstm_layer
 
 from .comparing import assert_results_as_accurate, run, twins
 from .kernel_cases import DTYPES, Layer
@@ -110,10 +110,12 @@ def test_sequences_and_batches_share_kernels(precision: str) -> None:
         )
 
     def step(seq_len: int, batch_size: int) -> None:
-        module(torch.randn(seq_len, batch_size, 64, device="cuda", dtype=torch.float16))[0].sum().backward()
+        with lstm_triton.backend("triton"):
+            module(torch.randn(seq_len, batch_size, 64, device="cuda", dtype=torch.float16))[0].sum().backward()
 
     step(16, 16)
     before = compiled()
+    assert before > 0
     for seq_len in (1, 2, 17, 64, 1000):
         step(seq_len, 16)
     for batch_size in (13, 14, 15):
@@ -121,41 +123,62 @@ def test_sequences_and_batches_share_kernels(precision: str) -> None:
     assert compiled() == before
 
 
-def test_long_and_wide(precision: str) -> None:
-    """T = 100,000, B = 100,000, and more than 2^31 gate elements in all."""
-    module = lstm_triton.LSTM(4, 16, dtype=torch.float16, device="cuda")
-    stock = nn.LSTM(4, 16, dtype=torch.float16, device="cuda")
-    stock.load_state_dict(module.state_dict())
-    for seq_len, batch_size, chunk in ((100_000, 4, 10_000), (40, 100_000, 40), (340, 100_000, 340)):
-        if torch.cuda.mem_get_info()[0] < 24 * seq_len * batch_size * 16:
-            pytest.skip("needs more free memory on the GPU")
-        generator = torch.Generator("cuda").manual_seed(0)
-        input = torch.randn(seq_len, batch_size, 4, device="cuda", dtype=torch.float16, generator=generator)
-        with torch.no_grad():
-            output, (h_n, _) = module(input)
-            assert torch.equal(output[-1], h_n[0])
-            rows = slice(batch_size - 4, None)
-            hx = None
-            for start in range(0, seq_len, chunk):
-                expected, hx = stock(input[start : start + chunk, rows].contiguous(), hx)
-                torch.testing.assert_close(output[start : start + chunk, rows], expected, rtol=2e-2, atol=2e-2)
+@pytest.mark.parametrize(
+    ("seq_len", "batch_size"),
+    [(100_000, 4), (40, 100_000), (340, 100_000)],
+    ids=["long", "wide", "more than 2^31 gates"],
+)
+def test_long_and_wide(seq_len: int, batch_size: int, precision: str) -> None:
+    """Values and gradients, seen on the last rows of the batch: rows do not know of each other."""
+    if precision == "tf32":
+        pytest.skip("float16: the precision of float32 makes no difference here")
+    hidden_size, seen = 16, slice(batch_size - 4, None)
+    if torch.cuda.mem_get_info()[0] < 40 * seq_len * batch_size * hidden_size:
+        pytest.skip("needs more free memory on the GPU")
+    ours, stock = twins(4, hidden_size, dtype=torch.float16, device="cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    input = torch.randn(seq_len, batch_size, 4, device="cuda", dtype=torch.float16, generator=generator)
+    input.requires_grad_()
+    with lstm_triton.backend("triton"):
+        output, (h_n, _) = ours(input)
+    assert torch.equal(output[-1], h_n[0])
+    (gradient,) = torch.autograd.grad(output[:, seen].sum(), input)
+    if batch_size > 4:
+        assert not gradient[:, :-4].any()
+
+    few = input.detach()[:, seen].contiguous().requires_grad_()
+    expected, hx, chunk = [], None, 10_000  # steps at a time: cuDNN takes no more than 65,535
+    for start in range(0, seq_len, chunk):
+        part, hx = stock(few[start : start + chunk], hx)
+        expected.append(part)
+    whole = torch.cat(expected)
+    torch.testing.assert_close(output[:, seen], whole, rtol=2e-2, atol=2e-2)
+    (expected_gradient,) = torch.autograd.grad(whole.sum(), few)
+    torch.testing.assert_close(gradient[:, seen], expected_gradient, rtol=5e-2, atol=5e-2)
 
 
 def test_second_derivatives(precision: str) -> None:
     if precision == "tf32":
         pytest.skip("the formula's own precision follows another setting")
     layer = Layer(4, 3, 5, 20, device="cuda")
-    arguments = [tensor.requires_grad_() for tensor in layer.tensors() if tensor is not None]
-    output, _, _ = scan_layer(*arguments, reverse=False)
-    grads = torch.autograd.grad(output.square().sum(), arguments, create_graph=True)
-    second = torch.autograd.grad(sum(grad.square().sum() for grad in grads), arguments)
-    assert all(tensor.isfinite().all() for tensor in second)
+
+    def penalty(function: object, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        arguments = [t.to(dtype).requires_grad_() for t in layer.tensors() if t is not None]
+        output, _, _ = function(*arguments, reverse=False)  # type: ignore[operator]
+        grads = torch.autograd.grad(output.square().sum(), arguments, create_graph=True)
+        return torch.autograd.grad(torch.stack([grad.square().sum() for grad in grads]).sum(), arguments)
+
+    actual, expected = penalty(scan_layer, torch.float32), penalty(lstm_layer, torch.float64)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-4)
 
 
 def test_first_call_is_reported(precision: str) -> None:
     """How long the first call of a new layer takes: printed, not judged."""
     module = lstm_triton.LSTM(24, 72, dtype=torch.bfloat16, device="cuda")
     started = time.perf_counter()
-    module(torch.randn(4, 2, 24, device="cuda", dtype=torch.bfloat16))[0].sum().backward()
+    with lstm_triton.backend("triton"):
+        output, _ = module(torch.randn(4, 2, 24, device="cuda", dtype=torch.bfloat16))
+    output.sum().backward()
     torch.cuda.synchronize()
     print(f"first forward and backward of a new layer: {time.perf_counter() - started:.2f} s")
