@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,13 +133,12 @@ def compare(case: Case, device: torch.device, seed: int) -> tuple[dict[str, Comp
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Whether float32 may be rounded to TF32 inside, by cuDNN's LSTM and by ours."""
-    settings: Any = torch.backends.cudnn.rnn
-    before = settings.fp32_precision
-    settings.fp32_precision = "tf32" if allowed else "ieee"
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

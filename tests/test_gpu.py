@@ -9,6 +9,7 @@ import torch
 import lstm_triton
 from lstm_triton import planner
 from lstm_triton.autograd import scan_layer
+from lstm_triton.check import tf32
 from lstm_triton.reference import lstm_layer
 
 from .comparing import assert_results_as_accurate, run, twins
@@ -20,11 +21,8 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True, params=["tf32", "ieee"])
 def precision(request: pytest.FixtureRequest) -> Iterator[str]:
     """What cuDNN, and so the kernels, may use for float32."""
-    settings = torch.backends.cudnn.rnn
-    previous = settings.fp32_precision
-    settings.fp32_precision = request.param
-    yield request.param
-    settings.fp32_precision = previous
+    with tf32(request.param == "tf32"):
+        yield request.param
 
 
 def skip_repeated(precision: str, dtype: torch.dtype) -> None:
