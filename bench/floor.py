@@ -107,12 +107,9 @@ def exchange(problem: Problem, kind: Kind, input_size: int) -> Tensor:
     stride = planner.state_stride(case.H)
     copies = 1 if kind == "forward" else 4
     save = kind == "forward" and case.mode != "inference"
-    state = torch.empty(case.T + 1, case.B, copies * stride, dtype=problem.dtype, device=device)
-    state.view(torch.int32 if problem.dtype.itemsize == 4 else torch.int16).fill_(-1)
+    state = ops.sentinels((case.T + 1, case.B, copies * stride), like)
     state[0] = 0
-    options = {}
-    if device.type == "cuda":
-        options = {"num_warps": plan.num_warps, "num_stages": 1, "launch_cooperative_grid": plan.programs > 1}
+    options = ops.launch_options(plan) if device.type == "cuda" else {}
     exchange_scan[(plan.programs,)](
         state,
         torch.empty(case.T, case.B, 4 * case.H, dtype=problem.dtype, device=device),

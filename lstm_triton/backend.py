@@ -260,8 +260,9 @@ def explain(
         for direction in directions:
             forward = backward = None
             if choice.path == "triton":
-                forward = _plan("forward", call, dtype, getattr(module, f"weight_ih_l{layer}").shape[1])
-                backward = _plan("backward", call, dtype, 4 * call.hidden_size)
+                input_size = getattr(module, f"weight_ih_l{layer}").shape[1]
+                forward = _plan("forward", call, dtype, input_size)
+                backward = _plan("backward", call, dtype, input_size)
             launches = sum(plan is not None for plan in (forward, backward))
             layers.append(LayerExplanation(layer, direction, *choice, forward, backward, launches))
     return Explanation(str(module), str(call.data.device), dtype, call.time_steps, call.batch_size, tuple(layers))

@@ -87,7 +87,7 @@ def scan_forward(
     stride = state_stride(hidden_size)
     plan = plan_of("forward", input, hidden_size)
 
-    hidden = _sentinels((seq_len + 2, batch_size, stride), input)
+    hidden = sentinels((seq_len + 2, batch_size, stride), input)
     cell = torch.empty((seq_len + 2 if save else 1, batch_size, stride), dtype=torch.float32, device=input.device)
     for buffer, state in ((hidden, h_0), (cell, c_0)):
         initial = buffer[initial_block(reverse)]
@@ -183,7 +183,7 @@ def scan_backward(
     stride = state_stride(hidden_size)
     plan = plan_of("backward", gates, hidden_size)
 
-    grad_gates = _sentinels((seq_len + 2, batch_size, 4 * stride), gates)
+    grad_gates = sentinels((seq_len + 2, batch_size, 4 * stride), gates)
     grad_gates[initial_block(not reverse)].zero_()  # nothing comes after the last step
     grad_cell = torch.zeros((batch_size, stride), dtype=torch.float32, device=gates.device)
     if grad_c_n is not None:
@@ -273,7 +273,7 @@ def _matmul_precision(precision: str) -> Iterator[None]:
                 settings.fp32_precision = previous
 
 
-def _sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An exchange buffer in which nothing has been published (kernels/exchange.py)."""
     buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
     buffer.view(torch.int32 if like.dtype.itemsize == 4 else torch.int16).fill_(-1)
@@ -323,12 +323,17 @@ def compiler_options(plan: Plan, is_nvidia: bool) -> dict[str, object]:
     return options
 
 
+def launch_options(plan: Plan) -> dict[str, object]:
+    """A plan as options of a launch on a GPU."""
+    options = compiler_options(plan, is_nvidia=torch.version.hip is None)
+    # Programs that share a batch tile wait for each other: all run at the same time, or the driver refuses.
+    return {**options, "launch_cooperative_grid": plan.slices > 1}
+
+
 def _launch(kernel: Any, plan: Plan, device: torch.device, **arguments: object) -> None:
     grid = (plan.programs,)
     if device.type == "cpu":  # interpreted
         kernel[grid](**arguments, **constants_of(plan))
         return
-    options = compiler_options(plan, is_nvidia=torch.version.hip is None)
     with torch.cuda.device(device):
-        # Programs that share a batch tile wait for each other: all run at the same time, or the driver refuses.
-        kernel[grid](**arguments, **constants_of(plan), **options, launch_cooperative_grid=plan.slices > 1)
+        kernel[grid](**arguments, **constants_of(plan), **launch_options(plan))

@@ -224,7 +224,8 @@ def key(kind: Kind, batch_size: int, input_size: int, hidden_size: int, dtype: t
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float32 and allow_tf32:
         name = "tf32"
-    return f"{kind} {name} B={batch_size} I={input_size} H={hidden_size}"
+    input_part = f" I={input_size}" if kind == "forward" else ""  # the backward scan never sees the input
+    return f"{kind} {name} B={batch_size}{input_part} H={hidden_size}"
 
 
 def table_path(device: Device) -> Path:
@@ -312,7 +313,7 @@ def _fitted(
     if kind == "forward":
         row_bytes = min(row_bytes, 512)
     block_k = _chunk(depth, row_bytes // size)
-    block_input = _chunk(input_size, row_bytes // size)
+    block_input = _chunk(input_size, row_bytes // size) if kind == "forward" else MIN_DOT_DEPTH
     if fuse_input:
         split_k = min(split_k, block_input // MIN_DOT_DEPTH)
     split_k = min(split_k, block_k // MIN_DOT_DEPTH)

@@ -114,6 +114,16 @@ def test_a_measured_table_is_preferred(tmp_path: Path, monkeypatch: pytest.Monke
     planner._plan.cache_clear()
 
 
+def test_the_backward_scan_does_not_depend_on_the_input() -> None:
+    """Who tunes it and who runs it find the same plan and the same table entry, whatever input_size they name."""
+    sizes = {"batch_size": 16, "hidden_size": 256, "dtype": torch.float16, "allow_tf32": False}
+    plans = [plan("backward", device=H200, input_size=input_size, **sizes) for input_size in (1, 256, 1024)]
+    keys = {planner.key("backward", input_size=input_size, **sizes) for input_size in (1, 256, 1024)}
+    assert plans[0] == plans[1] == plans[2]
+    assert len(keys) == 1
+    assert planner.key("forward", input_size=1, **sizes) != planner.key("forward", input_size=2, **sizes)
+
+
 def test_a_forced_plan_holds_for_its_kind_only() -> None:
     sizes = {"batch_size": 16, "input_size": 64, "hidden_size": 256, "dtype": torch.float16, "allow_tf32": False}
     usual = plan("forward", device=H200, **sizes)
