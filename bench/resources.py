@@ -40,6 +40,7 @@ DTYPES = {
 }
 TRITON_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 ALWAYS_FLOAT32 = ("cell_ptr", "grad_cell_ptr")
+TABLES = ("sources_ptr", "successors_ptr", "offsets_ptr", "tile_steps_ptr")
 KINDS: tuple[Kind, ...] = ("forward", "backward")
 
 
@@ -50,6 +51,7 @@ class Case:
     hidden: int
     batch: int
     dtype: str
+    ragged: bool = False  # with lengths, packed, or starting anew
 
 
 def plan_of(case: Case) -> Plan:
@@ -66,7 +68,7 @@ def plan_of(case: Case) -> Plan:
     )
 
 
-def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Plan) -> Any:
+def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Plan, ragged: bool = False) -> Any:
     """The scan of a plan, compiled for an architecture: what a training step launches."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -78,20 +80,25 @@ def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Pla
 
     kernel = forward_scan if kind == "forward" else backward_scan
     constants: dict[str, Any] = {"HIDDEN": hidden, "STATE_STRIDE": state_stride(hidden), **constants_of(chosen)}
+    constants["RAGGED"] = ragged
     if kind == "forward":
         unit = 16 if hidden % 16 == 0 else 1
         constants |= {
             "HAS_BIAS": True,
-            "SAVE": True,
+            "KEEP_CELLS": True,
+            "KEEP_GATES": True,
             **input_constants_of(chosen, hidden, unit),
         }
+    else:
+        constants["GRAD_CELLS"] = False
     names = list(kernel.arg_names)
     signature = {}
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in ALWAYS_FLOAT32 else TRITON_TYPES[dtype]
+            always = "*fp32" if name in ALWAYS_FLOAT32 else "*i32" if name in TABLES else None
+            signature[name] = always or TRITON_TYPES[dtype]
         else:
             signature[name] = "i32"
     source = ASTSource(
@@ -136,8 +143,8 @@ def resources(binary: Any) -> dict[str, int | None]:
 
 
 @cache
-def _resources(kind: Kind, arch: str, hidden: int, dtype: str, chosen: Plan) -> dict[str, int | None]:
-    return resources(compiled(kind, arch, hidden, DTYPES[dtype][0], chosen))
+def _resources(kind: Kind, arch: str, hidden: int, dtype: str, chosen: Plan, ragged: bool) -> dict[str, int | None]:
+    return resources(compiled(kind, arch, hidden, DTYPES[dtype][0], chosen, ragged))
 
 
 def report(case: Case) -> dict[str, Any]:
@@ -152,7 +159,7 @@ def report(case: Case) -> dict[str, Any]:
     # What the batch size does not change is compiled once.
     same = replace(chosen, batch_tiles=1 + (chosen.batch_tiles > chosen.groups), groups=1, predicted_cycles=0)
     try:
-        return {**row, **_resources(case.kernel, case.arch, case.hidden, case.dtype, same), "error": None}
+        return {**row, **_resources(case.kernel, case.arch, case.hidden, case.dtype, same, case.ragged), "error": None}
     except Exception as error:  # a compiler's failure is a finding, not the end of the report
         return {**row, **empty, "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
@@ -217,13 +224,14 @@ def main(arguments: list[str] | None = None) -> int:
         "--dtype", nargs="+", default=["tf32", "float16", "bfloat16"], choices=sorted(DTYPES), metavar="DTYPE"
     )
     parser.add_argument("--kernel", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--ragged", action="store_true", help="the kernels for lengths, packed sequences and resets")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
     cases = [
-        Case(kernel, arch, hidden, batch, dtype)
+        Case(kernel, arch, hidden, batch, dtype, chosen.ragged)
         for arch in chosen.arch
         for kernel in chosen.kernel
         for dtype in chosen.dtype

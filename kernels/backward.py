@@ -16,6 +16,7 @@ import triton.language as tl
 from .exchange import publish, request
 from .gates import differentiate, join_gates
 from .product import add_received, load_lefts, no_sums, total
+from .ragged import count_turns, locate, next_turn
 
 
 @triton.jit(
@@ -23,29 +24,40 @@ from .product import add_received, load_lefts, no_sums, total
         "grad_output_stride_step",
         "grad_output_stride_batch",
         "seq_len",
+        "row_count",
         "batch_size",
         "batch_tiles",
         "reverse",
     ]
 )
 def backward_scan(
-    grad_output_ptr,  # (T, B, H) I/O dtype: gradients of the h_t as outputs
+    grad_output_ptr,  # (T, B, H), RAGGED (rows, H), I/O dtype: gradients of the h_t as outputs
     grad_output_stride_step,
     grad_output_stride_batch,
     grad_hidden_ptr,  # (B, H) I/O dtype: gradient of h_n
-    grad_cell_ptr,  # (B, STATE_STRIDE) float32: gradient of c_n on entry, of c_0 on return
-    gates_ptr,  # (T * B, 4H) I/O dtype: activated gates
-    cell_ptr,  # (B + T * B + B, STATE_STRIDE) float32 state rows of c
+    grad_cells_ptr,  # (rows, H) I/O dtype: gradients of the c_t as results, read only if GRAD_CELLS
+    # (B, STATE_STRIDE) float32: gradient of c_n on entry, of c_0 on return; followed, if RAGGED, by the B rows of that
+    # of the c to start anew from
+    grad_cell_ptr,
+    gates_ptr,  # (rows, 4H) I/O dtype: activated gates
+    cell_ptr,  # (state rows, STATE_STRIDE) float32 c
     weight_hh_ptr,  # (4H, H)
-    # (B + T * B + B, 4 * STATE_STRIDE) I/O dtype: state rows of the pre-activations' gradients, gate-minor; on entry
-    # sentinels, and zeros in the rows after the last step
+    # (state rows, 4 * STATE_STRIDE) I/O dtype: the pre-activations' gradients, gate-minor; on entry sentinels, and
+    # zeros in the rows after the last step, if RAGGED in all rows that are none of a step
     grad_gates_ptr,
+    sources_ptr,  # (rows,), read only if RAGGED, as the next three: the state row a step started from, -1 for no step
+    successors_ptr,  # (rows,) the state row of the step that started from this one, or a row of zeros
+    offsets_ptr,  # (T + 1,)
+    tile_steps_ptr,  # (batch_tiles,)
     seq_len,
+    row_count,  # rows of the steps
     batch_size,
     batch_tiles,
     reverse,  # the forward scan's
     HIDDEN: tl.constexpr,
     STATE_STRIDE: tl.constexpr,
+    GRAD_CELLS: tl.constexpr,
+    RAGGED: tl.constexpr,
     SEVERAL_TILES: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
@@ -88,22 +100,52 @@ def backward_scan(
     first_row = group * BLOCK_BATCH
     grad_cell_mask = (first_row + rows < batch_size)[:, None] & (units < STATE_STRIDE)
     grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=grad_cell_mask, other=0.0)
-    for index in range(seq_len * tiles_per_step):
+    turns = seq_len * tiles_per_step
+    if RAGGED:
+        turns = count_turns(tile_steps_ptr, group, groups, batch_tiles)
+        step_next, tile = next_turn(0, group - groups, turns, tile_steps_ptr, group, groups, batch_tiles)
+        row_next, count = locate(step_next, tile, reverse == 0, tile_steps_ptr, offsets_ptr)
+        tile_rows = tile * BLOCK_BATCH + rows
+        source_next = tl.load(sources_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
+        successor_next = tl.load(successors_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
+    for index in range(turns):
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
-        if SEVERAL_TILES:
-            step = step // tiles_per_step
-            first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH
-        time = tl.where(reverse != 0, step, seq_len - 1 - step).to(tl.int64)
-        step_row = time * batch_size + first_row
+        if RAGGED:
+            source, successor = source_next, successor_next
+            first_row = tile * BLOCK_BATCH
+            step_row = row_next.to(tl.int64) + first_row
+            row_mask = (source >= 0)[:, None]
+            end = tl.where(reverse != 0, 0, row_count + batch_size)  # of the rows after the last steps
+            last_mask = ((successor >= end) & (successor < end + batch_size))[:, None] & (units < HIDDEN)
+            # Rows without a step read row 0, which nobody has to be waited for.
+            grad_gates_next = grad_gates_ptr + tl.maximum(successor, 0)[:, None].to(tl.int64) * (4 * STATE_STRIDE)
+            cell_prev_ptrs = cell_ptr + source[:, None].to(tl.int64) * STATE_STRIDE + units
+            output_row = step_row * grad_output_stride_batch
+        else:
+            if SEVERAL_TILES:
+                step = step // tiles_per_step
+                first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH
+            time = tl.where(reverse != 0, step, seq_len - 1 - step).to(tl.int64)
+            step_row = time * batch_size + first_row
+            to_next_row = tl.where(reverse != 0, -batch_size, batch_size)
+            row_mask = (first_row + rows < batch_size)[:, None]
+            last_mask = (first_row + rows < tl.where(step == 0, batch_size, 0))[:, None] & (units < HIDDEN)
+            read_rows = tl.minimum(rows, batch_size - 1 - first_row)[:, None]  # past the batch: its last row once more
+            grad_gates_next = grad_gates_ptr + (step_row + batch_size + to_next_row) * (4 * STATE_STRIDE)
+            grad_gates_next += read_rows * (4 * STATE_STRIDE)
+            cell_prev_ptrs = cell_ptrs + (step_row + batch_size - to_next_row) * STATE_STRIDE
+            output_row = time * grad_output_stride_step + first_row.to(tl.int64) * grad_output_stride_batch
         state_row = step_row + batch_size
-        to_next_row = tl.where(reverse != 0, -batch_size, batch_size)
-        row_mask = (first_row + rows < batch_size)[:, None]
         mask = row_mask & (units < HIDDEN)
 
-        read_rows = tl.minimum(rows, batch_size - 1 - first_row)[:, None]  # past the batch: its last row once more
-        grad_gates_next = grad_gates_ptr + (state_row + to_next_row) * (4 * STATE_STRIDE)
-        grad_gates_next = grad_gates_next + read_rows * (4 * STATE_STRIDE) + ks[None, :]
+        grad_gates_next += ks[None, :]
         grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)
+        if RAGGED:
+            step_next, tile = next_turn(step_next, tile, turns - 1 - index, tile_steps_ptr, group, groups, batch_tiles)
+            row_next, count = locate(step_next, tile, reverse == 0, tile_steps_ptr, offsets_ptr)
+            tile_rows = tile * BLOCK_BATCH + rows
+            source_next = tl.load(sources_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
+            successor_next = tl.load(successors_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
 
         gates = gates_ptrs + step_row * (4 * HIDDEN)
         input_gate = tl.load(gates, mask=mask, other=0.0)
@@ -111,29 +153,28 @@ def backward_scan(
         candidate = tl.load(gates + 2 * HIDDEN, mask=mask, other=0.0)
         output_gate = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0)
         cell = tl.load(cell_ptrs + state_row * STATE_STRIDE, mask=mask, other=0.0)
-        cell_prev = tl.load(cell_ptrs + (state_row - to_next_row) * STATE_STRIDE, mask=mask, other=0.0)
-        grad_outputs = (
-            grad_output_ptrs + time * grad_output_stride_step + first_row.to(tl.int64) * grad_output_stride_batch
-        )
-        grad_output = tl.load(grad_outputs, mask=mask, other=0.0)
-        last_mask = (first_row + rows < tl.where(step == 0, batch_size, 0))[:, None] & (units < HIDDEN)
+        cell_prev = tl.load(cell_prev_ptrs, mask=mask, other=0.0)
+        grad_output = tl.load(grad_output_ptrs + output_row, mask=mask, other=0.0)
         grad_last = tl.load(grad_hidden_ptrs + first_row.to(tl.int64) * HIDDEN, mask=last_mask, other=0.0)
+        if GRAD_CELLS:
+            grad_here = tl.load(grad_cells_ptr + (step_row + rows[:, None]) * HIDDEN + units, mask=mask, other=0.0)
         if SEVERAL_TILES:
             tl.debug_barrier()  # other threads of this program may have written it, one step ago
             grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=mask, other=0.0)
 
         sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
         sums = add_received(
-            sums, grad_gates_tiles, grad_gates_next, step > 0, weights, weight_ptrs, local_units < HIDDEN,
+            sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs, local_units < HIDDEN,
             ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
             DOT_PRECISION, PACKED,
         )  # fmt: skip
         grad_hidden = tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
         grad_hidden += grad_output.to(tl.float32) + grad_last.to(tl.float32)
 
-        grad_input_preact, grad_forget_preact, grad_cell_preact, grad_output_preact, grad_cell = differentiate(
+        grad_cell_now = grad_cell + grad_here.to(tl.float32) if GRAD_CELLS else grad_cell
+        grad_input_preact, grad_forget_preact, grad_cell_preact, grad_output_preact, grad_cell_prev = differentiate(
             input_gate.to(tl.float32), forget_gate.to(tl.float32), candidate.to(tl.float32), output_gate.to(tl.float32),
-            cell_prev, cell, grad_hidden, grad_cell,
+            cell_prev, cell, grad_hidden, grad_cell_now,
         )  # fmt: skip
         grad_gates = join_gates(
             grad_input_preact, grad_forget_preact, grad_cell_preact, grad_output_preact, BLOCK_HIDDEN, BLOCK_BATCH
@@ -141,6 +182,15 @@ def backward_scan(
         if HIDDEN % BLOCK_HIDDEN != 0:
             grad_gates = tl.where(gate_minor < 4 * HIDDEN, grad_gates, 0.0)  # see forward.py
         publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), grad_gates, row_mask & (gate_minor < WRITTEN))
+        if RAGGED:
+            # What flows into a state to start anew from stays there.
+            anew = (source >= row_count + 2 * batch_size)[:, None] & (units < HIDDEN)
+            grad_anew_ptrs = grad_cell_ptrs + (first_row.to(tl.int64) + batch_size) * STATE_STRIDE
+            grad_anew = tl.load(grad_anew_ptrs, mask=anew, other=0.0)
+            tl.store(grad_anew_ptrs, grad_anew + grad_cell_prev, mask=anew)
+            grad_cell = tl.where(row_mask, tl.where(anew, 0.0, grad_cell_prev), grad_cell)
+        else:
+            grad_cell = grad_cell_prev
         if SEVERAL_TILES:
             tl.store(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, grad_cell, mask=mask)
     if not SEVERAL_TILES:

@@ -5,9 +5,10 @@ owns BLOCK_HIDDEN units, that is 4 * BLOCK_HIDDEN gate-minor rows of W_hh, which
 time, for its batch tiles of BLOCK_BATCH rows. h_{t-1} of all units comes from its peers through hidden_ptr
 (exchange.py).
 
-State rows: the B initial states of the forward direction, the T * B rows of the steps, the B initial states of the
-reverse direction. So the rows of h_{t-1} are always B rows away from those of h_t, whatever the step and the
-direction.
+State rows: the B initial states of the forward direction, the rows of the steps, the B initial states of the reverse
+direction. There are T * B rows of steps, and those of h_{t-1} are always B rows away from those of h_t, whatever the
+step and the direction. Of a RAGGED batch there may be fewer, a table says where each step's h_{t-1} is (ragged.py),
+and B rows more hold the states of sequences that start anew.
 """
 
 import triton
@@ -16,6 +17,7 @@ import triton.language as tl
 from .exchange import publish, request
 from .gates import activate, split_gates, update_state
 from .product import add_products, add_received, load_lefts, no_sums, total
+from .ragged import count_turns, locate, next_turn
 
 
 @triton.jit
@@ -27,20 +29,34 @@ def load_bias(bias_ih_ptr, bias_hh_ptr, units, gate: tl.constexpr, HIDDEN: tl.co
 
 
 @triton.jit(
-    do_not_specialize=["input_stride_step", "input_stride_batch", "seq_len", "batch_size", "batch_tiles", "reverse"]
+    do_not_specialize=[
+        "input_stride_step",
+        "input_stride_batch",
+        "seq_len",
+        "row_count",
+        "batch_size",
+        "batch_tiles",
+        "reverse",
+    ]
 )
 def forward_scan(
-    gates_ptr,  # (T * B, 4H) I/O dtype: x_t W_ih^T on entry unless FUSE_INPUT; the activated gates on return if SAVE
-    input_ptr,  # (T, B, I), read only if FUSE_INPUT
+    gates_ptr,  # (rows, 4H) I/O dtype: x_t W_ih^T on entry unless FUSE_INPUT; activated gates on return if KEEP_GATES
+    input_ptr,  # (T, B, I), RAGGED (rows, I); read only if FUSE_INPUT
     input_stride_step,  # this and the next one: in units of INPUT_STRIDE_UNIT elements
     input_stride_batch,
     weight_ih_ptr,  # (4H, I), read only if FUSE_INPUT
     weight_hh_ptr,  # (4H, H)
     bias_ih_ptr,  # (4H,), read only if HAS_BIAS
     bias_hh_ptr,  # (4H,), read only if HAS_BIAS
-    hidden_ptr,  # (B + T * B + B, STATE_STRIDE) state rows of h, I/O dtype; the steps' rows are sentinels on entry
-    cell_ptr,  # c, float32: state rows if SAVE; otherwise (B, STATE_STRIDE), c_0 on entry and c_n on return
+    hidden_ptr,  # (state rows, STATE_STRIDE) h, I/O dtype; the steps' rows are sentinels on entry
+    # c, float32: state rows if KEEP_CELLS; otherwise (B, STATE_STRIDE), c_0 on entry and c_n on return, followed, if
+    # RAGGED, by the B rows to start anew from
+    cell_ptr,
+    sources_ptr,  # (rows,), read only if RAGGED, as the next two: the state row a step starts from, -1 for no step
+    offsets_ptr,  # (T + 1,) the first row of every time step
+    tile_steps_ptr,  # (batch_tiles,)
     seq_len,
+    row_count,  # rows of the steps
     batch_size,
     batch_tiles,  # tiles of BLOCK_BATCH rows in the batch
     reverse,  # 0: forward in time, 1: backward in time
@@ -49,7 +65,9 @@ def forward_scan(
     STATE_STRIDE: tl.constexpr,  # elements between state rows: a multiple of 16
     INPUT_STRIDE_UNIT: tl.constexpr,  # 16 tells the compiler that rows are aligned, without a compilation per stride
     HAS_BIAS: tl.constexpr,
-    SAVE: tl.constexpr,  # keep what the backward scan needs: the gates and every c
+    KEEP_CELLS: tl.constexpr,  # every c
+    KEEP_GATES: tl.constexpr,
+    RAGGED: tl.constexpr,  # sequences differ in length, are packed, or start anew
     FUSE_INPUT: tl.constexpr,  # compute x_t W_ih^T here
     SEVERAL_TILES: tl.constexpr,  # a program serves more than one batch tile, taking turns within every step
     BLOCK_BATCH: tl.constexpr,
@@ -99,31 +117,55 @@ def forward_scan(
     input_ptrs = input_ptr + rows[:, None].to(tl.int64) * input_stride_batch * INPUT_STRIDE_UNIT + input_ks[None, :]
 
     first_row = group * BLOCK_BATCH
-    cell_row = first_row.to(tl.int64) + ((seq_len.to(tl.int64) + 1) * batch_size * reverse if SAVE else 0)
+    cell_row = first_row.to(tl.int64)
+    if KEEP_CELLS:
+        cell_row += (row_count.to(tl.int64) + batch_size) * reverse
     cell_mask = (first_row + rows < batch_size)[:, None] & written_mask
     cell = tl.load(cell_ptrs + cell_row * STATE_STRIDE, mask=cell_mask, other=0.0)
-    for index in range(seq_len * tiles_per_step):
+    turns = seq_len * tiles_per_step
+    if RAGGED:
+        turns = count_turns(tile_steps_ptr, group, groups, batch_tiles)
+        step_next, tile = next_turn(0, group - groups, turns, tile_steps_ptr, group, groups, batch_tiles)
+        row_next, count = locate(step_next, tile, reverse != 0, tile_steps_ptr, offsets_ptr)
+        tile_rows = tile * BLOCK_BATCH + rows
+        source_next = tl.load(sources_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
+    for index in range(turns):
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
-        if SEVERAL_TILES:
-            step = step // tiles_per_step
-            first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH
-        time = tl.where(reverse != 0, seq_len - 1 - step, step).to(tl.int64)
-        step_row = time * batch_size + first_row
+        if RAGGED:
+            source = source_next
+            first_row = tile * BLOCK_BATCH
+            step_row = row_next.to(tl.int64) + first_row
+            row_mask = (source >= 0)[:, None]
+            # Rows without a step read row 0, which nobody has to be waited for.
+            hidden_prev = hidden_ptr + tl.maximum(source, 0)[:, None].to(tl.int64) * STATE_STRIDE + ks[None, :]
+        else:
+            if SEVERAL_TILES:
+                step = step // tiles_per_step
+                first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH
+            time = tl.where(reverse != 0, seq_len - 1 - step, step).to(tl.int64)
+            step_row = time * batch_size + first_row
+            previous_row = step_row + batch_size + tl.where(reverse != 0, batch_size, -batch_size)
+            row_mask = (first_row + rows < batch_size)[:, None]
+            read_rows = tl.minimum(rows, batch_size - 1 - first_row)[:, None]  # past the batch: its last row once more
+            hidden_prev = hidden_ptr + previous_row * STATE_STRIDE + read_rows * STATE_STRIDE + ks[None, :]
         state_row = step_row + batch_size
-        previous_row = state_row + tl.where(reverse != 0, batch_size, -batch_size)
-        row_mask = (first_row + rows < batch_size)[:, None]
         mask = row_mask & unit_mask
         state_mask = row_mask & written_mask
-
-        read_rows = tl.minimum(rows, batch_size - 1 - first_row)[:, None]  # past the batch: its last row once more
-        hidden_prev = hidden_ptr + previous_row * STATE_STRIDE + read_rows * STATE_STRIDE + ks[None, :]
         hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
+        if RAGGED:
+            step_next, tile = next_turn(step_next, tile, turns - 1 - index, tile_steps_ptr, group, groups, batch_tiles)
+            row_next, count = locate(step_next, tile, reverse != 0, tile_steps_ptr, offsets_ptr)
+            tile_rows = tile * BLOCK_BATCH + rows
+            source_next = tl.load(sources_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
 
         # The input's share does not depend on h_{t-1}: it is computed, or asked for, while h_{t-1} is under way.
         sums = no_sums(4 * BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
         gates = gates_ptrs + step_row * (4 * HIDDEN)
         if FUSE_INPUT:
-            input_row = time * input_stride_step + first_row.to(tl.int64) * input_stride_batch
+            if RAGGED:
+                input_row = step_row * input_stride_batch
+            else:
+                input_row = time * input_stride_step + first_row.to(tl.int64) * input_stride_batch
             inputs = input_ptrs + input_row * INPUT_STRIDE_UNIT
             input_tiles = ()
             for chunk in tl.static_range(INPUT_CHUNKS):
@@ -139,14 +181,28 @@ def forward_scan(
             output_share = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0)
         if SEVERAL_TILES:
             tl.debug_barrier()  # other threads of this program may have written it, one step ago
+        if RAGGED:
+            anew = source >= row_count + 2 * batch_size
+            starts = (source < batch_size) | (source >= row_count + batch_size)
+            if KEEP_CELLS:
+                cell_rows = source
+            else:
+                cell_rows = first_row + rows + tl.where(anew, batch_size, 0)
+            cell_sources = cell_ptr + cell_rows[:, None].to(tl.int64) * STATE_STRIDE + units[None, :]
+            if SEVERAL_TILES:
+                cell = tl.load(cell_sources, mask=state_mask, other=0.0)
+            else:
+                initial = tl.load(cell_sources, mask=state_mask & starts[:, None], other=0.0)
+                cell = tl.where(starts[:, None], tl.where(row_mask, initial, cell), cell)
+        elif SEVERAL_TILES:
             cell = tl.load(
-                cell_ptrs + (previous_row if SAVE else first_row.to(tl.int64)) * STATE_STRIDE,
+                cell_ptrs + (previous_row if KEEP_CELLS else first_row.to(tl.int64)) * STATE_STRIDE,
                 mask=state_mask,
                 other=0.0,
             )
 
         sums = add_received(
-            sums, hidden_tiles, hidden_prev, step > 0, weights_hh, weight_hh_ptrs, gate_mask, ks,
+            sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_hh_ptrs, gate_mask, ks,
             BLOCK_K, HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, PACKED,
         )  # fmt: skip
         preact = total(sums, SPLIT_K, ACCUMULATORS)
@@ -166,19 +222,21 @@ def forward_scan(
         input_gate, forget_gate, candidate, output_gate = activate(
             input_preact, forget_preact, cell_preact, output_preact
         )
-        cell, hidden = update_state(input_gate, forget_gate, candidate, output_gate, cell)
+        cell_next, hidden = update_state(input_gate, forget_gate, candidate, output_gate, cell)
+        cell = tl.where(row_mask, cell_next, cell) if RAGGED else cell_next
         if HIDDEN % BLOCK_HIDDEN != 0:
             # Units past the last one stay 0 even beside an infinity or a NaN, which weights of 0 would let through.
             hidden = tl.where(unit_mask, hidden, 0.0)
         publish(hidden_ptrs + state_row * STATE_STRIDE, hidden, state_mask)
 
-        if SAVE:
+        if KEEP_CELLS:
             tl.store(cell_ptrs + state_row * STATE_STRIDE, cell, mask=state_mask)
+        elif SEVERAL_TILES:
+            tl.store(cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, cell, mask=state_mask)
+        if KEEP_GATES:
             tl.store(gates, input_gate.to(gates_ptr.dtype.element_ty), mask=mask)
             tl.store(gates + HIDDEN, forget_gate.to(gates_ptr.dtype.element_ty), mask=mask)
             tl.store(gates + 2 * HIDDEN, candidate.to(gates_ptr.dtype.element_ty), mask=mask)
             tl.store(gates + 3 * HIDDEN, output_gate.to(gates_ptr.dtype.element_ty), mask=mask)
-        elif SEVERAL_TILES:
-            tl.store(cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, cell, mask=state_mask)
-    if not SAVE and not SEVERAL_TILES:
+    if not KEEP_CELLS and not SEVERAL_TILES:
         tl.store(cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, cell, mask=cell_mask)

@@ -1,4 +1,4 @@
-"""One layer by PyTorch's own LSTM function, as one operator that torch.compile does not take apart.
+"""One layer by PyTorch's own LSTM function: `layer`, and `scan_layer`, an operator that torch.compile does not take apart.
 
 Left to itself, torch.compile unrolls that function over the time steps, compiles it again for every length, and on the
 CPU fails where the weights need a gradient and the input does not.
@@ -10,7 +10,99 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Results = tuple[Tensor, Tensor, Tensor]  # output, h_n, c_n
+from .ragged import Ragged
+from .reference import lstm_layer
+
+Results = tuple[Tensor, ...]  # output, h_n, c_n, and the cells if asked for
+
+
+def layer(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    *,
+    reverse: bool,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
+    ragged: Ragged | None = None,
+    return_cells: bool = False,
+) -> Results:
+    """What `lstm_triton.autograd.scan_layer` computes, by PyTorch's own function; also in float64, and projected.
+
+    A ragged batch is cut into the stretches that nothing interrupts, which become the sequences of a packed batch: the
+    host waits for the device to know them. With `return_cells`, which that function has not, the layer is computed step
+    by step.
+    """
+    if h_0 is None or c_0 is None:
+        batch_size = input.shape[1] if ragged is None else ragged.batch_size
+        h_0 = input.new_zeros(batch_size, weight_hh.shape[1])
+        c_0 = input.new_zeros(batch_size, weight_ih.shape[0] // 4)
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    if return_cells:
+        return lstm_layer(
+            input, h_0, c_0, *weights, reverse=reverse, h_reset=h_reset, c_reset=c_reset, ragged=ragged,
+            return_cells=True,
+        )  # fmt: skip
+    given = [weight for weight in weights if weight is not None]
+    options = (bias_ih is not None, 1, 0.0, torch.is_grad_enabled(), False)
+    if ragged is not None:
+        return _stretches(input, (h_0, c_0), (h_reset, c_reset), given, options, ragged, reverse)
+    input = input.flip(0) if reverse else input
+    states = (h_0.unsqueeze(0), c_0.unsqueeze(0))
+    output, h_n, c_n = torch._VF.lstm(input, states, given, *options, False)
+    return output.flip(0) if reverse else output.contiguous(), h_n.squeeze(0), c_n.squeeze(0)
+
+
+def _stretches(
+    input: Tensor,
+    states: tuple[Tensor, Tensor],
+    reset: tuple[Tensor | None, Tensor | None],
+    weights: list[Tensor],
+    options: tuple[Any, ...],
+    ragged: Ragged,
+    reverse: bool,
+) -> Results:
+    """A ragged layer as one packed batch, whose sequences are the stretches between one start and the next."""
+    batch_size = ragged.batch_size
+    # Sequence by sequence, in the order of the scan: each step's row, and the state row it starts from.
+    sources = ragged.sources(reverse).view(-1, batch_size)
+    rows = torch.arange(ragged.rows, device=sources.device).view(-1, batch_size)
+    sources, rows = ((t.flip(0) if reverse else t).t().flatten() for t in (sources, rows))
+    steps = sources >= 0
+    sources, rows = sources[steps], rows[steps]
+    output = input.new_zeros(ragged.rows, states[0].shape[1])
+    if rows.numel() == 0:
+        return output, *states
+    starts = ((sources < batch_size) | (sources >= batch_size + ragged.rows)).nonzero().squeeze(1)
+    lengths = torch.cat([starts[1:], starts.new_tensor([rows.numel()])]) - starts
+    sequences = rows[starts] % batch_size
+    anew = (sources[starts] >= 2 * batch_size + ragged.rows).unsqueeze(1)
+
+    longest = lengths.argsort(descending=True, stable=True)
+    rank = longest.argsort()
+    stretch = torch.arange(len(starts), device=rows.device).repeat_interleave(lengths)
+    offset = torch.arange(rows.numel(), device=rows.device) - starts[stretch]
+    order = rows[(offset * len(starts) + rank[stretch]).argsort()]
+    initial = []
+    for state, other in zip(states, reset, strict=True):
+        begun = state[sequences]
+        begun = torch.where(anew, torch.zeros_like(begun) if other is None else other[sequences], begun)
+        initial.append(begun[longest].unsqueeze(0))
+    found, *final = torch._VF.lstm(input[order], offset.bincount().cpu(), initial, weights, *options)
+
+    output = output.index_copy(0, order, found)
+    # A sequence ends with its last stretch; without one, as it began.
+    last = torch.cat([sequences[1:] != sequences[:-1], sequences.new_ones(1).bool()])
+    ends = [
+        state.index_copy(0, sequences[last], end.squeeze(0)[rank[last]])
+        for state, end in zip(states, final, strict=True)
+    ]
+    return output, *ends
 
 
 def scan_layer(
@@ -19,43 +111,59 @@ def scan_layer(
     c_0: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
     weight_hr: Tensor | None = None,
     *,
     reverse: bool,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
+    ragged: Ragged | None = None,
+    return_cells: bool = False,
 ) -> Results:
-    """What `lstm_triton.autograd.scan_layer` computes, by PyTorch's own function; also in float64, and projected."""
-    if h_0 is None or c_0 is None:
-        h_0 = input.new_zeros(input.shape[1], weight_hh.shape[1])
-        c_0 = input.new_zeros(input.shape[1], weight_ih.shape[0] // 4)
-    results: Results = torch.ops.lstm_triton.aten_layer(
-        input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, reverse
+    """`layer`, as one operator."""
+    tables = () if ragged is None else tuple(ragged)
+    arguments = (h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h_reset, c_reset)
+    results: Results = torch.ops.lstm_triton.aten_layer(input, *arguments, tables, reverse, return_cells)
+    return results if return_cells else results[:3]
+
+
+def _layer(input: Tensor, *arguments: Any) -> Results:
+    *tensors, h_reset, c_reset, tables, reverse, return_cells = arguments
+    ragged = Ragged(*tables) if tables else None
+    results = layer(
+        input, *tensors, reverse=reverse, h_reset=h_reset, c_reset=c_reset, ragged=ragged, return_cells=return_cells
     )
-    return results
+    results = (*results, input.new_empty(0))[:4]
+    return tuple(_own(result, (input, *arguments)) for result in results)
 
 
-def _layer(*arguments: Any, training: bool = False) -> Results:
-    input, h_0, c_0, *weights, reverse = arguments
-    input = input.flip(0) if reverse else input
-    has_biases = weights[2] is not None
-    weights = [weight for weight in weights if weight is not None]
-    states = (h_0.unsqueeze(0), c_0.unsqueeze(0))
-    output, h_n, c_n = torch._VF.lstm(input, states, weights, has_biases, 1, 0.0, training, False, False)
-    return output.flip(0) if reverse else output.contiguous(), h_n.squeeze(0), c_n.squeeze(0)
+def _own(result: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+    """An operator must not return one of its arguments: a sequence without steps ends as it began."""
+    return result.clone() if any(result is argument for argument in arguments) else result
 
 
 def _layer_backward(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
     """The gradients of all tensors among the arguments. The layer is computed again, for PyTorch's own derivative."""
     with torch.enable_grad():
         arguments = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in arguments)
-        results = _layer(*arguments, training=True)
+        results = _layer(*arguments)
     leaves = [argument for argument in arguments if isinstance(argument, Tensor)]
-    return [grad.contiguous() for grad in torch.autograd.grad(results, leaves, grads)]
+    used = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
+    found = torch.autograd.grad(*zip(*used, strict=True), allow_unused=True, materialize_grads=True)
+    return [grad.contiguous() for grad in found]
 
 
-def _layer_sizes(input: Tensor, h_0: Tensor, c_0: Tensor, *_: Any) -> Results:
-    return input.new_empty(*input.shape[:2], h_0.shape[1]), h_0.new_empty(h_0.shape), c_0.new_empty(c_0.shape)
+def _layer_sizes(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *others: Any) -> Results:
+    weight_ih, weight_hh, *_, tables, _, return_cells = others
+    batch_size = Ragged(*tables).batch_size if tables else input.shape[1]
+    sizes = weight_hh.shape[1], weight_ih.shape[0] // 4
+    return (
+        input.new_empty(*input.shape[:-1], sizes[0]),
+        input.new_empty(batch_size, sizes[0]),
+        input.new_empty(batch_size, sizes[1]),
+        input.new_empty((*input.shape[:-1], sizes[1]) if return_cells else 0),
+    )
 
 
 def _layer_backward_sizes(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
@@ -63,24 +171,26 @@ def _layer_backward_sizes(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    *tensors, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, tables, ctx.reverse, ctx.return_cells = inputs
+    ctx.tensors = len(tensors)
+    ctx.save_for_backward(*tensors, *tables)
 
 
 @once_differentiable
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    found = iter(torch.ops.lstm_triton.aten_layer_backward(grads, *tensors, ctx.reverse))
-    return *(None if tensor is None else next(found) for tensor in tensors), None
+def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    tensors, tables = ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
+    arguments = (*tensors, tables, ctx.reverse, ctx.return_cells)
+    found = iter(torch.ops.lstm_triton.aten_layer_backward(grads, *arguments))
+    return *(None if tensor is None else next(found) for tensor in tensors), [None] * len(tables), None, None
 
 
 _ARGUMENTS = (
-    "Tensor input, Tensor h_0, Tensor c_0, Tensor weight_ih, Tensor weight_hh, "
-    "Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, bool reverse"
+    "Tensor input, Tensor? h_0, Tensor? c_0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
+    "Tensor? weight_hr, Tensor? h_reset, Tensor? c_reset, Tensor[] tables, bool reverse, bool return_cells"
 )
 _FORWARD, _BACKWARD = "lstm_triton::aten_layer", "lstm_triton::aten_layer_backward"
 
-torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
 torch.library.impl(_FORWARD, "default", _layer)
 torch.library.register_fake(_FORWARD, _layer_sizes)
 torch.library.register_autograd(_FORWARD, _backward, setup_context=_save_for_backward)

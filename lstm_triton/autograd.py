@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .ragged import Ragged
 from .reference import lstm_layer
+
+TENSORS = 9  # of scan_layer's arguments, those that gradients reach
 
 
 def scan_layer(
@@ -15,41 +18,67 @@ def scan_layer(
     c_0: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
     *,
     reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
+    ragged: Ragged | None = None,
+    return_cells: bool = False,
+) -> tuple[Tensor, ...]:
     """All steps of one layer in one direction, through the Triton kernels.
 
     Args:
-        input: (T, B, I), of any strides.
+        input: (T, B, I), of any strides; of a ragged batch (rows, I).
         h_0, c_0: (B, H), or both None for zeros.
         weight_ih, weight_hh: (4H, I) and (4H, H), gates in the order i, f, g, o.
         bias_ih, bias_hh: (4H,), or both None.
         reverse: walk from the last step to the first.
+        h_reset, c_reset: (B, H), where sequences start anew from, or both None for zeros.
+        ragged: which step follows on which; None: all steps of all sequences in turn.
+        return_cells: whether every c_t is asked for.
 
     Returns:
-        output (T, B, H), h_n (B, H) and c_n (B, H). The states may be views of buffers: copy what you keep.
+        output (T, B, H), h_n (B, H), c_n (B, H), and with `return_cells` cells (T, B, H); of a ragged batch, output
+        and cells are (rows, H), zeros where there is no step. The states may be views of buffers: copy what you keep.
 
     All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
     lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any
     order: those above the first come from the step-by-step formula (reference.py), in the same dtype.
     """
-    arguments = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    arguments = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, h_reset, c_reset)
+    tables = () if ragged is None else tuple(ragged)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments):
-        output, h_n, c_n, *_ = _Scan.apply(*arguments, reverse)  # type: ignore[no-untyped-call]
+        results = _Scan.apply(*arguments, reverse, return_cells, *tables)  # type: ignore[no-untyped-call]
+        return tuple(results[: 4 if return_cells else 3])
+    hidden, cell, _ = ops.scan_forward(*arguments[:7], reverse, return_cells, False, tables, h_reset, c_reset)
+    return _results(hidden, cell, reverse, weight_hh.shape[1], ragged, return_cells)
+
+
+def _results(
+    hidden: Tensor, cell: Tensor, reverse: bool, hidden_size: int, ragged: Ragged | None, return_cells: bool
+) -> tuple[Tensor, ...]:
+    """What `scan_layer` returns, out of the buffers."""
+    every_cell = hidden.shape == cell.shape
+    if ragged is None:
+        output = hidden[ops.STEPS, :, :hidden_size].contiguous()  # a copy only where rows are padded
+        final = ops.final_block(reverse)
+        h_n = hidden[final, :, :hidden_size]
+        c_n = cell[final if every_cell else 0, :, :hidden_size].to(hidden.dtype)
+        if not return_cells:
+            return output, h_n, c_n
+        return output, h_n, c_n, cell[ops.STEPS, :, :hidden_size].to(hidden.dtype)
+    steps = slice(ragged.batch_size, ragged.batch_size + ragged.rows)
+    output = hidden[steps, :hidden_size].contiguous()
+    ends = ragged.ends(reverse)
+    h_n = hidden.index_select(0, ends)[:, :hidden_size]
+    c_n = cell.index_select(0, ends) if every_cell else cell[: ragged.batch_size]
+    c_n = c_n[:, :hidden_size].to(hidden.dtype)
+    if not return_cells:
         return output, h_n, c_n
-    hidden, cell, _ = ops.scan_forward(*arguments, reverse, False)
-    return _results(hidden, cell, reverse, weight_hh.shape[1])
-
-
-def _results(hidden: Tensor, cell: Tensor, reverse: bool, hidden_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    output = hidden[ops.STEPS, :, :hidden_size].contiguous()  # a copy only where rows are padded
-    final = ops.final_block(reverse)
-    h_n = hidden[final, :, :hidden_size]
-    c_n = cell[final if cell.shape[0] > 1 else 0, :, :hidden_size].to(hidden.dtype)
-    return output, h_n, c_n
+    cells = torch.where(ragged.is_step().unsqueeze(1), cell[steps, :hidden_size].to(hidden.dtype), 0)
+    return output, h_n, c_n, cells
 
 
 class _Scan(torch.autograd.Function):
@@ -62,55 +91,96 @@ class _Scan(torch.autograd.Function):
         weight_hh: Tensor,
         bias_ih: Tensor | None,
         bias_hh: Tensor | None,
+        h_reset: Tensor | None,
+        c_reset: Tensor | None,
         reverse: bool,
-    ) -> tuple[Tensor, ...]:
-        hidden, cell, gates = ops.scan_forward(input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse, True)
-        return *_results(hidden, cell, reverse, weight_hh.shape[1]), hidden, cell, gates
+        return_cells: bool,
+        *tables: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        buffers = ops.scan_forward(
+            input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse, True, True, tables, h_reset, c_reset
+        )
+        ragged = Ragged(*tables) if tables else None
+        results = _results(*buffers[:2], reverse, weight_hh.shape[1], ragged, return_cells)
+        return *results, *(() if return_cells else (None,)), *buffers
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.reverse = inputs
-        hidden, cell, gates = output[3:]
-        ctx.mark_non_differentiable(hidden, cell, gates)
+        ctx.reverse, ctx.return_cells, *tables = inputs[TENSORS:]
+        buffers = output[4:]
+        ctx.mark_non_differentiable(*buffers)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, hidden, cell, gates)
+        ctx.save_for_backward(*inputs[:TENSORS], *buffers, *tables)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        tables = saved[TENSORS + 3 :]
+        ragged = Ragged(*tables) if tables else None
+        needed = ctx.needs_input_grad[:TENSORS]
         # Autocast that is on where backward is called was not asked for by the layer.
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+        with torch.autocast(saved[0].device.type, enabled=False):
             gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
-            return *gradients(ctx.saved_tensors, ctx.needs_input_grad[:7], ctx.reverse, grads[:3]), None
+            found = gradients(saved[: TENSORS + 3], needed, ctx.reverse, ragged, grads[:4])
+        return *found, None, None, *(None for _ in tables)
 
 
 def _gradients(
-    saved: tuple[Any, ...], needed: tuple[bool, ...], reverse: bool, grads: tuple[Tensor | None, ...]
+    saved: tuple[Any, ...],
+    needed: tuple[bool, ...],
+    reverse: bool,
+    ragged: Ragged | None,
+    grads: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:
     """The gradients of scan_layer's tensors, as far as needed: the backward scan, and products over what it leaves."""
     *arguments, hidden, cell, gates = saved
-    input, _, _, weight_ih, weight_hh, _, _ = arguments
-    seq_len, batch_size, input_size = input.shape
+    input, h_0, _, weight_ih, weight_hh, *_ = arguments
     hidden_size = weight_hh.shape[1]
-    grad_gates, grad_cell = ops.scan_backward(*grads, weight_hh, cell, gates, reverse)
-    grad_steps = grad_gates[ops.STEPS, :, : 4 * hidden_size]
-    grad_rows = grad_steps.flatten(0, 1)
+    tables = () if ragged is None else tuple(ragged)
+    grad_gates, grad_cell = ops.scan_backward(*grads[:3], weight_hh, cell, gates, reverse, tables, grads[3])
+    grad_cell = grad_cell[:, :hidden_size].to(input.dtype)
+    columns = slice(4 * hidden_size)
+    if ragged is None:
+        grad_rows = grad_gates[ops.STEPS, :, columns].flatten(0, 1)
+        grad_first = grad_gates[ops.final_block(not reverse), :, columns]
+        input_rows = input.reshape(-1, input.shape[2])
+    else:
+        batch_size, rows = ragged.batch_size, ragged.rows
+        grad_rows = grad_gates[batch_size : batch_size + rows, columns]
+        firsts, anew = ragged.firsts(reverse), ragged.starts_anew(reverse).unsqueeze(1)
+        grad_first = grad_gates.index_select(0, firsts)[:, columns]
+        grad_first = torch.where(anew[(firsts - batch_size).clamp(0, rows - 1)], 0, grad_first)
+        input_rows = torch.where(ragged.is_step().unsqueeze(1), input, 0)  # there may be anything where no step is
 
-    found: list[Tensor | None] = [None] * len(arguments)
+    found: list[Tensor | None] = [None] * TENSORS
     if needed[0]:
-        found[0] = ops.matmul(grad_rows, _gate_minor(weight_ih)).view(seq_len, batch_size, input_size)
+        found[0] = ops.matmul(grad_rows, _gate_minor(weight_ih)).view(input.shape)
     if needed[1]:
-        found[1] = ops.matmul(grad_steps[-1 if reverse else 0], _gate_minor(weight_hh))
+        found[1] = ops.matmul(grad_first, _gate_minor(weight_hh))
+        if ragged is not None and grads[1] is not None:  # sequences without steps end where they begin
+            found[1] = found[1] + torch.where(ragged.lengths.unsqueeze(1) > 0, 0, grads[1])
     if needed[2]:
-        found[2] = grad_cell[:, :hidden_size].to(input.dtype)
+        found[2] = grad_cell[: grad_first.shape[0]]
     if needed[3]:
-        found[3] = _gate_major(ops.matmul(grad_rows.t(), input.reshape(-1, input_size)))
+        found[3] = _gate_major(ops.matmul(grad_rows.t(), input_rows))
     if needed[4]:
-        hidden_prev = hidden[ops.previous_blocks(reverse), :, :hidden_size].flatten(0, 1)
+        if ragged is None:
+            hidden_prev = hidden[ops.previous_blocks(reverse), :, :hidden_size].flatten(0, 1)
+        else:
+            sources = ragged.sources(reverse)
+            sources = torch.where(sources >= 0, sources, ragged.own_rows())
+            hidden_prev = hidden.index_select(0, sources)[:, :hidden_size]
         found[4] = _gate_major(ops.matmul(grad_rows.t(), hidden_prev))
     if needed[5] or needed[6]:
         grad_bias = _gate_major(grad_rows.sum(0).unsqueeze(1)).squeeze(1)
         found[5] = grad_bias if needed[5] else None
         found[6] = grad_bias.clone() if needed[5] and needed[6] else grad_bias if needed[6] else None
+    if needed[7] and ragged is not None:
+        # Sequences start anew in padded batches only: their rows are those of T steps.
+        grad_anew = torch.where(anew, grad_rows, 0).unflatten(0, (-1, batch_size)).sum(0)
+        found[7] = ops.matmul(grad_anew, _gate_minor(weight_hh))
+    if needed[8]:
+        found[8] = grad_cell[grad_first.shape[0] :]
     return found
 
 
@@ -130,13 +200,20 @@ def _regrouped(weight: Tensor, groups: tuple[int, int]) -> Tensor:
 
 
 def _differentiable_gradients(
-    saved: tuple[Any, ...], needed: tuple[bool, ...], reverse: bool, grads: tuple[Tensor | None, ...]
+    saved: tuple[Any, ...],
+    needed: tuple[bool, ...],
+    reverse: bool,
+    ragged: Ragged | None,
+    grads: tuple[Tensor | None, ...],
 ) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again: through the step-by-step formula."""
     # Under new names: where one argument depends on another, that path is the engine's business, not this formula's.
-    arguments: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:7]]
+    arguments: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:TENSORS]]
     wanted = [tensor for tensor, need in zip(arguments, needed, strict=True) if need and tensor is not None]
-    results = lstm_layer(*arguments, reverse=reverse)
+    *arguments, h_reset, c_reset = arguments
+    results = lstm_layer(
+        *arguments, reverse=reverse, h_reset=h_reset, c_reset=c_reset, ragged=ragged, return_cells=True
+    )
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     found = iter(
         torch.autograd.grad(
@@ -148,5 +225,6 @@ def _differentiable_gradients(
         )
     )
     return [
-        next(found) if need and tensor is not None else None for tensor, need in zip(arguments, needed, strict=True)
+        next(found) if need and tensor is not None else None
+        for tensor, need in zip(saved[:TENSORS], needed, strict=True)
     ]

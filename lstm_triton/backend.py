@@ -84,7 +84,7 @@ def autocast_dtype(call: "Call") -> torch.dtype | None:
 
 
 def _tensors(call: "Call") -> list[Tensor]:
-    return [call.data, *(call.states or ()), *call.weights]
+    return [call.data, *(call.states or ()), *(call.reset_state or ()), *call.weights]
 
 
 def _checked(name: str) -> str:
@@ -111,8 +111,6 @@ def _obstacle(call: "Call") -> str | None:
                 return f"tensors have several dtypes, {dtype} and {tensor.dtype}"
     if dtype not in KERNEL_DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
-    if call.batch_sizes is not None:
-        return "the kernels do not take packed sequences yet"
     if call.output_size < call.hidden_size:
         return "the kernels do not take projections (proj_size) yet"
     if call.batch_size == 0:

@@ -1,19 +1,62 @@
 """The LSTM as a function of its weights: checks the arguments, chooses the path, runs the stack of layers."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from . import ragged
 from .backend import autocast_dtype, choose
 
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
 States = tuple[Tensor, Tensor]  # h and c, of all layers and directions
-Results = tuple[Tensor, Tensor, Tensor]  # output, h_n, c_n
-ScanLayer = Callable[..., Results]  # with the parameters of autograd.scan_layer
+Results = tuple[Tensor, Tensor, Tensor, Tensor | None]  # output, h_n, c_n, and the cells if asked for
+ScanLayer = Callable[..., tuple[Tensor, ...]]  # with the parameters of autograd.scan_layer
+
+
+@overload
+def lstm(
+    input: Sequences,
+    hx: States | list[Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = ...,
+    bias: bool = ...,
+    batch_first: bool = ...,
+    dropout: float = ...,
+    training: bool = ...,
+    bidirectional: bool = ...,
+    proj_size: int = ...,
+    lengths: Tensor | None = ...,
+    resets: Tensor | None = ...,
+    reset_state: States | list[Tensor] | None = ...,
+    return_cells: Literal[False] = ...,
+    backend: str | None = ...,
+) -> tuple[Sequences, States]: ...
+
+
+@overload
+def lstm(
+    input: Sequences,
+    hx: States | list[Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = ...,
+    bias: bool = ...,
+    batch_first: bool = ...,
+    dropout: float = ...,
+    training: bool = ...,
+    bidirectional: bool = ...,
+    proj_size: int = ...,
+    lengths: Tensor | None = ...,
+    resets: Tensor | None = ...,
+    reset_state: States | list[Tensor] | None = ...,
+    return_cells: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Sequences, States, Tensor]: ...
 
 
 def lstm(
@@ -28,8 +71,12 @@ def lstm(
     training: bool = False,
     bidirectional: bool = False,
     proj_size: int = 0,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: States | list[Tensor] | None = None,
+    return_cells: bool = False,
     backend: str | None = None,
-) -> tuple[Sequences, States]:
+) -> tuple[Any, ...]:
     """What `lstm_triton.LSTM` computes, with the weights as an argument.
 
     T time steps, B sequences, I inputs, H hidden units, P outputs (`proj_size`, or H without projections), D directions
@@ -44,21 +91,36 @@ def lstm(
             4H, D * P), weight_hh (4H, P), with `bias` also bias_ih and bias_hh (4H,), with `proj_size` also
             weight_hr (P, H). The gates are in the order i, f, g, o.
         dropout: the probability of dropout on the output of every layer but the last, when `training`.
+        lengths: (B,) integers on the input's device, in any order, 0 <= length <= T (on a GPU a wrong one is a
+            device-side assertion). The steps from there on count as absent: their output is 0, the final state is the
+            one before them, and the reverse direction begins before them. A sequence of length 0 ends as it began.
+        resets: (T, B) bool, (B, T) with `batch_first`, (T,) without a batch: where True, the sequence starts anew at
+            that step, from `reset_state`. No state passes from one side to the other in either direction: backwards,
+            the step before starts from `reset_state`.
+        reset_state: (h, c), shaped like `hx`; None: zeros.
+        return_cells: whether to return every c_t.
         backend: "auto", "triton" or "aten"; None: what `lstm_triton.backend` says, "auto" unless told otherwise.
 
     All tensors are of one floating-point dtype and on one device; under autocast, they are converted to its dtype.
 
     Returns:
-        output, laid out like the input, with D * P features; and (h_n, c_n), shaped like `hx`.
+        output, laid out like the input, with D * P features; (h_n, c_n), shaped like `hx`; and with `return_cells` the
+        cells (num_layers * D, ...): for each layer, for each direction, c_t of all steps laid out like the input, with
+        H features, 0 for absent steps.
 
     Raises:
         TypeError, ValueError, RuntimeError: what `torch.nn.LSTM` raises for the same input and states.
+        TypeError, ValueError: `lengths`, `resets` or `reset_state` of another dtype, device or shape than said above,
+            lengths outside 0 to T, or `lengths` or `resets` with a `PackedSequence`, which has lengths of its own.
         RuntimeError: a weight of a wrong size; backend="triton" for what the kernels do not take, with the reason.
 
     >>> weights = [torch.randn(16, 3), torch.randn(16, 4), torch.zeros(16), torch.zeros(16)]
     >>> output, (h_n, c_n) = lstm(torch.randn(5, 2, 3), None, weights)
     >>> output.shape, h_n.shape, torch.equal(output[-1:], h_n)
     (torch.Size([5, 2, 4]), torch.Size([1, 2, 4]), True)
+    >>> output, (h_n, c_n) = lstm(torch.randn(5, 2, 3), None, weights, lengths=torch.tensor([5, 2]))
+    >>> torch.equal(output[1, 1], h_n[0, 1]), output[2:, 1].count_nonzero().item()
+    (True, 0)
     """
     call = check_arguments(
         input,
@@ -71,17 +133,26 @@ def lstm(
         training=training,
         bidirectional=bidirectional,
         proj_size=proj_size,
+        lengths=lengths,
+        resets=resets,
+        reset_state=reset_state,
+        return_cells=return_cells,
     )
     scan_layer = _layer_function(choose(backend, call).path, call)
     if isinstance(input, PackedSequence) and call.states is not None:
         call = call._replace(states=_permuted(call.states, input.sorted_indices))
-    output, h_n, c_n = _call_aten(call) if scan_layer is None else _stack(scan_layer, call)
+    output, h_n, c_n, cells = _call_aten(call) if scan_layer is None else _stack(scan_layer, call)
+    results: tuple[Any, ...]
     if isinstance(input, PackedSequence):
         states = _permuted((h_n, c_n), input.unsorted_indices)
-        return PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices), states
-    if input.dim() == 2:
-        return output.squeeze(0 if batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
-    return output, (h_n, c_n)
+        results = input._replace(data=output), states, cells
+    elif input.dim() == 2:
+        batch_axis = 0 if batch_first else 1
+        cells = None if cells is None else cells.squeeze(batch_axis + 1)
+        results = output.squeeze(batch_axis), (h_n.squeeze(1), c_n.squeeze(1)), cells
+    else:
+        results = output, (h_n, c_n), cells
+    return results if return_cells else results[:2]
 
 
 class Call(NamedTuple):
@@ -101,6 +172,10 @@ class Call(NamedTuple):
     batch_size: int  # B
     hidden_size: int  # H, of c
     output_size: int  # P, of h: less than H with projections
+    lengths: Tensor | None = None  # (B,)
+    resets: Tensor | None = None  # (T, B)
+    reset_state: States | None = None
+    return_cells: bool = False
 
 
 def check_arguments(
@@ -115,6 +190,10 @@ def check_arguments(
     training: bool,
     bidirectional: bool,
     proj_size: int,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: States | list[Tensor] | None = None,
+    return_cells: bool = False,
 ) -> Call:
     """Refuse what `torch.nn.LSTM` refuses, in its words and order, and wrong states of packed sequences as well."""
     directions = 2 if bidirectional else 1
@@ -162,6 +241,25 @@ def check_arguments(
         raise RuntimeError("lstm expects two hidden states")
     if time_steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    given = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
+    if isinstance(input, PackedSequence):
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} cannot be given with a PackedSequence: pass the padded input, and its lengths"
+                )
+    without_batch = isinstance(input, Tensor) and input.dim() == 2
+    if lengths is not None:
+        lengths = _checked_lengths(lengths, time_steps, () if without_batch else (batch_size,), data.device)
+    if resets is not None:
+        shape = (batch_size, time_steps) if batch_first else (time_steps, batch_size)
+        resets = _checked_resets(resets, (time_steps,) if without_batch else shape, data.device).reshape(shape)
+    if reset_state is not None:
+        batch = () if without_batch else (batch_size,)
+        sizes = [(num_layers * directions, *batch, size) for size in (output_size, hidden_size)]
+        reset_state = _checked_reset_state(reset_state, resets, sizes, data)
+        if not batch:
+            reset_state = (reset_state[0].unsqueeze(1), reset_state[1].unsqueeze(1))
     return Call(
         data,
         batch_sizes,
@@ -177,7 +275,62 @@ def check_arguments(
         batch_size,
         hidden_size,
         output_size,
+        lengths,
+        resets.t() if resets is not None and batch_first else resets,
+        reset_state,
+        return_cells,
     )
+
+
+def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+    ):
+        raise TypeError(f"lengths must be a tensor of integers, got {kind}")
+    if lengths.shape != shape:
+        raise ValueError(f"lengths must have one number for each sequence, shape {shape}, got {tuple(lengths.shape)}")
+    if lengths.device != device:
+        raise ValueError(f"lengths must be on the input's device, {device}, got {lengths.device}")
+    bounds = f"lengths must be from 0 to {time_steps}, the number of time steps"
+    fits = ((lengths >= 0) & (lengths <= time_steps)).all()
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(fits, bounds)  # raising an exception would wait for the device
+    elif not fits:
+        raise ValueError(f"{bounds}, got {lengths.tolist()}")
+    return lengths.reshape(-1)
+
+
+def _checked_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
+        kind = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
+        raise TypeError(f"resets must be a tensor of torch.bool, got {kind}")
+    if resets.shape != shape:
+        raise ValueError(f"resets must be shaped as the input without its features, {shape}, got {tuple(resets.shape)}")
+    if resets.device != device:
+        raise ValueError(f"resets must be on the input's device, {device}, got {resets.device}")
+    return resets
+
+
+def _checked_reset_state(
+    state: States | list[Tensor], resets: Tensor | None, sizes: list[tuple[int, ...]], data: Tensor
+) -> States:
+    if resets is None:
+        raise ValueError("reset_state is given without resets: expected resets, which say where to start anew from it")
+    if isinstance(state, Tensor) or len(state) != 2:
+        raise TypeError("reset_state must be a pair (h, c) of tensors")
+    for index, (tensor, size) in enumerate(zip(state, sizes, strict=True)):
+        if tensor.shape != size:
+            raise ValueError(f"reset_state[{index}] must have the shape {size}, as in hx, got {tuple(tensor.shape)}")
+        if tensor.device != data.device:
+            raise ValueError(f"reset_state[{index}] must be on the input's device, {data.device}, got {tensor.device}")
+        if tensor.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(f"reset_state[{index}] must have the input's dtype, {data.dtype}, got {tensor.dtype}")
+    return state[0], state[1]
 
 
 def _check_weights(
@@ -230,10 +383,11 @@ def _layer_function(path: str, call: Call) -> ScanLayer | None:
 
         return autograd.scan_layer
     # Not for torch.export: programs that keep PyTorch's own function can be run without lstm_triton.
-    if torch.compiler.is_dynamo_compiling() and call.batch_sizes is None:
+    compiled = torch.compiler.is_dynamo_compiling() and call.batch_sizes is None
+    if compiled or call.lengths is not None or call.resets is not None or call.return_cells:
         from . import aten
 
-        return aten.scan_layer
+        return aten.scan_layer if compiled else aten.layer
     return None
 
 
@@ -246,25 +400,28 @@ def _call_aten(call: Call) -> Results:
         c_0 = call.data.new_zeros(layers, call.batch_size, call.hidden_size)
         states = (h_0, c_0)
     options = (call.bias, call.num_layers, call.dropout, call.training, call.directions == 2)
-    results: Results
     if call.batch_sizes is None:
         results = torch._VF.lstm(call.data, states, call.weights, *options, call.batch_first)
     else:
         results = torch._VF.lstm(call.data, call.batch_sizes, states, call.weights, *options)
-    return results
+    return *results, None
 
 
 def _stack(scan_layer: ScanLayer, call: Call) -> Results:
     """Layer after layer, direction after direction, with dropout on the output of all layers but the last."""
-    output, states, weights = call.data, call.states, call.weights
+    output, states, anew, weights = call.data, call.states, call.reset_state, call.weights
     dtype = autocast_dtype(call)
     if dtype is not None:
         output, weights = output.to(dtype), [weight.to(dtype) for weight in weights]
         states = None if states is None else (states[0].to(dtype), states[1].to(dtype))
+        anew = None if anew is None else (anew[0].to(dtype), anew[1].to(dtype))
     if call.batch_first:
         output = output.transpose(0, 1)
+    tables = _tables(call)
+    if tables is not None and call.batch_sizes is None:
+        output = output.reshape(-1, output.shape[2])
     per_direction = len(weights) // (call.num_layers * call.directions)
-    h_n, c_n = [], []
+    h_n, c_n, cells = [], [], []
     for layer in range(call.num_layers):
         if layer > 0 and call.training and call.dropout > 0:
             output = F.dropout(output, call.dropout)
@@ -272,14 +429,46 @@ def _stack(scan_layer: ScanLayer, call: Call) -> Results:
         for direction in range(call.directions):
             index = layer * call.directions + direction
             h_0, c_0 = (None, None) if states is None else (states[0][index], states[1][index])
+            h_reset, c_reset = (None, None) if anew is None else (anew[0][index], anew[1][index])
             weight_ih, weight_hh, *others = weights[index * per_direction : (index + 1) * per_direction]
             biases = others[:2] if call.bias else (None, None)
             projection = {"weight_hr": others[-1]} if call.output_size < call.hidden_size else {}
-            scanned, h, c = scan_layer(
-                output, h_0, c_0, weight_ih, weight_hh, *biases, reverse=direction == 1, **projection
+            scanned, h, c, *every_c = scan_layer(
+                output,
+                h_0,
+                c_0,
+                weight_ih,
+                weight_hh,
+                *biases,
+                reverse=direction == 1,
+                h_reset=h_reset,
+                c_reset=c_reset,
+                ragged=tables,
+                return_cells=call.return_cells,
+                **projection,
             )
             outputs.append(scanned)
             h_n.append(h)
             c_n.append(c)
+            cells += every_c
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    return output.transpose(0, 1) if call.batch_first else output, torch.stack(h_n), torch.stack(c_n)
+    stacked = torch.stack(cells) if cells else None
+    if call.batch_sizes is None:
+        if tables is not None:
+            shape = (call.time_steps, call.batch_size)
+            output = output.unflatten(0, shape)
+            stacked = None if stacked is None else stacked.unflatten(1, shape)
+        if call.batch_first:
+            output = output.transpose(0, 1)
+            stacked = None if stacked is None else stacked.transpose(1, 2)
+    return output, torch.stack(h_n), torch.stack(c_n), stacked
+
+
+def _tables(call: Call) -> ragged.Ragged | None:
+    """Which step follows on which, unless they simply do."""
+    device = call.data.device
+    if call.batch_sizes is not None:
+        return ragged.packed(call.batch_sizes, device)
+    if call.lengths is not None or call.resets is not None:
+        return ragged.dense(call.lengths, call.resets, call.time_steps, call.batch_size, device)
+    return None

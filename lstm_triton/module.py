@@ -1,9 +1,11 @@
 """The layer with its parameters: what takes the place of `torch.nn.LSTM` in a model."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .functional import Sequences, lstm
+from .functional import Sequences, States, lstm
 
 
 class LSTM(nn.RNNBase):
@@ -46,15 +48,21 @@ class LSTM(nn.RNNBase):
           `PackedSequence`; in the dtype of the parameters unless autocast is on.
         * **hx**: (h_0, c_0) of shapes (D * num_layers, B, P) and (D * num_layers, B, H), without the B for an
           input without a batch. Default: zeros
+        * **lengths** (by name only): (B,) integers on the input's device, in any order, zero included: the steps of
+          each sequence; the others are ignored. Default: all have T steps
+        * **resets** (by name only): (T, B) bool, (B, T) with `batch_first`: where True, the sequence starts anew at that
+          step, and no state passes from one side to the other, in neither direction. Default: nowhere
+        * **reset_state** (by name only): what sequences start anew from, shaped like `hx`. Default: zeros
 
     Outputs:
-        * **output**: (T, B, D * P), laid out like the input.
+        * **output**: (T, B, D * P), laid out like the input; zeros past a sequence's length.
         * **(h_n, c_n)**: the final states, shaped like `hx`.
 
     Raises:
         TypeError, ValueError: by the constructor, as `nn.LSTM` does.
         ValueError, RuntimeError: for an input or a state of a wrong dtype, number of dimensions or size, as `nn.LSTM`
             does, and for packed sequences as well, whose states `nn.LSTM` does not check.
+        TypeError, ValueError: for `lengths`, `resets` or a `reset_state` of a wrong dtype, device or shape.
 
     >>> import torch
     >>> lstm = LSTM(10, 20, num_layers=2)
@@ -93,22 +101,63 @@ class LSTM(nn.RNNBase):
         )
 
     def forward(
-        self, input: Sequences, hx: tuple[Tensor, Tensor] | list[Tensor] | None = None
-    ) -> tuple[Sequences, tuple[Tensor, Tensor]]:
-        # By name, at each call: what replaces a weight (weight_norm, functional_call, ...) may pass by _flat_weights.
-        weights = [getattr(self, name) for name in self._flat_weights_names]
+        self,
+        input: Sequences,
+        hx: States | list[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: States | list[Tensor] | None = None,
+    ) -> tuple[Sequences, States]:
+        return lstm(
+            input, hx, self._weights(), lengths=lengths, resets=resets, reset_state=reset_state, **self._options()
+        )
+
+    def with_cells(
+        self,
+        input: Sequences,
+        hx: States | list[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: States | list[Tensor] | None = None,
+    ) -> tuple[Sequences, States, Tensor]:
+        """`forward`, and the long-term memory of every step besides, through which gradients flow as well.
+
+        Returns:
+            output and (h_n, c_n) as `forward` returns them, and cells (D * num_layers, ...): for each layer, for each
+            direction, c_t of all steps laid out like the input, with H features.
+
+        >>> import torch
+        >>> output, (h_n, c_n), cells = LSTM(10, 20, num_layers=2).with_cells(torch.randn(5, 3, 10))
+        >>> cells.shape, torch.equal(cells[:, -1], c_n)
+        (torch.Size([2, 5, 3, 20]), True)
+        """
         return lstm(
             input,
             hx,
-            weights,
-            num_layers=self.num_layers,
-            bias=self.bias,
-            batch_first=self.batch_first,
-            dropout=self.dropout,
-            training=self.training,
-            bidirectional=self.bidirectional,
-            proj_size=self.proj_size,
+            self._weights(),
+            lengths=lengths,
+            resets=resets,
+            reset_state=reset_state,
+            return_cells=True,
+            **self._options(),
         )
+
+    def _weights(self) -> list[Tensor]:
+        # By name, at each call: what replaces a weight (weight_norm, functional_call, ...) may pass by _flat_weights.
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_layers": self.num_layers,
+            "bias": self.bias,
+            "batch_first": self.batch_first,
+            "dropout": self.dropout,
+            "training": self.training,
+            "bidirectional": self.bidirectional,
+            "proj_size": self.proj_size,
+        }
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every parameter where it is."""

@@ -2,11 +2,12 @@
 
 Buffers have state rows (kernels/forward.py): T + 2 blocks of B rows, the first one for the initial states of the
 forward direction, the last one for those of the reverse direction; a row has `state_stride(H)` elements, those past H
-are padding. Whole blocks are addressed by their step: `STEPS` are the steps' own, and see `initial_block`.
+are padding. Whole blocks are addressed by their step: `STEPS` are the steps' own, and see `initial_block`. Of a ragged
+batch (ragged.py), whose steps may be any number of rows, rows are numbered one by one.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from . import planner
 from .planner import MIN_DOT_DEPTH, Device, Kind, Plan, state_stride
+from .ragged import Ragged
 
 STEPS = slice(1, -1)
 
@@ -40,12 +42,12 @@ def allows_tf32() -> bool:
     return bool(torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
 
 
-def plan_of(kind: Kind, input: Tensor, hidden_size: int) -> Plan:
-    """The plan of one scan over an input (T, B, I)."""
+def plan_of(kind: Kind, input: Tensor, hidden_size: int, batch_size: int | None = None) -> Plan:
+    """The plan of one scan over an input (T, B, I), or (rows, I) of a batch of B sequences."""
     return planner.plan(
         kind,
-        batch_size=input.shape[1],
-        input_size=input.shape[2],
+        batch_size=input.shape[1] if batch_size is None else batch_size,
+        input_size=input.shape[-1],
         hidden_size=hidden_size,
         dtype=input.dtype,
         device=Device.of(input.device),
@@ -63,47 +65,64 @@ def scan_forward(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     reverse: bool,
-    save: bool,
+    keep_cells: bool,
+    keep_gates: bool,
+    tables: Sequence[Tensor],
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All steps of one layer in one direction.
 
     Args:
-        input: (T, B, I).
+        input: (T, B, I), or of a ragged batch (rows, I).
         h_0, c_0: (B, H), or None for zeros.
         weight_ih, weight_hh: (4H, I) and (4H, H), gates in the order i, f, g, o.
         bias_ih, bias_hh: (4H,), or both None.
         reverse: walk from the last step to the first.
-        save: keep what `scan_backward` needs.
+        keep_cells, keep_gates: what to keep; `scan_backward` needs both.
+        tables: the fields of `Ragged`, empty if the batch is not ragged.
+        h_reset, c_reset: (B, H), where sequences start anew from, or None for zeros.
 
     Returns:
-        hidden: (T + 2, B, state_stride(H)) state rows of h, in the input's dtype.
-        cell: float32 c: (T + 2, B, state_stride(H)) state rows if `save`, otherwise (1, B, ...) with the last c.
-        gates: (T, B, 4H) activated gates, in the input's dtype, if `save`; otherwise empty.
+        hidden: (T + 2, B, state_stride(H)) state rows of h, in the input's dtype; ragged (3B + rows, ...), where rows
+            without a step hold zeros.
+        cell: float32 c: shaped as `hidden` if `keep_cells`, otherwise (1, B, ...), ragged (2B, ...), with the last c
+            in the first B rows.
+        gates: (T, B, 4H), ragged (rows, 4H), activated gates in the input's dtype, if `keep_gates`; otherwise empty.
     """
     from .kernels.forward import forward_scan
 
-    seq_len, batch_size, input_size = input.shape
-    hidden_size = weight_hh.shape[1]
+    ragged = Ragged(*tables) if tables else None
+    batch_size = input.shape[1] if ragged is None else ragged.batch_size
+    input_size, hidden_size = input.shape[-1], weight_hh.shape[1]
     stride = state_stride(hidden_size)
-    plan = plan_of("forward", input, hidden_size)
+    plan = plan_of("forward", input, hidden_size, batch_size)
+    states, kept = _state_rows(input, batch_size, stride, ragged is not None, keep_cells)
 
-    hidden = sentinels((seq_len + 2, batch_size, stride), input)
-    cell = torch.empty((seq_len + 2 if save else 1, batch_size, stride), dtype=torch.float32, device=input.device)
-    for buffer, state in ((hidden, h_0), (cell, c_0)):
-        initial = buffer[initial_block(reverse)]
-        if state is None:
-            initial.zero_()
-        else:
-            initial[:, :hidden_size] = state
-            initial[:, hidden_size:] = 0
+    hidden = sentinels(states, input)
+    cell = torch.empty(kept, dtype=torch.float32, device=input.device)
+    if ragged is None:
+        for buffer, state in ((hidden, h_0), (cell, c_0)):
+            _fill(buffer[initial_block(reverse)], state)
+    else:
+        blocks = {"initial": slice(batch_size), "reverse": slice(-2 * batch_size, -batch_size)}
+        if reverse:
+            blocks = dict(zip(blocks, reversed(blocks.values()), strict=True))
+        # NaNs as all NaNs are: here too nobody must mistake one for a sentinel.
+        _fill(hidden[blocks["initial"]], h_0, canonical=True)
+        _fill(hidden[blocks["reverse"]], None)
+        _fill(hidden[-batch_size:], h_reset, canonical=True)
+        hidden[batch_size : batch_size + ragged.rows].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
+        _fill(cell[blocks["initial"] if keep_cells else slice(batch_size)], c_0)
+        _fill(cell[-batch_size:], c_reset)
+        input = input.contiguous()
     if plan.fuse_input:
-        gates = torch.empty(
-            (seq_len, batch_size, 4 * hidden_size) if save else 0, dtype=input.dtype, device=input.device
-        )
+        shape = (*input.shape[:-1], 4 * hidden_size)
+        gates = torch.empty(shape if keep_gates else 0, dtype=input.dtype, device=input.device)
         input, stride_unit = _with_aligned_rows(input)
     else:
         with torch.autocast(input.device.type, enabled=False):
-            gates = matmul(input.reshape(-1, input_size), weight_ih.t()).view(seq_len, batch_size, 4 * hidden_size)
+            gates = matmul(input.reshape(-1, input_size), weight_ih.t()).view(*input.shape[:-1], 4 * hidden_size)
         stride_unit = 1
 
     _launch(
@@ -113,24 +132,26 @@ def scan_forward(
         gates_ptr=gates,
         input_ptr=input if plan.fuse_input else gates,
         input_stride_step=input.stride(0) // stride_unit,
-        input_stride_batch=input.stride(1) // stride_unit,
+        input_stride_batch=input.stride(-2) // stride_unit,
         weight_ih_ptr=weight_ih.contiguous(),
         weight_hh_ptr=weight_hh.contiguous(),
         bias_ih_ptr=weight_hh if bias_ih is None else bias_ih.contiguous(),
         bias_hh_ptr=weight_hh if bias_hh is None else bias_hh.contiguous(),
         hidden_ptr=hidden,
         cell_ptr=cell,
-        seq_len=seq_len,
+        sources_ptr=hidden if ragged is None else ragged.sources(reverse),
+        **_lookups(ragged, plan, input, hidden),
         batch_size=batch_size,
         batch_tiles=plan.batch_tiles,
         reverse=int(reverse),
         HIDDEN=hidden_size,
         STATE_STRIDE=stride,
         HAS_BIAS=bias_ih is not None,
-        SAVE=save,
+        KEEP_CELLS=keep_cells,
+        KEEP_GATES=keep_gates,
         **input_constants_of(plan, input_size, stride_unit),
     )
-    return hidden, cell, gates if save else gates.new_empty(0)
+    return hidden, cell, gates if keep_gates else gates.new_empty(0)
 
 
 @scan_forward.register_fake
@@ -143,14 +164,17 @@ def _(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     reverse: bool,
-    save: bool,
+    keep_cells: bool,
+    keep_gates: bool,
+    tables: Sequence[Tensor],
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    seq_len, batch_size, _ = input.shape
+    batch_size = Ragged(*tables).batch_size if tables else input.shape[1]
     hidden_size = weight_hh.shape[1]
-    rows = (seq_len + 2, batch_size, state_stride(hidden_size))
-    hidden = input.new_empty(rows)
-    cell = input.new_empty(rows if save else (1, *rows[1:]), dtype=torch.float32)
-    return hidden, cell, input.new_empty((seq_len, batch_size, 4 * hidden_size) if save else 0)
+    states, kept = _state_rows(input, batch_size, state_stride(hidden_size), bool(tables), keep_cells)
+    gates = input.new_empty((*input.shape[:-1], 4 * hidden_size) if keep_gates else 0)
+    return input.new_empty(states), input.new_empty(kept, dtype=torch.float32), gates
 
 
 @torch.library.custom_op("lstm_triton::scan_backward", mutates_args=())
@@ -162,35 +186,46 @@ def scan_backward(
     cell: Tensor,
     gates: Tensor,
     reverse: bool,
+    tables: Sequence[Tensor],
+    grad_cells: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """From the gradients of a layer's results to those of its gates' pre-activations.
 
     Args:
-        grad_output: (T, B, H), or None for zeros.
+        grad_output: (T, B, H), of a ragged batch (rows, H), or None for zeros.
         grad_h_n, grad_c_n: (B, H), or None for zeros.
         weight_hh: (4H, H).
         cell, gates: as `scan_forward` returned them.
-        reverse: as `scan_forward` had it.
+        reverse, tables: as `scan_forward` had them.
+        grad_cells: gradients of every c, shaped as `grad_output`, or None for zeros.
 
     Returns:
-        grad_gates: (T + 2, B, 4 * state_stride(H)) state rows, gate-minor: column 4 * unit + gate, padded past 4H.
-        grad_cell: (B, state_stride(H)) float32, the gradient of c_0.
+        grad_gates: (T + 2, B, 4 * state_stride(H)) state rows, ragged (3B + rows, ...), gate-minor: column
+            4 * unit + gate, padded past 4H; rows that are none of a step hold zeros where they are read.
+        grad_cell: (B, state_stride(H)) float32, the gradient of c_0; ragged (2B, ...), then that of c_reset.
     """
     from .kernels.backward import backward_scan
 
-    seq_len, batch_size, _ = gates.shape
+    ragged = Ragged(*tables) if tables else None
+    batch_size = gates.shape[1] if ragged is None else ragged.batch_size
     hidden_size = weight_hh.shape[1]
     stride = state_stride(hidden_size)
-    plan = plan_of("backward", gates, hidden_size)
+    plan = plan_of("backward", gates, hidden_size, batch_size)
 
-    grad_gates = sentinels((seq_len + 2, batch_size, 4 * stride), gates)
-    grad_gates[initial_block(not reverse)].zero_()  # nothing comes after the last step
-    grad_cell = torch.zeros((batch_size, stride), dtype=torch.float32, device=gates.device)
+    states, _ = _state_rows(gates, batch_size, 4 * stride, ragged is not None, True)
+    grad_gates = sentinels(states, gates)
+    if ragged is None:
+        grad_gates[initial_block(not reverse)].zero_()  # nothing comes after the last step
+    else:
+        grad_gates[:batch_size].zero_()
+        grad_gates[-2 * batch_size :].zero_()
+        grad_gates[batch_size : batch_size + ragged.rows].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
+    grad_cell = cell.new_zeros((batch_size if ragged is None else 2 * batch_size, stride))
     if grad_c_n is not None:
-        grad_cell[:, :hidden_size] = grad_c_n
+        grad_cell[:batch_size, :hidden_size] = grad_c_n
     if grad_output is None:
-        grad_output = gates.new_zeros(hidden_size).expand(seq_len, batch_size, hidden_size)
-    elif grad_output.stride(2) != 1:
+        grad_output = gates.new_zeros(hidden_size).expand(*gates.shape[:-1], hidden_size)
+    elif grad_output.stride(-1) != 1:
         grad_output = grad_output.contiguous()
     grad_h_n = gates.new_zeros((batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
 
@@ -200,19 +235,23 @@ def scan_backward(
         gates.device,
         grad_output_ptr=grad_output,
         grad_output_stride_step=grad_output.stride(0),
-        grad_output_stride_batch=grad_output.stride(1),
+        grad_output_stride_batch=grad_output.stride(-2),
         grad_hidden_ptr=grad_h_n,
+        grad_cells_ptr=grad_h_n if grad_cells is None else grad_cells.contiguous(),
         grad_cell_ptr=grad_cell,
         gates_ptr=gates,
         cell_ptr=cell,
         weight_hh_ptr=weight_hh.contiguous(),
         grad_gates_ptr=grad_gates,
-        seq_len=seq_len,
+        sources_ptr=gates if ragged is None else ragged.sources(reverse),
+        successors_ptr=gates if ragged is None else ragged.successors(reverse),
+        **_lookups(ragged, plan, gates, gates),
         batch_size=batch_size,
         batch_tiles=plan.batch_tiles,
         reverse=int(reverse),
         HIDDEN=hidden_size,
         STATE_STRIDE=stride,
+        GRAD_CELLS=grad_cells is not None,
     )
     return grad_gates, grad_cell
 
@@ -226,10 +265,53 @@ def _(
     cell: Tensor,
     gates: Tensor,
     reverse: bool,
+    tables: Sequence[Tensor],
+    grad_cells: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    seq_len, batch_size, _ = gates.shape
+    batch_size = Ragged(*tables).batch_size if tables else gates.shape[1]
     stride = state_stride(weight_hh.shape[1])
-    return gates.new_empty((seq_len + 2, batch_size, 4 * stride)), cell.new_empty((batch_size, stride))
+    states, _ = _state_rows(gates, batch_size, 4 * stride, bool(tables), True)
+    return gates.new_empty(states), cell.new_empty((2 * batch_size if tables else batch_size, stride))
+
+
+def _state_rows(
+    steps: Tensor, batch_size: int, stride: int, ragged: bool, keep: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape of a buffer of state rows, for steps (T, B, ...) or (rows, ...), and of one that need not `keep` them."""
+    if ragged:
+        shape: tuple[int, ...] = (3 * batch_size + steps.shape[0], stride)
+        return shape, shape if keep else (2 * batch_size, stride)
+    shape = (steps.shape[0] + 2, batch_size, stride)
+    return shape, shape if keep else (1, batch_size, stride)
+
+
+def _fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
+    """Write a state (B, H) into its state rows."""
+    if state is None:
+        rows.zero_()
+        return
+    hidden_size = state.shape[1]
+    rows[:, :hidden_size] = torch.where(state.isnan(), torch.nan, state) if canonical else state
+    rows[:, hidden_size:] = 0
+
+
+def _lookups(ragged: Ragged | None, plan: Plan, steps: Tensor, unused: Tensor) -> dict[str, object]:
+    """What both kernels need to find the rows of steps (T, B, ...) or (rows, ...)."""
+    if ragged is None:
+        return {
+            "offsets_ptr": unused,
+            "tile_steps_ptr": unused,
+            "seq_len": steps.shape[0],
+            "row_count": steps.shape[0] * steps.shape[1],
+            "RAGGED": False,
+        }
+    return {
+        "offsets_ptr": ragged.offsets,
+        "tile_steps_ptr": ragged.tile_steps(plan.block_batch, plan.batch_tiles),
+        "seq_len": ragged.offsets.shape[0] - 1,
+        "row_count": ragged.rows,
+        "RAGGED": True,
+    }
 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
@@ -282,8 +364,8 @@ def sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def _with_aligned_rows(input: Tensor) -> tuple[Tensor, int]:
     """An input whose rows are contiguous, aligned if their length allows it; and the unit of its strides."""
-    unit = 16 if input.shape[2] % 16 == 0 else 1
-    if input.stride(2) != 1 or input.stride(0) % unit or input.stride(1) % unit:
+    unit = 16 if input.shape[-1] % 16 == 0 else 1
+    if input.stride(-1) != 1 or any(stride % unit for stride in input.stride()[:-1]):
         input = input.contiguous()
     return input, unit
 

@@ -3,11 +3,14 @@
 Plain PyTorch operations in any floating dtype; tests run it in float64. It is differentiable as often as PyTorch is.
 
 The formula is that of Hochreiter & Schmidhuber (1997), "Long Short-Term Memory", with the forget gate of Gers,
-Schmidhuber & Cummins (2000), "Learning to Forget". Names and gate order (i, f, g, o) are those of `torch.nn.LSTM`.
+Schmidhuber & Cummins (2000), "Learning to Forget"; projections of Sak, Senior & Beaufays (2014). Names and gate order
+(i, f, g, o) are those of `torch.nn.LSTM`.
 """
 
 import torch
 from torch import Tensor
+
+from .ragged import Ragged
 
 
 def lstm_layer(
@@ -18,30 +21,51 @@ def lstm_layer(
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
     *,
     reverse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer in one direction. T time steps, B sequences, I inputs, H hidden units.
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
+    ragged: Ragged | None = None,
+    return_cells: bool = False,
+) -> tuple[Tensor, ...]:
+    """One layer in one direction. T time steps, B sequences, I inputs, H hidden units, P outputs (H if not projected).
 
     Args:
-        input: (T, B, I).
-        h_0, c_0: (B, H), the short-term and the long-term memory to start with; None: zeros.
-        weight_ih, weight_hh: (4H, I) and (4H, H), the gates i, f, g, o one above the other.
+        input: (T, B, I), of a ragged batch (rows, I).
+        h_0, c_0: (B, P) and (B, H), the short-term and the long-term memory to start with; None: zeros.
+        weight_ih, weight_hh: (4H, I) and (4H, P), the gates i, f, g, o one above the other.
         bias_ih, bias_hh: (4H,), or None.
+        weight_hr: (P, H), or None.
         reverse: read the sequence from its end.
+        h_reset, c_reset: (B, P) and (B, H), the memories of sequences that start anew; None: zeros.
+        ragged: which step follows on which; None: all steps of all sequences in turn.
+        return_cells: whether the long-term memory of every step is asked for.
 
     Returns:
-        output (T, B, H), at each time step the h of that step, and the final h_n and c_n (B, H).
+        output (T, B, P), at each time step the h of that step, the final h_n (B, P) and c_n (B, H), and with
+        `return_cells` cells (T, B, H). Of a ragged batch (rows, ...), zeros where there is no step.
 
     >>> output, h_n, c_n = lstm_layer(torch.randn(5, 2, 3), None, None, torch.randn(16, 3), torch.randn(16, 4))
     >>> output.shape, torch.equal(output[-1], h_n)
     (torch.Size([5, 2, 4]), True)
     """
+    if ragged is not None:
+        positions = _positions(ragged)
+        shape = (ragged.offsets.shape[0] - 1, ragged.batch_size)
+        input = _padded(torch.where(ragged.is_step().unsqueeze(1), input, 0), positions, shape)
+        is_step = _padded(ragged.is_step(), positions, shape).unsqueeze(2)
+        anew = _padded(ragged.starts_anew(reverse), positions, shape).unsqueeze(2)
     steps, batch_size, _ = input.shape
     h = weight_hh.new_zeros(batch_size, weight_hh.shape[1]) if h_0 is None else h_0
-    c = torch.zeros_like(h) if c_0 is None else c_0
-    output = [h] * steps
+    c = weight_hh.new_zeros(batch_size, weight_hh.shape[0] // 4) if c_0 is None else c_0
+    h_reset = torch.zeros_like(h) if h_reset is None else h_reset
+    c_reset = torch.zeros_like(c) if c_reset is None else c_reset
+    output, cells = [h] * steps, [c] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
+        h_before, c_before = h, c
+        if ragged is not None:
+            h, c = torch.where(anew[t], h_reset, h), torch.where(anew[t], c_reset, c)
         gates = input[t] @ weight_ih.T + h @ weight_hh.T
         if bias_ih is not None and bias_hh is not None:
             gates = gates + bias_ih + bias_hh
@@ -52,5 +76,26 @@ def lstm_layer(
         show = torch.sigmoid(o)  # output gate: what percentage of the long-term memory to show
         c = keep * c + write * potential
         h = show * torch.tanh(c)
-        output[t] = h
-    return torch.stack(output), h, c
+        if weight_hr is not None:
+            h = h @ weight_hr.T
+        output[t], cells[t] = h, c
+        if ragged is not None:
+            output[t], cells[t] = torch.where(is_step[t], h, 0), torch.where(is_step[t], c, 0)
+            h, c = torch.where(is_step[t], h, h_before), torch.where(is_step[t], c, c_before)
+    results = [torch.stack(output), torch.stack(cells)]
+    if ragged is not None:
+        results = [result.flatten(0, 1)[positions] for result in results]
+    return (results[0], h, c, results[1]) if return_cells else (results[0], h, c)
+
+
+def _positions(ragged: Ragged) -> Tensor:
+    """(rows,) each row's place t * B + b in a padded batch."""
+    rows = torch.arange(ragged.rows, device=ragged.offsets.device)
+    times = torch.searchsorted(ragged.offsets[1:], rows, right=True)
+    return times * ragged.batch_size + rows - ragged.offsets[times]
+
+
+def _padded(values: Tensor, positions: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(rows, ...) -> (T, B, ...), zeros elsewhere."""
+    padded = values.new_zeros(shape[0] * shape[1], *values.shape[1:])
+    return padded.index_copy(0, positions, values).unflatten(0, shape)

@@ -171,11 +171,11 @@ def test_operators_keep_their_promises_to_the_compiler(hidden_size: int, save: b
     tensors = Layer(3, 2, 3, hidden_size).tensors()
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     with interpreter.interpret():
-        torch.library.opcheck(ops.scan_forward, (*tensors, False, save), test_utils=checks)
+        torch.library.opcheck(ops.scan_forward, (*tensors, False, save, save, []), test_utils=checks)
         if save:
-            _, cell, gates = ops.scan_forward(*tensors, False, True)
+            _, cell, gates = ops.scan_forward(*tensors, False, True, True, [])
             grads = (torch.randn(3, 2, hidden_size), None, torch.randn(2, hidden_size))
-            torch.library.opcheck(ops.scan_backward, (*grads, tensors[4], cell, gates, False), test_utils=checks)
+            torch.library.opcheck(ops.scan_backward, (*grads, tensors[4], cell, gates, False, []), test_utils=checks)
 
 
 def test_compiles_into_one_graph() -> None:

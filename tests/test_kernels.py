@@ -188,12 +188,12 @@ def test_offsets_beyond_32_bits(which: str) -> None:
         patch.setattr(
             ops, "plan_of", lambda kind, *_: fused if kind == "forward" else plan(kind, device=device, **sizes)
         )
-        expected = ops.scan_forward(*arguments, False, True)
+        expected = ops.scan_forward(*arguments, False, True, True, ())
         if which == "input":
-            actual = ops.scan_forward(far, *arguments[1:], False, True)
+            actual = ops.scan_forward(far, *arguments[1:], False, True, True, ())
         else:
             _, cell, gates = expected
-            others = (None, None, arguments[4], cell, gates, False)
+            others = (None, None, arguments[4], cell, gates, False, ())
             expected = ops.scan_backward(far.contiguous(), *others)
             actual = ops.scan_backward(far, *others)
     for one, other in zip(actual, expected, strict=True):

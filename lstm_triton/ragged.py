@@ -1,0 +1,132 @@
+"""Batches whose sequences differ in length, or start anew on the way: which step of which row follows on which.
+
+All of it ends in tables that are the same for every layer and direction, made on the device without asking it for a
+value. The kernels look their rows up in them (kernels/ragged.py), the formula its masks.
+
+The rows of the steps are numbered as they lie in memory, step after step: t * B + b, or, packed, offsets[t] + b. State
+rows (kernels/forward.py) are these, after B rows of initial states, and before B rows of initial states of the reverse
+direction and B rows of states to start anew from.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Ragged(NamedTuple):
+    """The tables; T time steps, B sequences, and `rows` steps of all of them.
+
+    Attributes:
+        before, after: (rows,) int32, for each step the state row of its neighbour in time: of the step before or
+            after it, of the initial state of that direction, or of the state to start anew from. -1: there is no
+            such step, its sequence has ended.
+        offsets: (T + 1,) int32, the first row of each time step, and the number of rows.
+        lengths: (B,) int32.
+    """
+
+    before: Tensor
+    after: Tensor
+    offsets: Tensor
+    lengths: Tensor
+
+    @property
+    def batch_size(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def rows(self) -> int:
+        return self.before.shape[0]
+
+    def sources(self, reverse: bool) -> Tensor:
+        """(rows,) the state row from which each step starts, in one direction; -1 for no step."""
+        return self.after if reverse else self.before
+
+    def successors(self, reverse: bool) -> Tensor:
+        """(rows,) the state row of the step that starts from each step; after the last one, the state row from which
+        the other direction would start there; before a step that starts anew, the state row of that; -1 for no step.
+        """
+        if not reverse:
+            return self.after
+        # Backwards, time 0 comes last even where a sequence starts anew there.
+        first = torch.arange(self.batch_size, dtype=torch.int32, device=self.before.device)
+        first = torch.where(self.lengths > 0, first, -1)
+        return torch.cat([first, self.before[self.batch_size :]])
+
+    def starts_anew(self, reverse: bool) -> Tensor:
+        """(rows,) bool: where a step starts from the state to start anew from."""
+        return self.sources(reverse) >= 2 * self.batch_size + self.rows
+
+    def is_step(self) -> Tensor:
+        """(rows,) bool"""
+        return self.before >= 0
+
+    def own_rows(self) -> Tensor:
+        """(rows,) the steps' own state rows."""
+        return torch.arange(self.rows, device=self.before.device) + self.batch_size
+
+    def ends(self, reverse: bool) -> Tensor:
+        """(B,) the state row of the last step in one direction; of a sequence without steps, its initial state's."""
+        sequences = torch.arange(self.batch_size, device=self.lengths.device)
+        if reverse:
+            last, initial = self.batch_size + sequences, self.batch_size + self.rows + sequences
+        else:
+            last = self.batch_size + self.offsets[(self.lengths.long() - 1).clamp_min(0)] + sequences
+            initial = sequences
+        return torch.where(self.lengths > 0, last, initial)
+
+    def firsts(self, reverse: bool) -> Tensor:
+        """(B,) the state row of the first step in one direction; of a sequence without steps, one of no step."""
+        return self.ends(not reverse)
+
+    def tile_steps(self, block_batch: int, batch_tiles: int) -> Tensor:
+        """(batch_tiles,) int32: the steps of the longest sequence of every tile of a batch."""
+        padding = batch_tiles * block_batch - self.batch_size
+        return torch.nn.functional.pad(self.lengths, (0, padding)).view(batch_tiles, block_batch).amax(1)
+
+
+def dense(
+    lengths: Tensor | None, resets: Tensor | None, time_steps: int, batch_size: int, device: torch.device
+) -> Ragged:
+    """The tables of a padded batch.
+
+    Args:
+        lengths: (B,) of any integer dtype and in any order, 0 <= length <= T; None: all sequences have T steps.
+        resets: (T, B) bool, where a step starts anew; None: nowhere. No state passes between such a step and the one
+            before it, in neither direction.
+    """
+    if lengths is None:
+        lengths = torch.full((batch_size,), time_steps, dtype=torch.int32, device=device)
+    lengths = lengths.to(torch.int32)
+    times = torch.arange(time_steps, dtype=torch.int32, device=device).unsqueeze(1)
+    sequences = torch.arange(batch_size, dtype=torch.int32, device=device)
+    rows = time_steps * batch_size
+    own = batch_size + times * batch_size + sequences
+    before = own - batch_size  # at time 0: the initial states
+    after = torch.where(times + 1 < lengths, own + batch_size, batch_size + rows + sequences)
+    if resets is not None:
+        anew = 2 * batch_size + rows + sequences
+        before = torch.where(resets, anew, before)
+        cut = torch.nn.functional.pad(resets[1:], (0, 0, 0, 1))
+        after = torch.where(cut & (times + 1 < lengths), anew, after)
+    is_step = times < lengths
+    before, after = (torch.where(is_step, table, -1).flatten() for table in (before, after))
+    offsets = torch.arange(time_steps + 1, dtype=torch.int32, device=device) * batch_size
+    return Ragged(before.to(torch.int32), after.to(torch.int32), offsets, lengths)
+
+
+def packed(batch_sizes: Tensor, device: torch.device) -> Ragged:
+    """The tables of a `PackedSequence`, made on the CPU, where its batch sizes are."""
+    batch_size = int(batch_sizes[0])
+    offsets = torch.nn.functional.pad(batch_sizes.cumsum(0), (1, 0))
+    rows = int(offsets[-1])
+    sequences = torch.arange(rows) - offsets[:-1].repeat_interleave(batch_sizes)
+    own = batch_size + torch.arange(rows)
+    before_sizes = torch.nn.functional.pad(batch_sizes[:-1], (1, 0), value=batch_size)
+    after_sizes = torch.nn.functional.pad(batch_sizes[1:], (0, 1)).repeat_interleave(batch_sizes)
+    before = own - before_sizes.repeat_interleave(batch_sizes)
+    after = torch.where(
+        sequences < after_sizes, own + batch_sizes.repeat_interleave(batch_sizes), batch_size + rows + sequences
+    )
+    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch_size)).sum(0)
+    return Ragged(*(table.to(torch.int32).to(device) for table in (before, after, offsets, lengths)))
