@@ -16,7 +16,7 @@ import triton.language as tl
 from .exchange import publish, request
 from .gates import differentiate, join_gates
 from .product import add_received, load_lefts, no_sums, total
-from .ragged import count_turns, locate, next_turn
+from .ragged import count_turns, look_up, next_turn, no_turn
 
 
 @triton.jit(
@@ -100,20 +100,27 @@ def backward_scan(
     first_row = group * BLOCK_BATCH
     grad_cell_mask = (first_row + rows < batch_size)[:, None] & (units < STATE_STRIDE)
     grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=grad_cell_mask, other=0.0)
+    grad_anew = tl.zeros_like(grad_cell)  # of the states to start anew from
+    grad_anew_ptrs = grad_cell_ptrs + batch_size.to(tl.int64) * STATE_STRIDE
     turns = seq_len * tiles_per_step
     if RAGGED:
         turns = count_turns(tile_steps_ptr, group, groups, batch_tiles)
-        step_next, tile = next_turn(0, group - groups, turns, tile_steps_ptr, group, groups, batch_tiles)
-        row_next, count = locate(step_next, tile, reverse == 0, tile_steps_ptr, offsets_ptr)
-        tile_rows = tile * BLOCK_BATCH + rows
-        source_next = tl.load(sources_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
-        successor_next = tl.load(successors_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
+        backwards = reverse == 0
+        turn_next = no_turn(tile_steps_ptr, group, batch_tiles, SEVERAL_TILES)
+        turn_next = next_turn(
+            turn_next, turns, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
+        )
+        source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
+        successor_next = look_up(successors_ptr, turn_next, rows, BLOCK_BATCH)
+        turn_after = next_turn(
+            turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
+        )
     for index in range(turns):
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
             source, successor = source_next, successor_next
-            first_row = tile * BLOCK_BATCH
-            step_row = row_next.to(tl.int64) + first_row
+            first_row = turn_next[1] * BLOCK_BATCH
+            step_row = turn_next[3].to(tl.int64) + first_row
             row_mask = (source >= 0)[:, None]
             end = tl.where(reverse != 0, 0, row_count + batch_size)  # of the rows after the last steps
             last_mask = ((successor >= end) & (successor < end + batch_size))[:, None] & (units < HIDDEN)
@@ -141,11 +148,13 @@ def backward_scan(
         grad_gates_next += ks[None, :]
         grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if RAGGED:
-            step_next, tile = next_turn(step_next, tile, turns - 1 - index, tile_steps_ptr, group, groups, batch_tiles)
-            row_next, count = locate(step_next, tile, reverse == 0, tile_steps_ptr, offsets_ptr)
-            tile_rows = tile * BLOCK_BATCH + rows
-            source_next = tl.load(sources_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
-            successor_next = tl.load(successors_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
+            turn_next = turn_after
+            source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
+            successor_next = look_up(successors_ptr, turn_next, rows, BLOCK_BATCH)
+            turn_after = next_turn(
+                turn_after, turns - 2 - index, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles,
+                SEVERAL_TILES,
+            )  # fmt: skip
 
         gates = gates_ptrs + step_row * (4 * HIDDEN)
         input_gate = tl.load(gates, mask=mask, other=0.0)
@@ -164,9 +173,9 @@ def backward_scan(
 
         sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
         sums = add_received(
-            sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs, local_units < HIDDEN,
-            ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-            DOT_PRECISION, PACKED,
+            sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs,
+            local_units < HIDDEN, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
+            SPLIT_K, DOT_PRECISION, PACKED,
         )  # fmt: skip
         grad_hidden = tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
         grad_hidden += grad_output.to(tl.float32) + grad_last.to(tl.float32)
@@ -184,10 +193,13 @@ def backward_scan(
         publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), grad_gates, row_mask & (gate_minor < WRITTEN))
         if RAGGED:
             # What flows into a state to start anew from stays there.
-            anew = (source >= row_count + 2 * batch_size)[:, None] & (units < HIDDEN)
-            grad_anew_ptrs = grad_cell_ptrs + (first_row.to(tl.int64) + batch_size) * STATE_STRIDE
-            grad_anew = tl.load(grad_anew_ptrs, mask=anew, other=0.0)
-            tl.store(grad_anew_ptrs, grad_anew + grad_cell_prev, mask=anew)
+            anew = (source >= row_count + 2 * batch_size)[:, None]
+            if SEVERAL_TILES:
+                anew_ptrs = grad_anew_ptrs + first_row.to(tl.int64) * STATE_STRIDE
+                grad_anew = tl.load(anew_ptrs, mask=mask & anew, other=0.0)
+                tl.store(anew_ptrs, grad_anew + grad_cell_prev, mask=mask & anew)
+            else:
+                grad_anew += tl.where(anew, grad_cell_prev, 0.0)
             grad_cell = tl.where(row_mask, tl.where(anew, 0.0, grad_cell_prev), grad_cell)
         else:
             grad_cell = grad_cell_prev
@@ -195,3 +207,5 @@ def backward_scan(
             tl.store(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, grad_cell, mask=mask)
     if not SEVERAL_TILES:
         tl.store(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, grad_cell, mask=grad_cell_mask)
+        if RAGGED:
+            tl.store(grad_anew_ptrs + first_row.to(tl.int64) * STATE_STRIDE, grad_anew, mask=grad_cell_mask)

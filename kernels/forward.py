@@ -17,7 +17,7 @@ import triton.language as tl
 from .exchange import publish, request
 from .gates import activate, split_gates, update_state
 from .product import add_products, add_received, load_lefts, no_sums, total
-from .ragged import count_turns, locate, next_turn
+from .ragged import count_turns, look_up, next_turn, no_turn
 
 
 @triton.jit
@@ -125,16 +125,21 @@ def forward_scan(
     turns = seq_len * tiles_per_step
     if RAGGED:
         turns = count_turns(tile_steps_ptr, group, groups, batch_tiles)
-        step_next, tile = next_turn(0, group - groups, turns, tile_steps_ptr, group, groups, batch_tiles)
-        row_next, count = locate(step_next, tile, reverse != 0, tile_steps_ptr, offsets_ptr)
-        tile_rows = tile * BLOCK_BATCH + rows
-        source_next = tl.load(sources_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
+        backwards = reverse != 0
+        turn_next = no_turn(tile_steps_ptr, group, batch_tiles, SEVERAL_TILES)
+        turn_next = next_turn(
+            turn_next, turns, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
+        )
+        source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
+        turn_after = next_turn(
+            turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
+        )
     for index in range(turns):
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
             source = source_next
-            first_row = tile * BLOCK_BATCH
-            step_row = row_next.to(tl.int64) + first_row
+            first_row = turn_next[1] * BLOCK_BATCH
+            step_row = turn_next[3].to(tl.int64) + first_row
             row_mask = (source >= 0)[:, None]
             # Rows without a step read row 0, which nobody has to be waited for.
             hidden_prev = hidden_ptr + tl.maximum(source, 0)[:, None].to(tl.int64) * STATE_STRIDE + ks[None, :]
@@ -153,10 +158,12 @@ def forward_scan(
         state_mask = row_mask & written_mask
         hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if RAGGED:
-            step_next, tile = next_turn(step_next, tile, turns - 1 - index, tile_steps_ptr, group, groups, batch_tiles)
-            row_next, count = locate(step_next, tile, reverse != 0, tile_steps_ptr, offsets_ptr)
-            tile_rows = tile * BLOCK_BATCH + rows
-            source_next = tl.load(sources_ptr + row_next + tile_rows, mask=tile_rows < count, other=-1)
+            turn_next = turn_after
+            source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
+            turn_after = next_turn(
+                turn_after, turns - 2 - index, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles,
+                SEVERAL_TILES,
+            )  # fmt: skip
 
         # The input's share does not depend on h_{t-1}: it is computed, or asked for, while h_{t-1} is under way.
         sums = no_sums(4 * BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
@@ -184,10 +191,7 @@ def forward_scan(
         if RAGGED:
             anew = source >= row_count + 2 * batch_size
             starts = (source < batch_size) | (source >= row_count + batch_size)
-            if KEEP_CELLS:
-                cell_rows = source
-            else:
-                cell_rows = first_row + rows + tl.where(anew, batch_size, 0)
+            cell_rows = source if KEEP_CELLS else first_row + rows + tl.where(anew, batch_size, 0)
             cell_sources = cell_ptr + cell_rows[:, None].to(tl.int64) * STATE_STRIDE + units[None, :]
             if SEVERAL_TILES:
                 cell = tl.load(cell_sources, mask=state_mask, other=0.0)

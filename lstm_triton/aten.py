@@ -1,7 +1,7 @@
-"""One layer by PyTorch's own LSTM function: `layer`, and `scan_layer`, an operator that torch.compile does not take apart.
+"""One layer by PyTorch's own LSTM function: `layer`; and `scan_layer`, the same as one operator.
 
-Left to itself, torch.compile unrolls that function over the time steps, compiles it again for every length, and on the
-CPU fails where the weights need a gradient and the input does not.
+For torch.compile: left to itself, it unrolls that function over the time steps, compiles it again for every length, and
+on the CPU fails where the weights need a gradient and the input does not.
 """
 
 from typing import Any
@@ -150,7 +150,13 @@ def _layer_backward(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
         results = _layer(*arguments)
     leaves = [argument for argument in arguments if isinstance(argument, Tensor)]
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
-    found = torch.autograd.grad(*zip(*used, strict=True), allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        [result for result, _ in used],
+        leaves,
+        [grad for _, grad in used],
+        allow_unused=True,
+        materialize_grads=True,
+    )
     return [grad.contiguous() for grad in found]
 
 

@@ -97,12 +97,12 @@ class _Scan(torch.autograd.Function):
         return_cells: bool,
         *tables: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        buffers = ops.scan_forward(
+        hidden, cell, gates = ops.scan_forward(
             input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse, True, True, tables, h_reset, c_reset
         )
         ragged = Ragged(*tables) if tables else None
-        results = _results(*buffers[:2], reverse, weight_hh.shape[1], ragged, return_cells)
-        return *results, *(() if return_cells else (None,)), *buffers
+        results = _results(hidden, cell, reverse, weight_hh.shape[1], ragged, return_cells)
+        return *results, *(() if return_cells else (None,)), hidden, cell, gates
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -134,7 +134,7 @@ def _gradients(
 ) -> list[Tensor | None]:
     """The gradients of scan_layer's tensors, as far as needed: the backward scan, and products over what it leaves."""
     *arguments, hidden, cell, gates = saved
-    input, h_0, _, weight_ih, weight_hh, *_ = arguments
+    input, _, _, weight_ih, weight_hh, *_ = arguments
     hidden_size = weight_hh.shape[1]
     tables = () if ragged is None else tuple(ragged)
     grad_gates, grad_cell = ops.scan_backward(*grads[:3], weight_hh, cell, gates, reverse, tables, grads[3])
@@ -156,9 +156,10 @@ def _gradients(
     if needed[0]:
         found[0] = ops.matmul(grad_rows, _gate_minor(weight_ih)).view(input.shape)
     if needed[1]:
-        found[1] = ops.matmul(grad_first, _gate_minor(weight_hh))
+        grad_h_0 = ops.matmul(grad_first, _gate_minor(weight_hh))
         if ragged is not None and grads[1] is not None:  # sequences without steps end where they begin
-            found[1] = found[1] + torch.where(ragged.lengths.unsqueeze(1) > 0, 0, grads[1])
+            grad_h_0 = grad_h_0 + torch.where(ragged.lengths.unsqueeze(1) > 0, 0, grads[1])
+        found[1] = grad_h_0
     if needed[2]:
         found[2] = grad_cell[: grad_first.shape[0]]
     if needed[3]:

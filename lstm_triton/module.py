@@ -50,8 +50,8 @@ class LSTM(nn.RNNBase):
           input without a batch. Default: zeros
         * **lengths** (by name only): (B,) integers on the input's device, in any order, zero included: the steps of
           each sequence; the others are ignored. Default: all have T steps
-        * **resets** (by name only): (T, B) bool, (B, T) with `batch_first`: where True, the sequence starts anew at that
-          step, and no state passes from one side to the other, in neither direction. Default: nowhere
+        * **resets** (by name only): (T, B) bool, (B, T) with `batch_first`: where True, the sequence starts anew at
+          that step, and no state passes from one side to the other, in neither direction. Default: nowhere
         * **reset_state** (by name only): what sequences start anew from, shaped like `hx`. Default: zeros
 
     Outputs:

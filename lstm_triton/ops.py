@@ -277,7 +277,7 @@ def _(
 def _state_rows(
     steps: Tensor, batch_size: int, stride: int, ragged: bool, keep: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of a buffer of state rows, for steps (T, B, ...) or (rows, ...), and of one that need not `keep` them."""
+    """The shape of a buffer of state rows for steps (T, B, ...) or (rows, ...); and of one that need not keep them."""
     if ragged:
         shape: tuple[int, ...] = (3 * batch_size + steps.shape[0], stride)
         return shape, shape if keep else (2 * batch_size, stride)

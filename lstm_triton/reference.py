@@ -85,7 +85,7 @@ def lstm_layer(
     results = [torch.stack(output), torch.stack(cells)]
     if ragged is not None:
         results = [result.flatten(0, 1)[positions] for result in results]
-    return (results[0], h, c, results[1]) if return_cells else (results[0], h, c)
+    return (results[0], h, c, *results[1:]) if return_cells else (results[0], h, c)
 
 
 def _positions(ragged: Ragged) -> Tensor:
@@ -98,4 +98,5 @@ def _positions(ragged: Ragged) -> Tensor:
 def _padded(values: Tensor, positions: Tensor, shape: tuple[int, int]) -> Tensor:
     """(rows, ...) -> (T, B, ...), zeros elsewhere."""
     padded = values.new_zeros(shape[0] * shape[1], *values.shape[1:])
-    return padded.index_copy(0, positions, values).unflatten(0, shape)
+    result: Tensor = padded.index_copy(0, positions, values).unflatten(0, shape)
+    return result

@@ -23,9 +23,9 @@ def reference_layers() -> Iterator[list[tuple[Any, ...]]]:
     """The path to the kernels, with the reference layer at its end; the arguments of every layer are kept."""
     calls: list[tuple[Any, ...]] = []
 
-    def scan_layer(*args: Any, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def scan_layer(*args: Any, reverse: bool, **options: Any) -> tuple[Tensor, ...]:
         calls.append((*args, reverse))
-        return reference.lstm_layer(*args, reverse=reverse)
+        return reference.lstm_layer(*args, reverse=reverse, **options)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(backend, "_obstacle", lambda call: None)
