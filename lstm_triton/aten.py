@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from .ragged import Ragged
 from .reference import lstm_layer
 
+_NO_TABLES = (None,) * len(Ragged._fields)
 Results = tuple[Tensor, ...]  # output, h_n, c_n, and the cells if asked for
 
 
@@ -122,20 +123,35 @@ def scan_layer(
     return_cells: bool = False,
 ) -> Results:
     """`layer`, as one operator."""
-    tables = () if ragged is None else tuple(ragged)
-    arguments = (h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h_reset, c_reset)
-    results: Results = torch.ops.lstm_triton.aten_layer(input, *arguments, tables, reverse, return_cells)
+    tables = _NO_TABLES if ragged is None else ragged
+    arguments = (h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h_reset, c_reset, *tables)
+    results: Results = torch.ops.lstm_triton.aten_layer(input, *arguments, reverse, return_cells)
     return results if return_cells else results[:3]
 
 
 def _layer(input: Tensor, *arguments: Any) -> Results:
-    *tensors, h_reset, c_reset, tables, reverse, return_cells = arguments
-    ragged = Ragged(*tables) if tables else None
+    *tensors, h_reset, c_reset = arguments[:9]
+    *_, reverse, return_cells = arguments
     results = layer(
-        input, *tensors, reverse=reverse, h_reset=h_reset, c_reset=c_reset, ragged=ragged, return_cells=return_cells
+        input,
+        *tensors,
+        reverse=reverse,
+        h_reset=h_reset,
+        c_reset=c_reset,
+        ragged=_tables_among(arguments),
+        return_cells=return_cells,
     )
     results = (*results, input.new_empty(0))[:4]
     return tuple(_own(result, (input, *arguments)) for result in results)
+
+
+def _tables_among(arguments: tuple[Any, ...]) -> Ragged | None:
+    tables = arguments[-6:-2]
+    return None if tables[0] is None else Ragged(*tables)
+
+
+def _has_gradient(argument: object) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
 
 
 def _own(result: Tensor, arguments: tuple[Any, ...]) -> Tensor:
@@ -146,9 +162,9 @@ def _own(result: Tensor, arguments: tuple[Any, ...]) -> Tensor:
 def _layer_backward(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
     """The gradients of all tensors among the arguments. The layer is computed again, for PyTorch's own derivative."""
     with torch.enable_grad():
-        arguments = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in arguments)
+        arguments = tuple(a.detach().requires_grad_() if _has_gradient(a) else a for a in arguments)
         results = _layer(*arguments)
-    leaves = [argument for argument in arguments if isinstance(argument, Tensor)]
+    leaves = [argument for argument in arguments if _has_gradient(argument)]
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
     found = torch.autograd.grad(
         [result for result, _ in used],
@@ -161,8 +177,9 @@ def _layer_backward(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
 
 
 def _layer_sizes(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *others: Any) -> Results:
-    weight_ih, weight_hh, *_, tables, _, return_cells = others
-    batch_size = Ragged(*tables).batch_size if tables else input.shape[1]
+    weight_ih, weight_hh, *_, return_cells = others
+    ragged = _tables_among(others)
+    batch_size = input.shape[1] if ragged is None else ragged.batch_size
     sizes = weight_hh.shape[1], weight_ih.shape[0] // 4
     return (
         input.new_empty(*input.shape[:-1], sizes[0]),
@@ -173,26 +190,25 @@ def _layer_sizes(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *others:
 
 
 def _layer_backward_sizes(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
-    return [argument.new_empty(argument.shape) for argument in arguments if isinstance(argument, Tensor)]
+    return [argument.new_empty(argument.shape) for argument in arguments if _has_gradient(argument)]
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    *tensors, tables, ctx.reverse, ctx.return_cells = inputs
-    ctx.tensors = len(tensors)
-    ctx.save_for_backward(*tensors, *tables)
+    *tensors, ctx.reverse, ctx.return_cells = inputs
+    ctx.save_for_backward(*tensors)
 
 
 @once_differentiable
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-    tensors, tables = ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
-    arguments = (*tensors, tables, ctx.reverse, ctx.return_cells)
-    found = iter(torch.ops.lstm_triton.aten_layer_backward(grads, *arguments))
-    return *(None if tensor is None else next(found) for tensor in tensors), [None] * len(tables), None, None
+    tensors = ctx.saved_tensors
+    found = iter(torch.ops.lstm_triton.aten_layer_backward(grads, *tensors, ctx.reverse, ctx.return_cells))
+    return *(next(found) if _has_gradient(tensor) else None for tensor in tensors), None, None
 
 
 _ARGUMENTS = (
     "Tensor input, Tensor? h_0, Tensor? c_0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, "
-    "Tensor? weight_hr, Tensor? h_reset, Tensor? c_reset, Tensor[] tables, bool reverse, bool return_cells"
+    "Tensor? weight_hr, Tensor? h_reset, Tensor? c_reset, Tensor? before, Tensor? after, Tensor? offsets, "
+    "Tensor? lengths, bool reverse, bool return_cells"
 )
 _FORWARD, _BACKWARD = "lstm_triton::aten_layer", "lstm_triton::aten_layer_backward"
 

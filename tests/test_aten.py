@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_triton
 from lstm_triton import aten, reference
+from lstm_triton.ragged import dense
 from tests.comparing import assert_same, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
@@ -58,7 +59,14 @@ def test_second_derivative_is_refused() -> None:
 def test_operator_is_what_pytorch_expects(reverse: bool, projected: bool) -> None:
     tensors = arguments(projected=projected)
     weight_hr = () if projected else (None,)
-    torch.library.opcheck(torch.ops.lstm_triton.aten_layer, (*tensors, *weight_hr, reverse))
+    lengths, resets = torch.tensor([3, 0]), torch.arange(10).view(5, 2) % 3 == 0
+    input, *others = tensors
+    for ragged in (None, dense(lengths, resets, 5, 2, torch.device("cpu"))):
+        rows = input if ragged is None else input.detach().flatten(0, 1).requires_grad_()
+        reset, tables = (None, None), ragged or (None,) * 4
+        for return_cells in (False, True):
+            arguments = (rows, *others, *weight_hr, *reset, *tables, reverse, return_cells)
+            torch.library.opcheck(torch.ops.lstm_triton.aten_layer, arguments)
 
 
 @pytest.mark.parametrize(
