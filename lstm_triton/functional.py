@@ -145,7 +145,8 @@ def lstm(
     results: tuple[Any, ...]
     if isinstance(input, PackedSequence):
         states = _permuted((h_n, c_n), input.unsorted_indices)
-        results = input._replace(data=output), states, cells
+        packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+        results = packed, states, cells
     elif input.dim() == 2:
         batch_axis = 0 if batch_first else 1
         cells = None if cells is None else cells.squeeze(batch_axis + 1)

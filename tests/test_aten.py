@@ -65,8 +65,8 @@ def test_operator_is_what_pytorch_expects(reverse: bool, projected: bool) -> Non
         rows = input if ragged is None else input.detach().flatten(0, 1).requires_grad_()
         reset, tables = (None, None), ragged or (None,) * 4
         for return_cells in (False, True):
-            arguments = (rows, *others, *weight_hr, *reset, *tables, reverse, return_cells)
-            torch.library.opcheck(torch.ops.lstm_triton.aten_layer, arguments)
+            given = (rows, *others, *weight_hr, *reset, *tables, reverse, return_cells)
+            torch.library.opcheck(torch.ops.lstm_triton.aten_layer, given)
 
 
 @pytest.mark.parametrize(
