@@ -6,8 +6,9 @@ walks against the forward direction:
     dh_t = dL/dh_t + dgates_{t+1} W_hh          (the exchange: dgates_{t+1} of all units, written by the peers)
     dgates_t, dc_{t-1} = differentiate(...)     (gates.py)
 
-The gradients of inputs, weights, biases and of h_0 are plain matrix products over dgates, done afterwards. dgates
-rows are gate-minor, so that a unit's four gradients leave in one piece.
+Of CHAINED layers, each but the last one also gets dgates_t W_ih from the layer above, waiting for its dgates_t. The
+gradients of inputs, weights, biases and of h_0 are plain matrix products over dgates, done afterwards. dgates rows are
+gate-minor, so that a unit's four gradients leave in one piece.
 """
 
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from .exchange import publish, request
 from .gates import differentiate, join_gates
+from .lanes import dropout_scale, of_lane, place
 from .product import add_received, load_lefts, no_sums, total
 from .ragged import count_turns, look_up, next_turn, no_turn
 
@@ -23,40 +25,54 @@ from .ragged import count_turns, look_up, next_turn, no_turn
     do_not_specialize=[
         "grad_output_stride_step",
         "grad_output_stride_batch",
+        "grad_output_stride_lane",
         "seq_len",
         "row_count",
         "batch_size",
         "batch_tiles",
         "reverse",
+        "dropped_lanes",
+        "first_lane",
     ]
 )
 def backward_scan(
-    grad_output_ptr,  # (T, B, H), RAGGED (rows, H), I/O dtype: gradients of the h_t as outputs
+    # (T, B, H), RAGGED (rows, H), I/O dtype: gradients of the h_t as outputs: of every lane, CHAINED of the last one
+    grad_output_ptr,
     grad_output_stride_step,
     grad_output_stride_batch,
-    grad_hidden_ptr,  # (B, H) I/O dtype: gradient of h_n
-    grad_cells_ptr,  # (rows, H) I/O dtype: gradients of the c_t as results, read only if GRAD_CELLS
-    # (B, STATE_STRIDE) float32: gradient of c_n on entry, of c_0 on return; followed, if RAGGED, by the B rows of that
-    # of the c to start anew from
+    grad_output_stride_lane,
+    grad_hidden_ptr,  # (LANES, B, H) I/O dtype: gradient of h_n
+    grad_cells_ptr,  # (LANES, rows, H) I/O dtype: gradients of the c_t as results, read only if GRAD_CELLS
+    # (LANES, B, STATE_STRIDE) float32: gradient of c_n on entry, of c_0 on return; followed in each lane, if RAGGED, by
+    # the B rows of that of the c to start anew from
     grad_cell_ptr,
-    gates_ptr,  # (rows, 4H) I/O dtype: activated gates
-    cell_ptr,  # (state rows, STATE_STRIDE) float32 c
-    weight_hh_ptr,  # (4H, H)
-    # (state rows, 4 * STATE_STRIDE) I/O dtype: the pre-activations' gradients, gate-minor; on entry sentinels, and
-    # zeros in the rows after the last step, if RAGGED in all rows that are none of a step
+    gates_ptr,  # (LANES, rows, 4H) I/O dtype: activated gates
+    cell_ptr,  # (LANES, state rows, STATE_STRIDE) float32 c
+    weight_ih_ptrs,  # of each lane (4H, H), read only if CHAINED
+    weight_hh_ptrs,  # of each lane (4H, H)
+    # (LANES, state rows, 4 * STATE_STRIDE) I/O dtype: the pre-activations' gradients, gate-minor; on entry sentinels,
+    # and zeros in the rows after the last step, if RAGGED in all rows that are none of a step
     grad_gates_ptr,
-    sources_ptr,  # (rows,), read only if RAGGED, as the next three: the state row a step started from, -1 for no step
-    successors_ptr,  # (rows,) the state row of the step that started from this one, or a row of zeros
+    before_ptr,  # (rows,), read only if RAGGED, as the next four: the state row a step started from, -1 for no step
+    after_ptr,  # the same of the reverse direction, and so the row of the step that started from this one, or of zeros
+    before_successors_ptr,  # that of the reverse direction: `before`, but for the steps with which sequences begin
     offsets_ptr,  # (T + 1,)
     tile_steps_ptr,  # (batch_tiles,)
+    seed_ptr,  # (1,) int64, of dropout, as the forward scan had it; this and the next three are read only if DROPOUT
+    dropout,
+    dropped_lanes,
+    first_lane,
     seq_len,
     row_count,  # rows of the steps
     batch_size,
     batch_tiles,
-    reverse,  # the forward scan's
+    reverse,  # the forward scan's, of the first lane
     HIDDEN: tl.constexpr,
     STATE_STRIDE: tl.constexpr,
     GRAD_CELLS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LANES: tl.constexpr,
+    CHAINED: tl.constexpr,
     RAGGED: tl.constexpr,
     SEVERAL_TILES: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
@@ -73,9 +89,18 @@ def backward_scan(
     WRITTEN: tl.constexpr = 4 * min(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of grad_gates_ptr that are written
     GROUP: tl.constexpr = min(GROUP_CHUNKS, RESIDENT_CHUNKS)
 
-    slice_index = tl.program_id(0) % SLICES
-    group = tl.program_id(0) // SLICES
-    groups = tl.num_programs(0) // SLICES
+    slice_index, group, groups, lane = place(SLICES, LANES)
+    if not CHAINED:
+        reverse += lane
+        grad_output_ptr += lane.to(tl.int64) * grad_output_stride_lane
+    state_rows = row_count.to(tl.int64) + (3 if RAGGED else 2) * batch_size
+    grad_hidden_ptr += lane.to(tl.int64) * batch_size * HIDDEN
+    grad_cells_ptr += lane.to(tl.int64) * row_count * HIDDEN
+    grad_cell_ptr += lane.to(tl.int64) * batch_size * ((2 if RAGGED else 1) * STATE_STRIDE)
+    gates_ptr += lane.to(tl.int64) * row_count * (4 * HIDDEN)
+    cell_ptr += lane * state_rows * STATE_STRIDE
+    grad_gates_ptr += lane * state_rows * (4 * STATE_STRIDE)
+    weight_hh_ptr = of_lane(weight_hh_ptrs, lane, LANES)
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
     rows = tl.arange(0, BLOCK_BATCH)
@@ -84,11 +109,19 @@ def backward_scan(
     units = local_units[None, :]
     gate_minor = slice_index * 4 * BLOCK_HIDDEN + tl.arange(0, 4 * BLOCK_HIDDEN)[None, :]
 
-    weight_ptrs = weight_hh_ptr + (ks % 4 * HIDDEN + ks // 4).to(tl.int64)[None, :] * HIDDEN + local_units[:, None]
+    weight_offsets = (ks % 4 * HIDDEN + ks // 4).to(tl.int64)[None, :] * HIDDEN + local_units[:, None]
+    weight_ptrs = weight_hh_ptr + weight_offsets
     CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * HIDDEN
     weights = load_lefts(
         weight_ptrs, local_units < HIDDEN, ks, RESIDENT_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K
     )
+    if CHAINED:
+        above_ptrs = of_lane(weight_ih_ptrs, lane + 1, LANES) + weight_offsets
+        above_mask = local_units < tl.where(lane < LANES - 1, HIDDEN, 0)
+        weights_above = load_lefts(
+            above_ptrs, above_mask, ks, RESIDENT_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K
+        )
+        above_ptr = grad_gates_ptr + state_rows * (4 * STATE_STRIDE)
 
     grad_output_ptrs = grad_output_ptr + rows[:, None].to(tl.int64) * grad_output_stride_batch + units
     grad_hidden_ptrs = grad_hidden_ptr + rows[:, None] * HIDDEN + units
@@ -104,6 +137,8 @@ def backward_scan(
     grad_anew_ptrs = grad_cell_ptrs + batch_size.to(tl.int64) * STATE_STRIDE
     turns = seq_len * tiles_per_step
     if RAGGED:
+        sources_ptr = tl.where(reverse != 0, after_ptr, before_ptr)
+        successors_ptr = tl.where(reverse != 0, before_successors_ptr, after_ptr)
         turns = count_turns(tile_steps_ptr, group, groups, batch_tiles)
         backwards = reverse == 0
         turn_next = no_turn(tile_steps_ptr, group, batch_tiles, SEVERAL_TILES)
@@ -163,7 +198,8 @@ def backward_scan(
         output_gate = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0)
         cell = tl.load(cell_ptrs + state_row * STATE_STRIDE, mask=mask, other=0.0)
         cell_prev = tl.load(cell_prev_ptrs, mask=mask, other=0.0)
-        grad_output = tl.load(grad_output_ptrs + output_row, mask=mask, other=0.0)
+        output_mask = row_mask & (units < tl.where(lane == LANES - 1, HIDDEN, 0)) if CHAINED else mask
+        grad_output = tl.load(grad_output_ptrs + output_row, mask=output_mask, other=0.0)
         grad_last = tl.load(grad_hidden_ptrs + first_row.to(tl.int64) * HIDDEN, mask=last_mask, other=0.0)
         if GRAD_CELLS:
             grad_here = tl.load(grad_cells_ptr + (step_row + rows[:, None]) * HIDDEN + units, mask=mask, other=0.0)
@@ -171,14 +207,35 @@ def backward_scan(
             tl.debug_barrier()  # other threads of this program may have written it, one step ago
             grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=mask, other=0.0)
 
+        from_outside = grad_output.to(tl.float32)
         sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
+        if CHAINED:
+            if lane < LANES - 1:
+                if RAGGED:
+                    above_rows = tl.where(source >= 0, state_row + rows, 0)[:, None]
+                else:
+                    above_rows = state_row + read_rows
+                above = above_ptr + above_rows * (4 * STATE_STRIDE) + ks[None, :]
+                above_tiles = request(above, ks, 0, GROUP, WRITTEN, BLOCK_K)
+                sums = add_received(
+                    sums, above_tiles, above, step >= 0, weights_above, above_ptrs, local_units < HIDDEN, ks,
+                    CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
+                    DOT_PRECISION, PACKED,
+                )  # fmt: skip
+        if DROPOUT:
+            if CHAINED:
+                from_outside += tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
+                sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
+            elements = (step_row + rows)[:, None] * HIDDEN + units
+            probability = tl.where(lane < dropped_lanes, dropout, 0.0)
+            from_outside *= dropout_scale(seed_ptr, first_lane + lane, elements, probability)
         sums = add_received(
             sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs,
             local_units < HIDDEN, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
             SPLIT_K, DOT_PRECISION, PACKED,
         )  # fmt: skip
         grad_hidden = tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
-        grad_hidden += grad_output.to(tl.float32) + grad_last.to(tl.float32)
+        grad_hidden += from_outside + grad_last.to(tl.float32)
 
         grad_cell_now = grad_cell + grad_here.to(tl.float32) if GRAD_CELLS else grad_cell
         grad_input_preact, grad_forget_preact, grad_cell_preact, grad_output_preact, grad_cell_prev = differentiate(

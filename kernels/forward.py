@@ -1,9 +1,12 @@
-"""The forward scan: all steps of one LSTM layer in one launch.
+"""The forward scan: all steps of one LSTM layer, or of several, in one launch.
 
 Notation: T steps, B batch rows, I input_size, H hidden_size; gate order i, f, g, o; formula in gates.py. A program
 owns BLOCK_HIDDEN units, that is 4 * BLOCK_HIDDEN gate-minor rows of W_hh, which stay on the chip while it walks over
 time, for its batch tiles of BLOCK_BATCH rows. h_{t-1} of all units comes from its peers through hidden_ptr
 (exchange.py).
+
+One launch runs LANES scans side by side (lanes.py): the two directions of a layer, or, CHAINED, consecutive layers of a
+stack, each of which waits for the h_t of the one below as it waits for its own h_{t-1}.
 
 State rows: the B initial states of the forward direction, the rows of the steps, the B initial states of the reverse
 direction. There are T * B rows of steps, and those of h_{t-1} are always B rows away from those of h_t, whatever the
@@ -16,6 +19,7 @@ import triton.language as tl
 
 from .exchange import publish, request
 from .gates import activate, split_gates, update_state
+from .lanes import dropout_scale, of_lane, place
 from .product import add_products, add_received, load_lefts, no_sums, total
 from .ragged import count_turns, look_up, next_turn, no_turn
 
@@ -34,32 +38,48 @@ def load_bias(bias_ih_ptr, bias_hh_ptr, units, gate: tl.constexpr, HIDDEN: tl.co
         "input_stride_batch",
         "seq_len",
         "row_count",
+        "state_rows",
+        "gate_rows",
+        "first_step",
         "batch_size",
         "batch_tiles",
         "reverse",
+        "dropped_lanes",
+        "first_lane",
     ]
 )
 def forward_scan(
-    gates_ptr,  # (rows, 4H) I/O dtype: x_t W_ih^T on entry unless FUSE_INPUT; activated gates on return if KEEP_GATES
+    # (LANES, rows, 4H) I/O dtype: x_t W_ih^T on entry, unless FUSE_INPUT or of a lane CHAINED to one below; activated
+    # gates on return if KEEP_GATES
+    gates_ptr,
     input_ptr,  # (T, B, I), RAGGED (rows, I); read only if FUSE_INPUT
     input_stride_step,  # this and the next one: in units of INPUT_STRIDE_UNIT elements
     input_stride_batch,
-    weight_ih_ptr,  # (4H, I), read only if FUSE_INPUT
-    weight_hh_ptr,  # (4H, H)
-    bias_ih_ptr,  # (4H,), read only if HAS_BIAS
-    bias_hh_ptr,  # (4H,), read only if HAS_BIAS
-    hidden_ptr,  # (state rows, STATE_STRIDE) h, I/O dtype; the steps' rows are sentinels on entry
-    # c, float32: state rows if KEEP_CELLS; otherwise (B, STATE_STRIDE), c_0 on entry and c_n on return, followed, if
-    # RAGGED, by the B rows to start anew from
+    weight_ih_ptrs,  # of each lane (4H, I), read only if FUSE_INPUT or CHAINED
+    weight_hh_ptrs,  # of each lane (4H, H)
+    bias_ih_ptrs,  # of each lane (4H,), read only if HAS_BIAS
+    bias_hh_ptrs,  # of each lane (4H,), read only if HAS_BIAS
+    hidden_ptr,  # (LANES, state rows, STATE_STRIDE) h, I/O dtype; the steps' rows are sentinels on entry
+    passed_ptr,  # the same of h after dropout, for the layer above; written only if DROPOUT
+    # c, float32: state rows if KEEP_CELLS; otherwise (LANES, B, STATE_STRIDE), c_0 on entry and c_n on return, followed
+    # in each lane, if RAGGED, by the B rows to start anew from
     cell_ptr,
-    sources_ptr,  # (rows,), read only if RAGGED, as the next two: the state row a step starts from, -1 for no step
+    before_ptr,  # (rows,), read only if RAGGED, as the next three: the state row a step starts from, -1 for no step
+    after_ptr,  # the same of the reverse direction
     offsets_ptr,  # (T + 1,) the first row of every time step
     tile_steps_ptr,  # (batch_tiles,)
-    seq_len,
-    row_count,  # rows of the steps
+    seed_ptr,  # (1,) int64, of dropout; this and the next three are read only if DROPOUT
+    dropout,  # probability
+    dropped_lanes,  # lanes with dropout: the first ones
+    first_lane,  # of this launch, in the whole stack
+    seq_len,  # steps of this launch
+    row_count,  # rows of all steps
+    state_rows,  # in each lane of the buffers
+    gate_rows,  # in each lane of the gates: those of this launch's steps
+    first_step,  # of this launch, among all T; RAGGED, offsets_ptr and tile_steps_ptr begin there
     batch_size,
     batch_tiles,  # tiles of BLOCK_BATCH rows in the batch
-    reverse,  # 0: forward in time, 1: backward in time
+    reverse,  # 0: forward in time, 1: backward in time; that of the first lane
     HIDDEN: tl.constexpr,
     INPUT: tl.constexpr,
     STATE_STRIDE: tl.constexpr,  # elements between state rows: a multiple of 16
@@ -67,6 +87,9 @@ def forward_scan(
     HAS_BIAS: tl.constexpr,
     KEEP_CELLS: tl.constexpr,  # every c
     KEEP_GATES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LANES: tl.constexpr,
+    CHAINED: tl.constexpr,  # the lanes are layers, one above the other; otherwise directions
     RAGGED: tl.constexpr,  # sequences differ in length, are packed, or start anew
     FUSE_INPUT: tl.constexpr,  # compute x_t W_ih^T here
     SEVERAL_TILES: tl.constexpr,  # a program serves more than one batch tile, taking turns within every step
@@ -86,9 +109,19 @@ def forward_scan(
     INPUT_CHUNKS: tl.constexpr = (INPUT + BLOCK_INPUT - 1) // BLOCK_INPUT if FUSE_INPUT else 0
     GROUP: tl.constexpr = min(GROUP_CHUNKS, RESIDENT_CHUNKS)
 
-    slice_index = tl.program_id(0) % SLICES
-    group = tl.program_id(0) // SLICES
-    groups = tl.num_programs(0) // SLICES
+    slice_index, group, groups, lane = place(SLICES, LANES)
+    if not CHAINED:
+        reverse += lane
+    hidden_ptr += lane.to(tl.int64) * state_rows * STATE_STRIDE
+    passed_ptr += lane.to(tl.int64) * state_rows * STATE_STRIDE
+    rows_before = tl.load(offsets_ptr).to(tl.int64) if RAGGED else first_step.to(tl.int64) * batch_size
+    gates_ptr += (lane.to(tl.int64) * gate_rows - rows_before) * (4 * HIDDEN)
+    if KEEP_CELLS:
+        cell_ptr += lane.to(tl.int64) * state_rows * STATE_STRIDE
+    else:
+        cell_ptr += lane.to(tl.int64) * batch_size * ((2 if RAGGED else 1) * STATE_STRIDE)
+    weight_ih_ptr = of_lane(weight_ih_ptrs, lane, LANES)
+    weight_hh_ptr = of_lane(weight_hh_ptrs, lane, LANES)
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
     rows = tl.arange(0, BLOCK_BATCH)
@@ -101,11 +134,22 @@ def forward_scan(
     gate_rows = (gate_minor % 4 * HIDDEN + gate_minor // 4).to(tl.int64)[:, None]
     gate_mask = gate_minor < 4 * HIDDEN
 
-    weight_hh_ptrs = weight_hh_ptr + gate_rows * HIDDEN + ks[None, :]
-    weights_hh = load_lefts(weight_hh_ptrs, gate_mask, ks, RESIDENT_CHUNKS, BLOCK_K, HIDDEN, BLOCK_K, SPLIT_K)
-    weight_ih_ptrs = weight_ih_ptr + gate_rows * INPUT + input_ks[None, :]
-    weights_ih = load_lefts(weight_ih_ptrs, gate_mask, input_ks, INPUT_CHUNKS, BLOCK_INPUT, INPUT, BLOCK_INPUT, SPLIT_K)
+    weight_ptrs = weight_hh_ptr + gate_rows * HIDDEN + ks[None, :]
+    weights_hh = load_lefts(weight_ptrs, gate_mask, ks, RESIDENT_CHUNKS, BLOCK_K, HIDDEN, BLOCK_K, SPLIT_K)
+    if CHAINED:
+        # The layer below has as many units, so its chunks are those of the own state.
+        below_ptrs = weight_ih_ptr + gate_rows * HIDDEN + ks[None, :]
+        below_mask = gate_minor < tl.where(lane > 0, 4 * HIDDEN, 0)
+        weights_ih = load_lefts(below_ptrs, below_mask, ks, RESIDENT_CHUNKS, BLOCK_K, HIDDEN, BLOCK_K, SPLIT_K)
+        below_ptr = (passed_ptr if DROPOUT else hidden_ptr) - state_rows.to(tl.int64) * STATE_STRIDE
+    else:
+        input_weight_ptrs = weight_ih_ptr + gate_rows * INPUT + input_ks[None, :]
+        weights_ih = load_lefts(
+            input_weight_ptrs, gate_mask, input_ks, INPUT_CHUNKS, BLOCK_INPUT, INPUT, BLOCK_INPUT, SPLIT_K
+        )
     if HAS_BIAS:
+        bias_ih_ptr = of_lane(bias_ih_ptrs, lane, LANES)
+        bias_hh_ptr = of_lane(bias_hh_ptrs, lane, LANES)
         input_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 0, HIDDEN)
         forget_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 1, HIDDEN)
         cell_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 2, HIDDEN)
@@ -113,17 +157,19 @@ def forward_scan(
 
     hidden_ptrs = hidden_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     cell_ptrs = cell_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
+    passed_ptrs = passed_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     gates_ptrs = gates_ptr + rows[:, None] * (4 * HIDDEN) + units[None, :]
     input_ptrs = input_ptr + rows[:, None].to(tl.int64) * input_stride_batch * INPUT_STRIDE_UNIT + input_ks[None, :]
 
     first_row = group * BLOCK_BATCH
     cell_row = first_row.to(tl.int64)
     if KEEP_CELLS:
-        cell_row += (row_count.to(tl.int64) + batch_size) * reverse
+        cell_row += rows_before + (seq_len.to(tl.int64) + 1) * batch_size * reverse
     cell_mask = (first_row + rows < batch_size)[:, None] & written_mask
     cell = tl.load(cell_ptrs + cell_row * STATE_STRIDE, mask=cell_mask, other=0.0)
     turns = seq_len * tiles_per_step
     if RAGGED:
+        sources_ptr = tl.where(reverse != 0, after_ptr, before_ptr)
         turns = count_turns(tile_steps_ptr, group, groups, batch_tiles)
         backwards = reverse != 0
         turn_next = no_turn(tile_steps_ptr, group, batch_tiles, SEVERAL_TILES)
@@ -147,7 +193,7 @@ def forward_scan(
             if SEVERAL_TILES:
                 step = step // tiles_per_step
                 first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH
-            time = tl.where(reverse != 0, seq_len - 1 - step, step).to(tl.int64)
+            time = (first_step + tl.where(reverse != 0, seq_len - 1 - step, step)).to(tl.int64)
             step_row = time * batch_size + first_row
             previous_row = step_row + batch_size + tl.where(reverse != 0, batch_size, -batch_size)
             row_mask = (first_row + rows < batch_size)[:, None]
@@ -168,6 +214,18 @@ def forward_scan(
         # The input's share does not depend on h_{t-1}: it is computed, or asked for, while h_{t-1} is under way.
         sums = no_sums(4 * BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
         gates = gates_ptrs + step_row * (4 * HIDDEN)
+        if CHAINED:
+            if lane > 0:
+                if RAGGED:
+                    below_rows = tl.where(source >= 0, state_row + rows, 0)[:, None]
+                else:
+                    below_rows = state_row + read_rows
+                below = below_ptr + below_rows * STATE_STRIDE + ks[None, :]
+                below_tiles = request(below, ks, 0, GROUP, WRITTEN, BLOCK_K)
+                sums = add_received(
+                    sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, gate_mask, ks, BLOCK_K, HIDDEN,
+                    WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, PACKED,
+                )  # fmt: skip
         if FUSE_INPUT:
             if RAGGED:
                 input_row = step_row * input_stride_batch
@@ -182,22 +240,24 @@ def forward_scan(
                 sums, weights_ih, 0, input_tiles, INPUT_CHUNKS, BLOCK_BATCH, BLOCK_INPUT, SPLIT_K, DOT_PRECISION
             )
         else:
-            input_share = tl.load(gates, mask=mask, other=0.0)
-            forget_share = tl.load(gates + HIDDEN, mask=mask, other=0.0)
-            cell_share = tl.load(gates + 2 * HIDDEN, mask=mask, other=0.0)
-            output_share = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0)
+            share_mask = row_mask & (units < tl.where(lane == 0, HIDDEN, 0))[None, :] if CHAINED else mask
+            input_share = tl.load(gates, mask=share_mask, other=0.0)
+            forget_share = tl.load(gates + HIDDEN, mask=share_mask, other=0.0)
+            cell_share = tl.load(gates + 2 * HIDDEN, mask=share_mask, other=0.0)
+            output_share = tl.load(gates + 3 * HIDDEN, mask=share_mask, other=0.0)
         if SEVERAL_TILES:
             tl.debug_barrier()  # other threads of this program may have written it, one step ago
         if RAGGED:
             anew = source >= row_count + 2 * batch_size
-            starts = (source < batch_size) | (source >= row_count + batch_size)
+            # In the first step any row may be another launch's: that of the steps before.
+            starts = (source < tl.where(step == 0, state_rows, batch_size)) | (source >= row_count + batch_size)
             cell_rows = source if KEEP_CELLS else first_row + rows + tl.where(anew, batch_size, 0)
             cell_sources = cell_ptr + cell_rows[:, None].to(tl.int64) * STATE_STRIDE + units[None, :]
             if SEVERAL_TILES:
                 cell = tl.load(cell_sources, mask=state_mask, other=0.0)
             else:
                 initial = tl.load(cell_sources, mask=state_mask & starts[:, None], other=0.0)
-                cell = tl.where(starts[:, None], tl.where(row_mask, initial, cell), cell)
+                cell = tl.where(starts[:, None] & row_mask, initial, cell)
         elif SEVERAL_TILES:
             cell = tl.load(
                 cell_ptrs + (previous_row if KEEP_CELLS else first_row.to(tl.int64)) * STATE_STRIDE,
@@ -206,7 +266,7 @@ def forward_scan(
             )
 
         sums = add_received(
-            sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_hh_ptrs, gate_mask, ks,
+            sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, gate_mask, ks,
             BLOCK_K, HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, PACKED,
         )  # fmt: skip
         preact = total(sums, SPLIT_K, ACCUMULATORS)
@@ -232,6 +292,10 @@ def forward_scan(
             # Units past the last one stay 0 even beside an infinity or a NaN, which weights of 0 would let through.
             hidden = tl.where(unit_mask, hidden, 0.0)
         publish(hidden_ptrs + state_row * STATE_STRIDE, hidden, state_mask)
+        if DROPOUT:
+            elements = (step_row + rows)[:, None] * HIDDEN + units[None, :]
+            scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
+            publish(passed_ptrs + state_row * STATE_STRIDE, hidden * scale, state_mask)
 
         if KEEP_CELLS:
             tl.store(cell_ptrs + state_row * STATE_STRIDE, cell, mask=state_mask)

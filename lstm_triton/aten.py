@@ -4,11 +4,13 @@ For torch.compile: left to itself, it unrolls that function over the time steps,
 on the CPU fails where the weights need a gradient and the input does not.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from .ragged import Ragged
 from .reference import lstm_layer
@@ -57,6 +59,47 @@ def layer(
     states = (h_0.unsqueeze(0), c_0.unsqueeze(0))
     output, h_n, c_n = torch._VF.lstm(input, states, given, *options, False)
     return output.flip(0) if reverse else output.contiguous(), h_n.squeeze(0), c_n.squeeze(0)
+
+
+def scan_layers(
+    one_layer: Callable[..., Results],
+    projected: bool,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    directions: int,
+    bias: bool,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
+    ragged: Ragged | None = None,
+    dropout: float = 0.0,
+    return_cells: bool = False,
+) -> Results:
+    """What `lstm_triton.autograd.scan_layers` computes, lane after lane, by `layer` or `scan_layer`.
+
+    With `projected`, the weights of a lane end with its weight_hr.
+    """
+    size = (4 if bias else 2) + projected
+    lanes = len(weights) // size
+    outputs, ends = [], []
+    for lane in range(lanes):
+        weight_ih, weight_hh, *others = weights[size * lane : size * (lane + 1)]
+        weight_hr = others.pop() if projected else None
+        states = [None if each is None else each[lane] for each in (h_0, c_0, h_reset, c_reset)]
+        output, *end = one_layer(
+            input, *states[:2], weight_ih, weight_hh, *(others or (None, None)), weight_hr,
+            reverse=lane % directions == 1, h_reset=states[2], c_reset=states[3], ragged=ragged,
+            return_cells=return_cells,
+        )  # fmt: skip
+        outputs.append(output)
+        ends.append(end)
+        if len(outputs) == directions:
+            input, outputs = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1), []
+            if dropout > 0 and lane < lanes - 1:
+                input = F.dropout(input, dropout)
+    return input, *(torch.stack(each) for each in zip(*ends, strict=True))
 
 
 def _stretches(

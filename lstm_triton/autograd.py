@@ -1,15 +1,133 @@
-"""One layer in one direction, differentiable: the two scans, and the matrix products around the backward one."""
+"""A stack of layers, differentiable: the two scans, and the matrix products around the backward one."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .ops import Layout, Stack, gate_major, gate_minor
 from .ragged import Ragged
 from .reference import lstm_layer
 
-TENSORS = 9  # of scan_layer's arguments, those that gradients reach
+STATES = 7  # of _Scan's arguments, those before the tables and weights that gradients reach
+
+
+def scan_layers(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    directions: int = 1,
+    bias: bool = True,
+    reverse: bool = False,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
+    preact_0: Tensor | None = None,
+    preact_reset: Tensor | None = None,
+    ragged: Ragged | None = None,
+    dropout: float = 0.0,
+    return_cells: bool = False,
+) -> tuple[Tensor, ...]:
+    """All steps of a stack of layers, through the Triton kernels.
+
+    Args:
+        input: (T, B, I), of any strides; of a ragged batch (rows, I).
+        h_0, c_0: (lanes, B, H), or both None for zeros. A lane is one direction of one layer, layer after layer.
+        weights: of each lane weight_ih (4H, I; from the second layer on 4H, directions * H) and weight_hh (4H, H),
+            gates in the order i, f, g, o; with `bias` also bias_ih and bias_hh (4H,).
+        directions: 1 or 2: forward and reverse.
+        reverse: of one direction: walk from the last step to the first.
+        h_reset, c_reset: (lanes, B, H), where sequences start anew from, or both None for zeros.
+        preact_0, preact_reset: (lanes, B, 4H), or None: the share that initial states and those to start anew from
+            have in the pre-activations, where they are no h of this layer. For a single layer.
+        ragged: which step follows on which; None: all steps of all sequences in turn.
+        dropout: the probability of dropout on the output of every layer but the last.
+        return_cells: whether every c_t is asked for.
+
+    Returns:
+        output (T, B, directions * H), h_n and c_n (lanes, B, H), and with `return_cells` cells (lanes, T, B, H); of a
+        ragged batch, output (rows, ...) and cells (lanes, rows, H), zeros where there is no step. The output may be a
+        view of a buffer.
+
+    All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
+    lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any
+    order: those above the first come from the step-by-step formula (reference.py), in the same dtype.
+    """
+    stack = Stack(weights, directions, bias, reverse)
+    states = (input, h_0, c_0, h_reset, c_reset, preact_0, preact_reset)
+    tables = () if ragged is None else tuple(ragged)
+    dropout = dropout if stack.num_layers > 1 else 0.0
+    seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*states, *weights)):
+        options = (directions, bias, reverse, dropout, return_cells, len(tables))
+        results = _Scan.apply(*states, seed, *options, *tables, *weights)  # type: ignore[no-untyped-call]
+        return tuple(results[: 4 if return_cells else 3])
+    output, hidden, _, cell, _, h_n, c_n = ops.scan_forward(
+        input, h_0, c_0, weights, directions, bias, reverse, return_cells, False, tables, h_reset, c_reset, dropout,
+        seed, preact_0, preact_reset,
+    )  # fmt: skip
+    if not return_cells:
+        return output, h_n, c_n
+    return _output(hidden, stack, input, ragged), h_n, c_n, _cells(cell, stack, input, ragged)
+
+
+def scan_projected_layers(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    directions: int = 1,
+    bias: bool = True,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
+    ragged: Ragged | None = None,
+    dropout: float = 0.0,
+    return_cells: bool = False,
+) -> tuple[Tensor, ...]:
+    """`scan_layers` with projections: the last weight of a lane is its weight_hr (P, H), and h has P elements.
+
+    In h_t = W_hr y_t, y_t = o_t * tanh(c_t), the scan works with y: W_hh h_{t-1} = (W_hh W_hr) y_{t-1}, one product
+    beforehand, and a step has one exchange instead of two. Only the states that are given have to be multiplied with
+    W_hh themselves. All outputs are projected at once.
+    """
+    size = 5 if bias else 3
+    lanes = len(weights) // size
+    ends: list[tuple[Tensor, ...]] = []
+    for first in range(0, lanes, directions):
+        of_lanes, folded, preacts = range(first, first + directions), [], []
+        for lane in of_lanes:
+            weight_ih, weight_hh, *biases, weight_hr = weights[size * lane : size * (lane + 1)]
+            folded += [weight_ih, weight_hh @ weight_hr, *biases]
+            preacts.append([None if each is None else each[lane] @ weight_hh.t() for each in (h_0, h_reset)])
+        preact_0, preact_reset = (None if each[0] is None else torch.stack(each) for each in zip(*preacts, strict=True))
+        lane_slice = slice(first, first + directions)
+        output, y_n, *others = scan_layers(
+            input,
+            None,
+            None if c_0 is None else c_0[lane_slice],
+            folded,
+            directions=directions,
+            bias=bias,
+            c_reset=None if c_reset is None else c_reset[lane_slice],
+            preact_0=preact_0,
+            preact_reset=preact_reset,
+            ragged=ragged,
+            return_cells=return_cells,
+        )
+        projections = [weights[size * lane + size - 1].t() for lane in of_lanes]
+        parts = output.unflatten(-1, (directions, -1)).unbind(-2)
+        input = torch.cat([part @ weight for part, weight in zip(parts, projections, strict=True)], dim=-1)
+        h_n = torch.stack([y @ weight for y, weight in zip(y_n, projections, strict=True)])
+        if ragged is not None and h_0 is not None:  # sequences without steps end where they begin
+            h_n = torch.where(ragged.lengths.unsqueeze(1) > 0, h_n, h_0[lane_slice])
+        ends.append((h_n, *others))
+        if dropout > 0 and first + directions < lanes:
+            input = torch.nn.functional.dropout(input, dropout)
+    return input, *(torch.cat(each) for each in zip(*ends, strict=True))
 
 
 def scan_layer(
@@ -27,194 +145,212 @@ def scan_layer(
     ragged: Ragged | None = None,
     return_cells: bool = False,
 ) -> tuple[Tensor, ...]:
-    """All steps of one layer in one direction, through the Triton kernels.
-
-    Args:
-        input: (T, B, I), of any strides; of a ragged batch (rows, I).
-        h_0, c_0: (B, H), or both None for zeros.
-        weight_ih, weight_hh: (4H, I) and (4H, H), gates in the order i, f, g, o.
-        bias_ih, bias_hh: (4H,), or both None.
-        reverse: walk from the last step to the first.
-        h_reset, c_reset: (B, H), where sequences start anew from, or both None for zeros.
-        ragged: which step follows on which; None: all steps of all sequences in turn.
-        return_cells: whether every c_t is asked for.
-
-    Returns:
-        output (T, B, H), h_n (B, H), c_n (B, H), and with `return_cells` cells (T, B, H); of a ragged batch, output
-        and cells are (rows, H), zeros where there is no step. The states may be views of buffers: copy what you keep.
-
-    All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
-    lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any
-    order: those above the first come from the step-by-step formula (reference.py), in the same dtype.
-    """
-    arguments = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, h_reset, c_reset)
-    tables = () if ragged is None else tuple(ragged)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments):
-        results = _Scan.apply(*arguments, reverse, return_cells, *tables)  # type: ignore[no-untyped-call]
-        return tuple(results[: 4 if return_cells else 3])
-    hidden, cell, _ = ops.scan_forward(*arguments[:7], reverse, return_cells, False, tables, h_reset, c_reset)
-    return _results(hidden, cell, reverse, weight_hh.shape[1], ragged, return_cells)
+    """`scan_layers` of one layer in one direction: states (B, H), and cells without an axis for lanes."""
+    states = {"h_0": h_0, "c_0": c_0, "h_reset": h_reset, "c_reset": c_reset}
+    output, *others = scan_layers(
+        input,
+        weights=[weight for weight in (weight_ih, weight_hh, bias_ih, bias_hh) if weight is not None],
+        bias=bias_ih is not None,
+        reverse=reverse,
+        ragged=ragged,
+        return_cells=return_cells,
+        **{name: None if state is None else state.unsqueeze(0) for name, state in states.items()},  # type: ignore[arg-type]
+    )
+    return output, *(other.squeeze(0) for other in others)
 
 
-def _results(
-    hidden: Tensor, cell: Tensor, reverse: bool, hidden_size: int, ragged: Ragged | None, return_cells: bool
-) -> tuple[Tensor, ...]:
-    """What `scan_layer` returns, out of the buffers."""
-    every_cell = hidden.shape == cell.shape
-    if ragged is None:
-        output = hidden[ops.STEPS, :, :hidden_size].contiguous()  # a copy only where rows are padded
-        final = ops.final_block(reverse)
-        h_n = hidden[final, :, :hidden_size]
-        c_n = cell[final if every_cell else 0, :, :hidden_size].to(hidden.dtype)
-        if not return_cells:
-            return output, h_n, c_n
-        return output, h_n, c_n, cell[ops.STEPS, :, :hidden_size].to(hidden.dtype)
-    steps = slice(ragged.batch_size, ragged.batch_size + ragged.rows)
-    output = hidden[steps, :hidden_size].contiguous()
-    ends = ragged.ends(reverse)
-    h_n = hidden.index_select(0, ends)[:, :hidden_size]
-    c_n = cell.index_select(0, ends) if every_cell else cell[: ragged.batch_size]
-    c_n = c_n[:, :hidden_size].to(hidden.dtype)
-    if not return_cells:
-        return output, h_n, c_n
-    cells = torch.where(ragged.is_step().unsqueeze(1), cell[steps, :hidden_size].to(hidden.dtype), 0)
-    return output, h_n, c_n, cells
+def _output(hidden: Tensor, stack: Stack, input: Tensor, ragged: Ragged | None) -> Tensor:
+    """The last layer's outputs, laid out like the input, out of the state rows of h."""
+    layout = Layout.of(input, stack.hidden_size, () if ragged is None else tuple(ragged))
+    lanes = hidden[-stack.directions :, layout.steps, : stack.hidden_size]
+    rows = lanes[0].contiguous() if stack.directions == 1 else torch.cat(lanes.unbind(), dim=1)
+    return rows.view(*input.shape[:-1], stack.directions * stack.hidden_size)
+
+
+def _cells(cell: Tensor, stack: Stack, input: Tensor, ragged: Ragged | None) -> Tensor:
+    layout = Layout.of(input, stack.hidden_size, () if ragged is None else tuple(ragged))
+    cells = cell[:, layout.steps, : stack.hidden_size].to(input.dtype)
+    if ragged is not None:
+        return torch.where(ragged.is_step().unsqueeze(1), cells, 0)
+    return cells.view(-1, *input.shape[:-1], stack.hidden_size)
 
 
 class _Scan(torch.autograd.Function):
+    """Tensors first, then the options, the tables of a ragged batch, and the weights."""
+
     @staticmethod
     def forward(
         input: Tensor,
         h_0: Tensor | None,
         c_0: Tensor | None,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias_ih: Tensor | None,
-        bias_hh: Tensor | None,
         h_reset: Tensor | None,
         c_reset: Tensor | None,
+        preact_0: Tensor | None,
+        preact_reset: Tensor | None,
+        seed: Tensor | None,
+        directions: int,
+        bias: bool,
         reverse: bool,
+        dropout: float,
         return_cells: bool,
-        *tables: Tensor,
+        table_count: int,
+        *tables_and_weights: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        hidden, cell, gates = ops.scan_forward(
-            input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, reverse, True, True, tables, h_reset, c_reset
-        )
-        ragged = Ragged(*tables) if tables else None
-        results = _results(hidden, cell, reverse, weight_hh.shape[1], ragged, return_cells)
-        return *results, *(() if return_cells else (None,)), hidden, cell, gates
+        tables, weights = tables_and_weights[:table_count], tables_and_weights[table_count:]
+        _, hidden, passed, cell, gates, h_n, c_n = ops.scan_forward(
+            input, h_0, c_0, weights, directions, bias, reverse, True, True, tables, h_reset, c_reset, dropout, seed,
+            preact_0, preact_reset,
+        )  # fmt: skip
+        ragged, stack = Ragged(*tables) if tables else None, Stack(weights, directions, bias, reverse)
+        cells = _cells(cell, stack, input, ragged) if return_cells else None
+        return _output(hidden, stack, input, ragged), h_n, c_n, cells, hidden, passed, cell, gates
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.reverse, ctx.return_cells, *tables = inputs[TENSORS:]
+        states, (seed, *ctx.options, table_count), others = (
+            inputs[:STATES],
+            inputs[STATES : STATES + 7],
+            inputs[STATES + 7 :],
+        )
         buffers = output[4:]
+        ctx.table_count = table_count
         ctx.mark_non_differentiable(*buffers)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:TENSORS], *buffers, *tables)
+        ctx.save_for_backward(*states, seed, *buffers, *others)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        tables = saved[TENSORS + 3 :]
-        ragged = Ragged(*tables) if tables else None
-        needed = ctx.needs_input_grad[:TENSORS]
+        states, (seed, *buffers), others = (
+            ctx.saved_tensors[:STATES],
+            ctx.saved_tensors[STATES : STATES + 5],
+            ctx.saved_tensors[STATES + 5 :],
+        )
+        tables, weights = others[: ctx.table_count], others[ctx.table_count :]
+        directions, bias, reverse, dropout, _ = ctx.options
+        needed = [*ctx.needs_input_grad[:STATES], *ctx.needs_input_grad[STATES + 7 + ctx.table_count :]]
+        saved = _Saved(
+            states,
+            Stack(weights, directions, bias, reverse),
+            Ragged(*tables) if tables else None,
+            dropout,
+            seed,
+            *buffers,
+        )
         # Autocast that is on where backward is called was not asked for by the layer.
-        with torch.autocast(saved[0].device.type, enabled=False):
+        with torch.autocast(states[0].device.type, enabled=False):
             gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
-            found = gradients(saved[: TENSORS + 3], needed, ctx.reverse, ragged, grads[:4])
-        return *found, None, None, *(None for _ in tables)
+            found = gradients(saved, needed, grads[:4])
+        return *found[:STATES], *(None for _ in range(7 + ctx.table_count)), *found[STATES:]
 
 
-def _gradients(
-    saved: tuple[Any, ...],
-    needed: tuple[bool, ...],
-    reverse: bool,
-    ragged: Ragged | None,
-    grads: tuple[Tensor | None, ...],
-) -> list[Tensor | None]:
-    """The gradients of scan_layer's tensors, as far as needed: the backward scan, and products over what it leaves."""
-    *arguments, hidden, cell, gates = saved
-    input, _, _, weight_ih, weight_hh, *_ = arguments
-    hidden_size = weight_hh.shape[1]
+class _Saved(NamedTuple):
+    """What backward has of forward."""
+
+    states: Sequence[Tensor | None]  # the first arguments of _Scan
+    stack: Stack
+    ragged: Ragged | None
+    dropout: float
+    seed: Tensor | None
+    hidden: Tensor
+    passed: Tensor
+    cell: Tensor
+    gates: Tensor
+
+
+def _gradients(saved: _Saved, needed: Sequence[bool], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The gradients of states and weights, as far as needed: the backward scan, and products over what it leaves."""
+    input, stack, ragged = saved.states[0], saved.stack, saved.ragged
+    assert input is not None
     tables = () if ragged is None else tuple(ragged)
-    grad_gates, grad_cell = ops.scan_backward(*grads[:3], weight_hh, cell, gates, reverse, tables, grads[3])
-    grad_cell = grad_cell[:, :hidden_size].to(input.dtype)
-    columns = slice(4 * hidden_size)
-    if ragged is None:
-        grad_rows = grad_gates[ops.STEPS, :, columns].flatten(0, 1)
-        grad_first = grad_gates[ops.final_block(not reverse), :, columns]
-        input_rows = input.reshape(-1, input.shape[2])
-    else:
-        batch_size, rows = ragged.batch_size, ragged.rows
-        grad_rows = grad_gates[batch_size : batch_size + rows, columns]
-        firsts, anew = ragged.firsts(reverse), ragged.starts_anew(reverse).unsqueeze(1)
-        grad_first = grad_gates.index_select(0, firsts)[:, columns]
-        grad_first = torch.where(anew[(firsts - batch_size).clamp(0, rows - 1)], 0, grad_first)
-        input_rows = torch.where(ragged.is_step().unsqueeze(1), input, 0)  # there may be anything where no step is
+    layout = Layout.of(input, stack.hidden_size, tables)
+    hidden_size, batch_size = stack.hidden_size, layout.batch_size
+    grad_output, grad_h_n, grad_c_n, grad_cells = grads
+    grad_gates, grad_cell = ops.scan_backward(
+        grad_output, grad_h_n, grad_c_n, stack.weights, stack.directions, stack.bias, stack.reverse, saved.cell,
+        saved.gates, tables, batch_size, grad_cells, saved.dropout, saved.seed,
+    )  # fmt: skip
+    grad_cell = grad_cell[..., :hidden_size].to(input.dtype)
 
-    found: list[Tensor | None] = [None] * TENSORS
+    found: list[Tensor | None] = [None] * len(needed)
     if needed[0]:
-        found[0] = ops.matmul(grad_rows, _gate_minor(weight_ih)).view(input.shape)
-    if needed[1]:
-        grad_h_0 = ops.matmul(grad_first, _gate_minor(weight_hh))
-        if ragged is not None and grads[1] is not None:  # sequences without steps end where they begin
-            grad_h_0 = grad_h_0 + torch.where(ragged.lengths.unsqueeze(1) > 0, 0, grads[1])
-        found[1] = grad_h_0
-    if needed[2]:
-        found[2] = grad_cell[: grad_first.shape[0]]
-    if needed[3]:
-        found[3] = _gate_major(ops.matmul(grad_rows.t(), input_rows))
-    if needed[4]:
+        first = stack.layer(0)
+        found[0] = ops.input_gradient(grad_gates[first], stack.named("weight_ih")[first], layout).view(input.shape)
+    begun, anew = [], []  # of every lane, the gradients of the states' shares in the pre-activations, gate-minor
+    of_weights: list[Tensor | None] = []
+    weight_needed = iter(needed[STATES:])
+    for lane in range(stack.lanes):
+        reverse = stack.is_reverse(lane)
+        rows = grad_gates[lane, layout.steps, : 4 * hidden_size]
         if ragged is None:
-            hidden_prev = hidden[ops.previous_blocks(reverse), :, :hidden_size].flatten(0, 1)
+            begun.append(grad_gates[lane, layout.last(not reverse), : 4 * hidden_size])
+            hidden_prev = saved.hidden[lane, layout.previous(reverse), :hidden_size]
         else:
+            firsts, is_anew = ragged.firsts(reverse), ragged.starts_anew(reverse).unsqueeze(1)
+            first_rows = grad_gates[lane].index_select(0, firsts)[:, : 4 * hidden_size]
+            begun.append(torch.where(is_anew[(firsts - batch_size).clamp(0, layout.rows - 1)], 0, first_rows))
+            if needed[3] or needed[6]:
+                # Sequences start anew in padded batches only: their rows are those of T steps.
+                anew.append(torch.where(is_anew, rows, 0).unflatten(0, (-1, batch_size)).sum(0))
             sources = ragged.sources(reverse)
             sources = torch.where(sources >= 0, sources, ragged.own_rows())
-            hidden_prev = hidden.index_select(0, sources)[:, :hidden_size]
-        found[4] = _gate_major(ops.matmul(grad_rows.t(), hidden_prev))
-    if needed[5] or needed[6]:
-        grad_bias = _gate_major(grad_rows.sum(0).unsqueeze(1)).squeeze(1)
-        found[5] = grad_bias if needed[5] else None
-        found[6] = grad_bias.clone() if needed[5] and needed[6] else grad_bias if needed[6] else None
-    if needed[7] and ragged is not None:
-        # Sequences start anew in padded batches only: their rows are those of T steps.
-        grad_anew = torch.where(anew, grad_rows, 0).unflatten(0, (-1, batch_size)).sum(0)
-        found[7] = ops.matmul(grad_anew, _gate_minor(weight_hh))
-    if needed[8]:
-        found[8] = grad_cell[grad_first.shape[0] :]
+            hidden_prev = saved.hidden[lane].index_select(0, sources)[:, :hidden_size]
+        of_weight_ih = of_weight_hh = None
+        if next(weight_needed):
+            inputs = _inputs(saved, lane // stack.directions, layout)
+            of_weight_ih = torch.cat([gate_major(ops.matmul(rows.t(), each)) for each in inputs], dim=1)
+        if next(weight_needed):
+            of_weight_hh = gate_major(ops.matmul(rows.t(), hidden_prev))
+        of_weights += [of_weight_ih, of_weight_hh]
+        if stack.bias:
+            grad_bias = gate_major(rows.sum(0).unsqueeze(1)).squeeze(1)
+            of_weights += [own if next(weight_needed) else None for own in (grad_bias, grad_bias.clone())]
+    found[STATES:] = of_weights
+
+    def through_recurrent_weights(of_preacts: list[Tensor]) -> Tensor:
+        weights = stack.named("weight_hh")
+        return torch.stack(
+            [ops.matmul(each, gate_minor(weight)) for each, weight in zip(of_preacts, weights, strict=True)]
+        )
+
+    if needed[1]:
+        grad_h_0 = through_recurrent_weights(begun)
+        if ragged is not None and grad_h_n is not None:  # sequences without steps end where they begin
+            grad_h_0 = grad_h_0 + torch.where(ragged.lengths.unsqueeze(1) > 0, 0, grad_h_n)
+        found[1] = grad_h_0
+    if needed[2]:
+        found[2] = grad_cell[:, :batch_size]
+    if needed[3] and anew:
+        found[3] = through_recurrent_weights(anew)
+    if needed[4]:
+        found[4] = grad_cell[:, batch_size:]
+    for place, of_preacts in ((5, begun), (6, anew)):
+        if needed[place] and of_preacts:
+            found[place] = torch.stack([gate_major(each.t()).t() for each in of_preacts])
     return found
 
 
-def _gate_minor(weight: Tensor) -> Tensor:
-    """(4H, K) with gates one after the other -> (4H, K) with the gates of a unit side by side."""
-    return _regrouped(weight, (4, -1))
-
-
-def _gate_major(weight: Tensor) -> Tensor:
-    """The inverse of _gate_minor."""
-    return _regrouped(weight, (-1, 4))
-
-
-def _regrouped(weight: Tensor, groups: tuple[int, int]) -> Tensor:
-    result: Tensor = weight.unflatten(0, groups).transpose(0, 1).flatten(0, 1)
-    return result
+def _inputs(saved: _Saved, layer: int, layout: Layout) -> list[Tensor]:
+    """What a layer has read: (rows, K) tensors, side by side."""
+    if layer > 0:
+        buffer = saved.passed if saved.dropout > 0 else saved.hidden
+        below = buffer[saved.stack.layer(layer - 1), layout.steps, : layout.hidden_size]
+        return list(below.unbind())
+    input = saved.states[0]
+    assert input is not None
+    rows = input.reshape(layout.rows, -1)
+    # There may be anything where no step is.
+    return [rows if saved.ragged is None else torch.where(saved.ragged.is_step().unsqueeze(1), rows, 0)]
 
 
 def _differentiable_gradients(
-    saved: tuple[Any, ...],
-    needed: tuple[bool, ...],
-    reverse: bool,
-    ragged: Ragged | None,
-    grads: tuple[Tensor | None, ...],
+    saved: _Saved, needed: Sequence[bool], grads: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again: through the step-by-step formula."""
     # Under new names: where one argument depends on another, that path is the engine's business, not this formula's.
-    arguments: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:TENSORS]]
+    originals = [*saved.states, *saved.stack.weights]
+    arguments: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in originals]
     wanted = [tensor for tensor, need in zip(arguments, needed, strict=True) if need and tensor is not None]
-    *arguments, h_reset, c_reset = arguments
-    results = lstm_layer(
-        *arguments, reverse=reverse, h_reset=h_reset, c_reset=c_reset, ragged=ragged, return_cells=True
-    )
+    results = _formula(arguments[:STATES], saved._replace(stack=saved.stack._replace(weights=arguments[STATES:])))
     used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
     found = iter(
         torch.autograd.grad(
@@ -226,6 +362,56 @@ def _differentiable_gradients(
         )
     )
     return [
-        next(found) if need and tensor is not None else None
-        for tensor, need in zip(saved[:TENSORS], needed, strict=True)
+        next(found) if need and tensor is not None else None for tensor, need in zip(originals, needed, strict=True)
     ]
+
+
+def _formula(states: Sequence[Tensor | None], saved: _Saved) -> tuple[Tensor, ...]:
+    """What `scan_layers` returns, step by step."""
+    stack = saved.stack
+    input, *others = states
+    assert input is not None
+    h_n, c_n, cells, outputs = [], [], [], []
+    below, size = input, 4 if stack.bias else 2
+    for lane in range(stack.lanes):
+        h_0, c_0, h_reset, c_reset, *preacts = (None if each is None else each[lane] for each in others)
+        weight_ih, weight_hh, *biases = stack.weights[size * lane : size * (lane + 1)]
+        reverse, below_and_more = stack.is_reverse(lane), below
+        if preacts[0] is not None or preacts[1] is not None:
+            # As if they were inputs of their own.
+            more = _shares_of_states(preacts, below, reverse, saved.ragged)
+            below_and_more = torch.cat([below, more], dim=-1)
+            weight_ih = torch.cat([weight_ih, torch.eye(4 * stack.hidden_size).to(weight_ih)], dim=1)
+        output, h, c, every_c = lstm_layer(
+            below_and_more, h_0, c_0, weight_ih, weight_hh, *(biases or (None, None)), reverse=reverse,
+            h_reset=h_reset, c_reset=c_reset, ragged=saved.ragged, return_cells=True,
+        )  # fmt: skip
+        h_n.append(h)
+        c_n.append(c)
+        cells.append(every_c)
+        if saved.dropout > 0 and lane < stack.lanes - stack.directions:
+            assert saved.seed is not None
+            output = output * ops.dropout_scale(saved.seed, lane, saved.dropout, output)
+        outputs.append(output)
+        if len(outputs) == stack.directions:
+            below, outputs = torch.cat(outputs, dim=-1), []
+    return below, torch.stack(h_n), torch.stack(c_n), torch.stack(cells)
+
+
+def _shares_of_states(preacts: Sequence[Tensor | None], input: Tensor, reverse: bool, ragged: Ragged | None) -> Tensor:
+    """(T, B, 4H), or (rows, 4H): what the states that steps start from add to their pre-activations."""
+    preact_0, preact_reset = preacts
+    if ragged is None:
+        assert preact_0 is not None
+        others = preact_0.new_zeros(input.shape[0] - 1, *preact_0.shape)
+        return torch.cat([others, preact_0.unsqueeze(0)] if reverse else [preact_0.unsqueeze(0), others])
+    some = preact_0 if preact_0 is not None else preact_reset
+    assert some is not None
+    shares = some.new_zeros(ragged.rows, some.shape[1])
+    if preact_0 is not None:
+        rows = (ragged.firsts(reverse) - ragged.batch_size).clamp(0, ragged.rows - 1)
+        shares = shares.index_add(0, rows, torch.where(ragged.lengths.unsqueeze(1) > 0, preact_0, 0))
+    if preact_reset is not None:
+        anew = ragged.starts_anew(reverse).view(-1, ragged.batch_size, 1)
+        shares = shares + torch.where(anew, preact_reset, 0).flatten(0, 1)
+    return shares

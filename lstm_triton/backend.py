@@ -111,8 +111,6 @@ def _obstacle(call: "Call") -> str | None:
                 return f"tensors have several dtypes, {dtype} and {tensor.dtype}"
     if dtype not in KERNEL_DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
-    if call.output_size < call.hidden_size:
-        return "the kernels do not take projections (proj_size) yet"
     if call.batch_size == 0:
         return "the batch is empty"
     if not _triton_installed:
@@ -178,25 +176,37 @@ def _found_obstacle_of_device(
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """What one layer does in one direction.
-
-    Attributes:
-        forward, backward: the plans of its two scans; None off the Triton path.
-        launches: of this library's kernels, forward and backward together. What PyTorch launches is not counted.
-    """
+    """Which path one layer takes in one direction, and why."""
 
     layer: int
     direction: Literal["forward", "reverse"]
     path: Literal["triton", "aten"]
     reason: str
-    forward: "Plan | None"
-    backward: "Plan | None"
-    launches: int
+
+
+@dataclass(frozen=True)
+class ScanLaunch:
+    """One launch of a kernel of this library.
+
+    Attributes:
+        kind: "forward" or "backward".
+        lanes: the positions in `Explanation.layers` that it computes.
+        plan: its sizes.
+    """
+
+    kind: "Kind"
+    lanes: tuple[int, ...]
+    plan: "Plan"
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found out; `print` it."""
+    """What `explain` found out; `print` it.
+
+    Attributes:
+        layers: every direction of every layer.
+        scans: the launches of this library's kernels, forward and backward; what PyTorch launches is not counted.
+    """
 
     module: str
     device: str
@@ -204,23 +214,24 @@ class Explanation:
     time_steps: int
     batch_size: int
     layers: tuple[LayerExplanation, ...]
+    scans: tuple[ScanLaunch, ...]
 
     @property
     def launches(self) -> int:
-        return sum(layer.launches for layer in self.layers)
+        return len(self.scans)
 
     def __str__(self) -> str:
         lines = [
             f"{self.module} on {self.device}, {self.dtype}, T={self.time_steps}, B={self.batch_size}",
-            "layer  direction  path    launches  why",
+            "layer  direction  path    why",
         ]
-        for layer in self.layers:
-            lines.append(
-                f"{layer.layer:>5}  {layer.direction:<9}  {layer.path:<6}  {layer.launches:>8}  {layer.reason}",
-            )
-            for name, plan in (("forward", layer.forward), ("backward", layer.backward)):
-                if plan is not None:
-                    lines.append(f"{'':7}{name} scan: {plan}")
+        lines += [f"{each.layer:>5}  {each.direction:<9}  {each.path:<6}  {each.reason}" for each in self.layers]
+        for number, scan in enumerate(self.scans, 1):
+            first, last = (self.layers[lane] for lane in (scan.lanes[0], scan.lanes[-1]))
+            what = f"layer {first.layer}" if first.layer == last.layer else f"layers {first.layer} to {last.layer}"
+            if len({each.direction for each in self.layers}) > 1:
+                what += " in both directions" if first.direction != last.direction else f", {first.direction}"
+            lines.append(f"launch {number}: {scan.kind} scan of {what}: {scan.plan}")
         return "\n".join(lines)
 
 
@@ -243,8 +254,8 @@ def explain(
     >>> import lstm_triton
     >>> print(explain(lstm_triton.LSTM(3, 4), torch.empty(100, 16, 3, device="meta")))
     LSTM(3, 4) on cpu, torch.float32, T=100, B=16
-    layer  direction  path    launches  why
-        0  forward    aten           0  the kernels run on NVIDIA GPUs, not on 'cpu' tensors
+    layer  direction  path    why
+        0  forward    aten    the kernels run on NVIDIA GPUs, not on 'cpu' tensors
     """
     call = call_of(module, input, hx)
     if call.data.device.type == "meta":
@@ -252,18 +263,15 @@ def explain(
     choice = choose(None, call)
     dtype = autocast_dtype(call) or call.data.dtype
 
-    directions: list[Literal["forward", "reverse"]] = ["forward", "reverse"] if module.bidirectional else ["forward"]
-    layers = []
-    for layer in range(module.num_layers):
-        for direction in directions:
-            forward = backward = None
-            if choice.path == "triton":
-                input_size = getattr(module, f"weight_ih_l{layer}").shape[1]
-                forward = _plan("forward", call, dtype, input_size)
-                backward = _plan("backward", call, dtype, input_size)
-            launches = sum(plan is not None for plan in (forward, backward))
-            layers.append(LayerExplanation(layer, direction, *choice, forward, backward, launches))
-    return Explanation(str(module), str(call.data.device), dtype, call.time_steps, call.batch_size, tuple(layers))
+    names: list[Literal["forward", "reverse"]] = ["forward", "reverse"] if module.bidirectional else ["forward"]
+    layers = [LayerExplanation(layer, direction, *choice) for layer in range(module.num_layers) for direction in names]
+    launches: tuple[ScanLaunch, ...] = ()
+    if choice.path == "triton":
+        kinds: tuple[Kind, Kind] = ("forward", "backward")
+        launches = tuple(launch for kind in kinds for launch in _launches(kind, call, dtype))
+    return Explanation(
+        str(module), str(call.data.device), dtype, call.time_steps, call.batch_size, tuple(layers), launches
+    )
 
 
 def call_of(
@@ -288,8 +296,25 @@ def call_of(
     )
 
 
-def _plan(kind: "Kind", call: "Call", dtype: torch.dtype, input_size: int) -> "Plan":
-    from .ops import plan_of
+def _launches(kind: "Kind", call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
+    from .ops import launches_of
 
-    stand_in = call.data.new_empty(1, dtype=dtype).expand(call.time_steps, call.batch_size, input_size)
-    return plan_of(kind, stand_in, call.hidden_size)
+    # Projected layers are scanned one by one: what lies between two of them is a product of its own.
+    projected = call.output_size < call.hidden_size
+    stacks = [1] * call.num_layers if projected else [call.num_layers]
+    found: list[ScanLaunch] = []
+    first = 0
+    for layers in stacks:
+        launches = launches_of(
+            kind,
+            num_layers=layers,
+            directions=call.directions,
+            batch_size=call.batch_size,
+            input_size=call.weights[0].shape[1] if first == 0 else call.directions * call.output_size,
+            hidden_size=call.hidden_size,
+            dtype=dtype,
+            device=call.data.device,
+        )
+        found += [ScanLaunch(kind, tuple(first + lane for lane in each.lanes), each.plan) for each in launches]
+        first += layers * call.directions
+    return found

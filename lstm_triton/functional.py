@@ -1,11 +1,11 @@
 """The LSTM as a function of its weights: checks the arguments, chooses the path, runs the stack of layers."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ragged
@@ -14,7 +14,7 @@ from .backend import autocast_dtype, choose
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
 States = tuple[Tensor, Tensor]  # h and c, of all layers and directions
 Results = tuple[Tensor, Tensor, Tensor, Tensor | None]  # output, h_n, c_n, and the cells if asked for
-ScanLayer = Callable[..., tuple[Tensor, ...]]  # with the parameters of autograd.scan_layer
+ScanLayers = Callable[..., tuple[Tensor, ...]]  # with the parameters of autograd.scan_layers
 
 
 @overload
@@ -138,10 +138,10 @@ def lstm(
         reset_state=reset_state,
         return_cells=return_cells,
     )
-    scan_layer = _layer_function(choose(backend, call).path, call)
+    scan_layers = _layers_function(choose(backend, call).path, call)
     if isinstance(input, PackedSequence) and call.states is not None:
         call = call._replace(states=_permuted(call.states, input.sorted_indices))
-    output, h_n, c_n, cells = _call_aten(call) if scan_layer is None else _stack(scan_layer, call)
+    output, h_n, c_n, cells = _call_aten(call) if scan_layers is None else _stack(scan_layers, call)
     results: tuple[Any, ...]
     if isinstance(input, PackedSequence):
         states = _permuted((h_n, c_n), input.unsorted_indices)
@@ -377,18 +377,19 @@ def _permuted(states: States, order: Tensor | None) -> States:
     return states if order is None else (states[0].index_select(1, order), states[1].index_select(1, order))
 
 
-def _layer_function(path: str, call: Call) -> ScanLayer | None:
-    """What computes one layer in one direction; None: PyTorch's own function does, all layers at once."""
+def _layers_function(path: str, call: Call) -> ScanLayers | None:
+    """What computes a stack of layers; None: PyTorch's own function does, with all that is around it."""
+    projected = call.output_size < call.hidden_size
     if path == "triton":
         from . import autograd
 
-        return autograd.scan_layer
+        return autograd.scan_projected_layers if projected else autograd.scan_layers
     # Not for torch.export: programs that keep PyTorch's own function can be run without lstm_triton.
     compiled = torch.compiler.is_dynamo_compiling() and call.batch_sizes is None
     if compiled or call.lengths is not None or call.resets is not None or call.return_cells:
         from . import aten
 
-        return aten.scan_layer if compiled else aten.layer
+        return partial(aten.scan_layers, aten.scan_layer if compiled else aten.layer, projected)
     return None
 
 
@@ -408,61 +409,40 @@ def _call_aten(call: Call) -> Results:
     return *results, None
 
 
-def _stack(scan_layer: ScanLayer, call: Call) -> Results:
-    """Layer after layer, direction after direction, with dropout on the output of all layers but the last."""
-    output, states, anew, weights = call.data, call.states, call.reset_state, call.weights
+def _stack(scan_layers: ScanLayers, call: Call) -> Results:
+    """The whole stack, laid out as the call wants it."""
+    input, weights = call.data, call.weights
+    states: list[Tensor | None] = [*(call.states or (None, None)), *(call.reset_state or (None, None))]
     dtype = autocast_dtype(call)
     if dtype is not None:
-        output, weights = output.to(dtype), [weight.to(dtype) for weight in weights]
-        states = None if states is None else (states[0].to(dtype), states[1].to(dtype))
-        anew = None if anew is None else (anew[0].to(dtype), anew[1].to(dtype))
+        input, weights = input.to(dtype), [weight.to(dtype) for weight in weights]
+        states = [None if state is None else state.to(dtype) for state in states]
     if call.batch_first:
-        output = output.transpose(0, 1)
+        input = input.transpose(0, 1)
     tables = _tables(call)
     if tables is not None and call.batch_sizes is None:
-        output = output.reshape(-1, output.shape[2])
-    per_direction = len(weights) // (call.num_layers * call.directions)
-    h_n, c_n, cells = [], [], []
-    for layer in range(call.num_layers):
-        if layer > 0 and call.training and call.dropout > 0:
-            output = F.dropout(output, call.dropout)
-        outputs = []
-        for direction in range(call.directions):
-            index = layer * call.directions + direction
-            h_0, c_0 = (None, None) if states is None else (states[0][index], states[1][index])
-            h_reset, c_reset = (None, None) if anew is None else (anew[0][index], anew[1][index])
-            weight_ih, weight_hh, *others = weights[index * per_direction : (index + 1) * per_direction]
-            biases = others[:2] if call.bias else (None, None)
-            projection = {"weight_hr": others[-1]} if call.output_size < call.hidden_size else {}
-            scanned, h, c, *every_c = scan_layer(
-                output,
-                h_0,
-                c_0,
-                weight_ih,
-                weight_hh,
-                *biases,
-                reverse=direction == 1,
-                h_reset=h_reset,
-                c_reset=c_reset,
-                ragged=tables,
-                return_cells=call.return_cells,
-                **projection,
-            )
-            outputs.append(scanned)
-            h_n.append(h)
-            c_n.append(c)
-            cells += every_c
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-    stacked = torch.stack(cells) if cells else None
+        input = input.reshape(-1, input.shape[2])
+    h_0, c_0, h_reset, c_reset = states
+    output, h_n, c_n, *cells = scan_layers(
+        input,
+        h_0,
+        c_0,
+        weights,
+        directions=call.directions,
+        bias=call.bias,
+        h_reset=h_reset,
+        c_reset=c_reset,
+        ragged=tables,
+        dropout=call.dropout if call.training else 0.0,
+        return_cells=call.return_cells,
+    )
     if call.batch_sizes is None:
         if tables is not None:
             shape = (call.time_steps, call.batch_size)
-            output = output.unflatten(0, shape)
-            stacked = None if stacked is None else stacked.unflatten(1, shape)
+            output, cells = output.unflatten(0, shape), [each.unflatten(1, shape) for each in cells]
         if call.batch_first:
-            output = output.transpose(0, 1)
-            stacked = None if stacked is None else stacked.transpose(1, 2)
-    return output, torch.stack(h_n), torch.stack(c_n), stacked
+            output, cells = output.transpose(0, 1), [each.transpose(1, 2) for each in cells]
+    return output, h_n, c_n, cells[0] if cells else None
 
 
 def _tables(call: Call) -> ragged.Ragged | None:

@@ -1,39 +1,121 @@
-"""The two scans as PyTorch operators: they allocate the buffers, ask the planner, and launch the kernels.
+"""The two scans of a stack of layers as PyTorch operators: they ask the planner, allocate buffers and launch kernels.
 
-Buffers have state rows (kernels/forward.py): T + 2 blocks of B rows, the first one for the initial states of the
-forward direction, the last one for those of the reverse direction; a row has `state_stride(H)` elements, those past H
-are padding. Whole blocks are addressed by their step: `STEPS` are the steps' own, and see `initial_block`. Of a ragged
-batch (ragged.py), whose steps may be any number of rows, rows are numbered one by one.
+A *lane* is one direction of one layer; a stack has layer after layer, in each the forward and then the reverse
+direction. Every buffer has a block for each lane. The rows of a block are state rows where `Layout` says so.
 """
 
+import contextlib
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import planner
-from .planner import MIN_DOT_DEPTH, Device, Kind, Plan, state_stride
+from .planner import MIN_DOT_DEPTH, Device, Kind, Launch, Plan, state_stride
 from .ragged import Ragged
 
-STEPS = slice(1, -1)
+PREACTIVATION_BYTES = 2**30  # of input projections at a time, where they are not kept
 
 
-def initial_block(reverse: bool) -> int:
-    """The block of state rows that holds the initial state."""
-    return -1 if reverse else 0
+class Layout(NamedTuple):
+    """State rows (kernels/forward.py): B initial states, the rows of the steps, B initial states of the reverse
+    direction; of a ragged batch, B states to start anew from besides. A row has `state_stride(H)` elements, those past
+    H are padding.
+    """
+
+    rows: int  # of the steps: T * B, or as many as a ragged batch has
+    batch_size: int
+    hidden_size: int
+    ragged: bool
+
+    @staticmethod
+    def of(steps: Tensor, hidden_size: int, tables: Sequence[Tensor]) -> "Layout":
+        """For steps (T, B, ...), or of a ragged batch (rows, ...)."""
+        if tables:
+            return Layout(steps.shape[0], Ragged(*tables).batch_size, hidden_size, True)
+        return Layout(steps.shape[0] * steps.shape[1], steps.shape[1], hidden_size, False)
+
+    @property
+    def stride(self) -> int:
+        return state_stride(self.hidden_size)
+
+    @property
+    def state_rows(self) -> int:
+        return self.rows + (3 if self.ragged else 2) * self.batch_size
+
+    @property
+    def steps(self) -> slice:
+        return slice(self.batch_size, self.batch_size + self.rows)
+
+    @property
+    def anew(self) -> slice:
+        """The states to start anew from, of a ragged batch."""
+        return slice(self.rows + 2 * self.batch_size, None)
+
+    def initial(self, reverse: bool) -> slice:
+        """The initial states, or, for the other direction, the rows after the last steps."""
+        first = self.rows + self.batch_size if reverse else 0
+        return slice(first, first + self.batch_size)
+
+    def previous(self, reverse: bool) -> slice:
+        """What the steps start from, in the order of `steps`; not of a ragged batch."""
+        first = 2 * self.batch_size if reverse else 0
+        return slice(first, first + self.rows)
+
+    def last(self, reverse: bool) -> slice:
+        """The last steps of the sequences; not of a ragged batch."""
+        first = self.batch_size if reverse else self.rows
+        return slice(first, first + self.batch_size)
 
 
-def previous_blocks(reverse: bool) -> slice:
-    """The blocks of the states that the steps start from, in the order of STEPS."""
-    return slice(2, None) if reverse else slice(None, -2)
+class Stack(NamedTuple):
+    """The weights of a stack of layers.
 
+    Attributes:
+        weights: of each lane weight_ih, weight_hh, and with `bias` bias_ih and bias_hh.
+        directions: 1 or 2.
+        reverse: whether the first direction walks from the last step to the first.
+    """
 
-def final_block(reverse: bool) -> int:
-    """The block of state rows that holds the final state."""
-    return 1 if reverse else -2
+    weights: Sequence[Tensor]
+    directions: int
+    bias: bool
+    reverse: bool
+
+    @property
+    def lanes(self) -> int:
+        return len(self.weights) // (4 if self.bias else 2)
+
+    @property
+    def num_layers(self) -> int:
+        return self.lanes // self.directions
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weights[1].shape[1]
+
+    def named(self, name: str) -> Sequence[Tensor]:
+        """One weight of every lane."""
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
+        return self.weights[names.index(name) :: len(names)]
+
+    def is_reverse(self, lane: int) -> bool:
+        return self.reverse != (lane % self.directions == 1)
+
+    def layer(self, number: int) -> slice:
+        """The lanes of a layer."""
+        return slice(number * self.directions, (number + 1) * self.directions)
+
+    def of(self, lanes: slice) -> "Stack":
+        """Some of the lanes."""
+        size = 4 if self.bias else 2
+        weights = self.weights[size * lanes.start : size * lanes.stop]
+        return Stack(weights, self.directions, self.bias, self.is_reverse(lanes.start))
 
 
 def allows_tf32() -> bool:
@@ -42,16 +124,41 @@ def allows_tf32() -> bool:
     return bool(torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
 
 
-def plan_of(kind: Kind, input: Tensor, hidden_size: int, batch_size: int | None = None) -> Plan:
-    """The plan of one scan over an input (T, B, I), or (rows, I) of a batch of B sequences."""
-    return planner.plan(
+def launches_of(
+    kind: Kind,
+    *,
+    num_layers: int,
+    directions: int,
+    batch_size: int,
+    input_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Launch, ...]:
+    """The launches of one scan over a stack, in the order of its layers."""
+    return planner.launches(
         kind,
-        batch_size=input.shape[1] if batch_size is None else batch_size,
-        input_size=input.shape[-1],
+        num_layers=num_layers,
+        directions=directions,
+        batch_size=batch_size,
+        input_size=input_size,
         hidden_size=hidden_size,
-        dtype=input.dtype,
-        device=Device.of(input.device),
+        dtype=dtype,
+        device=Device.of(device),
         allow_tf32=allows_tf32(),
+    )
+
+
+def _launches(kind: Kind, stack: Stack, steps: Tensor, batch_size: int) -> tuple[Launch, ...]:
+    return launches_of(
+        kind,
+        num_layers=stack.num_layers,
+        directions=stack.directions,
+        batch_size=batch_size,
+        input_size=stack.weights[0].shape[1],
+        hidden_size=stack.hidden_size,
+        dtype=steps.dtype,
+        device=steps.device,
     )
 
 
@@ -60,98 +167,92 @@ def scan_forward(
     input: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
+    weights: Sequence[Tensor],
+    directions: int,
+    bias: bool,
     reverse: bool,
     keep_cells: bool,
     keep_gates: bool,
     tables: Sequence[Tensor],
     h_reset: Tensor | None = None,
     c_reset: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """All steps of one layer in one direction.
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    preact_0: Tensor | None = None,
+    preact_reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All steps of a stack of layers.
 
     Args:
         input: (T, B, I), or of a ragged batch (rows, I).
-        h_0, c_0: (B, H), or None for zeros.
-        weight_ih, weight_hh: (4H, I) and (4H, H), gates in the order i, f, g, o.
-        bias_ih, bias_hh: (4H,), or both None.
-        reverse: walk from the last step to the first.
+        h_0, c_0: (lanes, B, H), or None for zeros.
+        weights, directions, bias, reverse: see `Stack`.
         keep_cells, keep_gates: what to keep; `scan_backward` needs both.
         tables: the fields of `Ragged`, empty if the batch is not ragged.
-        h_reset, c_reset: (B, H), where sequences start anew from, or None for zeros.
+        h_reset, c_reset: (lanes, B, H), where sequences start anew from, or None for zeros.
+        dropout: the probability of dropout on the output of all layers but the last.
+        seed: (1,) int64 on the input's device, of dropout; needed where there is any.
+        preact_0, preact_reset: (lanes, B, 4H), or None: added to the pre-activations of steps that start from the
+            initial state, or anew: the share of states that are no h of this stack. For a single layer.
 
     Returns:
-        hidden: (T + 2, B, state_stride(H)) state rows of h, in the input's dtype; ragged (3B + rows, ...), where rows
-            without a step hold zeros.
-        cell: float32 c: shaped as `hidden` if `keep_cells`, otherwise (1, B, ...), ragged (2B, ...), with the last c
-            in the first B rows.
-        gates: (T, B, 4H), ragged (rows, 4H), activated gates in the input's dtype, if `keep_gates`; otherwise empty.
+        output: (T, B, directions * H), ragged (rows, ...), of the last layer; if `keep_cells`, it is in `hidden`.
+        hidden: (lanes, state rows, state_stride(H)) h in the input's dtype, if `keep_cells`; of a ragged batch, zeros
+            where there is no step.
+        passed: `hidden` after dropout, of all layers but the last, if `keep_cells` and there is any.
+        cell: float32 c, shaped as `hidden`, if `keep_cells`.
+        gates: (lanes, rows, 4H) activated gates in the input's dtype, if `keep_gates`.
+        h_n, c_n: (lanes, B, H) the final states.
+
+        What is not kept is empty.
     """
-    from .kernels.forward import forward_scan
-
+    stack = Stack(weights, directions, bias, reverse)
+    layout = Layout.of(input, stack.hidden_size, tables)
     ragged = Ragged(*tables) if tables else None
-    batch_size = input.shape[1] if ragged is None else ragged.batch_size
-    input_size, hidden_size = input.shape[-1], weight_hh.shape[1]
-    stride = state_stride(hidden_size)
-    plan = plan_of("forward", input, hidden_size, batch_size)
-    states, kept = _state_rows(input, batch_size, stride, ragged is not None, keep_cells)
+    rows_of_cells = layout.state_rows if keep_cells else (2 if layout.ragged else 1) * layout.batch_size
 
-    hidden = sentinels(states, input)
-    cell = torch.empty(kept, dtype=torch.float32, device=input.device)
-    if ragged is None:
-        for buffer, state in ((hidden, h_0), (cell, c_0)):
-            _fill(buffer[initial_block(reverse)], state)
-    else:
-        blocks = {"initial": slice(batch_size), "reverse": slice(-2 * batch_size, -batch_size)}
-        if reverse:
-            blocks = dict(zip(blocks, reversed(blocks.values()), strict=True))
-        # NaNs as all NaNs are: here too nobody must mistake one for a sentinel.
-        _fill(hidden[blocks["initial"]], h_0, canonical=True)
-        _fill(hidden[blocks["reverse"]], None)
-        _fill(hidden[-batch_size:], h_reset, canonical=True)
-        hidden[batch_size : batch_size + ragged.rows].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
-        _fill(cell[blocks["initial"] if keep_cells else slice(batch_size)], c_0)
-        _fill(cell[-batch_size:], c_reset)
-        input = input.contiguous()
-    if plan.fuse_input:
-        shape = (*input.shape[:-1], 4 * hidden_size)
-        gates = torch.empty(shape if keep_gates else 0, dtype=input.dtype, device=input.device)
-        input, stride_unit = _with_aligned_rows(input)
-    else:
-        with torch.autocast(input.device.type, enabled=False):
-            gates = matmul(input.reshape(-1, input_size), weight_ih.t()).view(*input.shape[:-1], 4 * hidden_size)
-        stride_unit = 1
+    def new_buffers(lanes: int, drop: bool) -> _Buffers:
+        hidden, passed = (
+            sentinels((count, layout.state_rows, layout.stride), input) for count in (lanes, lanes if drop else 0)
+        )
+        cell = torch.empty((lanes, rows_of_cells, layout.stride), dtype=torch.float32, device=input.device)
+        gates = input.new_empty((lanes if keep_gates else 0, layout.rows, 4 * stack.hidden_size))
+        return _Buffers(hidden, passed, cell, gates)
 
-    _launch(
-        forward_scan,
-        plan,
-        input.device,
-        gates_ptr=gates,
-        input_ptr=input if plan.fuse_input else gates,
-        input_stride_step=input.stride(0) // stride_unit,
-        input_stride_batch=input.stride(-2) // stride_unit,
-        weight_ih_ptr=weight_ih.contiguous(),
-        weight_hh_ptr=weight_hh.contiguous(),
-        bias_ih_ptr=weight_hh if bias_ih is None else bias_ih.contiguous(),
-        bias_hh_ptr=weight_hh if bias_hh is None else bias_hh.contiguous(),
-        hidden_ptr=hidden,
-        cell_ptr=cell,
-        sources_ptr=hidden if ragged is None else ragged.sources(reverse),
-        **_lookups(ragged, plan, input, hidden),
-        batch_size=batch_size,
-        batch_tiles=plan.batch_tiles,
-        reverse=int(reverse),
-        HIDDEN=hidden_size,
-        STATE_STRIDE=stride,
-        HAS_BIAS=bias_ih is not None,
-        KEEP_CELLS=keep_cells,
-        KEEP_GATES=keep_gates,
-        **input_constants_of(plan, input_size, stride_unit),
-    )
-    return hidden, cell, gates if keep_gates else gates.new_empty(0)
+    kept = new_buffers(stack.lanes if keep_cells else 0, dropout > 0)
+    h_n, c_n = (input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size) for _ in range(2))
+    below = input if ragged is None else input.contiguous()
+    outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
+    for launch in _launches("forward", stack, input, layout.batch_size):
+        lanes = slice(launch.lanes.start, launch.lanes.stop)
+        dropped = _dropped_lanes(launch, stack, dropout)
+        buffers = kept.of(lanes) if keep_cells else new_buffers(launch.plan.lanes, dropped > 0)
+        starts = [None if each is None else each[lanes] for each in (h_0, c_0, h_reset, c_reset)]
+        _start(buffers, layout, ragged, stack.of(lanes), starts)
+        preacts = [None if each is None else each[lanes] for each in (preact_0, preact_reset)]
+        _run_forward(
+            launch, stack.of(lanes), buffers, layout, ragged, below, preacts, keep_cells, dropped, dropout, seed
+        )
+        for at, lane in enumerate(launch.lanes):
+            if ragged is None:
+                last = layout.last(stack.is_reverse(lane))
+                finals = buffers.hidden[at, last], buffers.cell[at, last if keep_cells else slice(None)]
+            else:
+                ends = ragged.ends(stack.is_reverse(lane))
+                finals = buffers.hidden[at, ends], buffers.cell[at, ends if keep_cells else slice(layout.batch_size)]
+            h_n[lane], c_n[lane] = (final[:, : stack.hidden_size] for final in finals)
+            if len(outputs) == directions:
+                outputs = []
+            source = buffers.passed if at < dropped else buffers.hidden
+            outputs.append(source[at, layout.steps, : stack.hidden_size])
+        if len(outputs) == directions:
+            below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
+    if keep_cells:
+        return input.new_empty(0), *kept, h_n, c_n
+    # A view of more than itself would keep the layers below in memory.
+    output = below.clone() if launch.plan.chained else below.contiguous()
+    hidden, passed, cell, gates = (buffer.new_empty(0) for buffer in kept)
+    return output, hidden, passed, cell, gates, h_n, c_n
 
 
 @scan_forward.register_fake
@@ -159,22 +260,203 @@ def _(
     input: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
+    weights: Sequence[Tensor],
+    directions: int,
+    bias: bool,
     reverse: bool,
     keep_cells: bool,
     keep_gates: bool,
     tables: Sequence[Tensor],
     h_reset: Tensor | None = None,
     c_reset: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch_size = Ragged(*tables).batch_size if tables else input.shape[1]
-    hidden_size = weight_hh.shape[1]
-    states, kept = _state_rows(input, batch_size, state_stride(hidden_size), bool(tables), keep_cells)
-    gates = input.new_empty((*input.shape[:-1], 4 * hidden_size) if keep_gates else 0)
-    return input.new_empty(states), input.new_empty(kept, dtype=torch.float32), gates
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    preact_0: Tensor | None = None,
+    preact_reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    stack = Stack(weights, directions, bias, reverse)
+    layout = Layout.of(input, stack.hidden_size, tables)
+    h_n, c_n = (input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size) for _ in range(2))
+    if not keep_cells:
+        output = input.new_empty(*input.shape[:-1], directions * stack.hidden_size)
+        empty = input.new_empty(0)
+        return output, empty, empty.clone(), input.new_empty(0, dtype=torch.float32), empty.clone(), h_n, c_n
+    states = (stack.lanes, layout.state_rows, layout.stride)
+    passed = input.new_empty(states if dropout > 0 else (0, *states[1:]))
+    gates = input.new_empty(stack.lanes if keep_gates else 0, layout.rows, 4 * stack.hidden_size)
+    cell = input.new_empty(states, dtype=torch.float32)
+    return input.new_empty(0), input.new_empty(states), passed, cell, gates, h_n, c_n
+
+
+class _Buffers(NamedTuple):
+    """What the forward scan writes; a block for each lane."""
+
+    hidden: Tensor
+    passed: Tensor
+    cell: Tensor
+    gates: Tensor
+
+    def of(self, lanes: slice) -> "_Buffers":
+        return _Buffers(*(buffer[lanes] for buffer in self))
+
+
+class _Window(NamedTuple):
+    """Steps that one launch takes."""
+
+    steps: slice
+    rows: slice
+
+
+def _run_forward(
+    launch: Launch,
+    stack: Stack,
+    buffers: _Buffers,
+    layout: Layout,
+    ragged: Ragged | None,
+    below: Tensor,
+    preacts: list[Tensor | None],
+    keep_cells: bool,
+    dropped: int,
+    dropout: float,
+    seed: Tensor | None,
+) -> None:
+    """The scan of a launch's lanes, whose weights `stack` are: at once, or window after window of steps."""
+    from .kernels.forward import forward_scan
+
+    plan = launch.plan
+    keep_gates = len(buffers.gates) > 0
+    projected_lanes = 1 if plan.chained else plan.lanes
+    time_steps = below.shape[0] if ragged is None else ragged.offsets.shape[0] - 1
+    windows = [_Window(slice(0, time_steps), slice(0, layout.rows))]
+    if not plan.fuse_input and not keep_gates:
+        windows = _windows(layout, ragged, time_steps, projected_lanes * 4 * stack.hidden_size * below.itemsize)
+    # Directions meet different windows: then each has launches of its own.
+    whole = plan.chained or len(windows) == 1
+    parts = [slice(0, plan.lanes)] if whole else [slice(at, at + 1) for at in range(plan.lanes)]
+    for part in parts:
+        part_plan = replace(plan, lanes=part.stop - part.start)
+        part_stack, hidden = stack.of(part), buffers.hidden[part]
+        for window in reversed(windows) if part_stack.reverse else windows:
+            first, last = window.rows.start, window.rows.stop
+            gates = buffers.gates[part]
+            input, stride_unit = below, 1
+            if plan.fuse_input:
+                input, stride_unit = _with_aligned_rows(input)
+            else:
+                if not keep_gates:
+                    gates = below.new_empty((part_plan.lanes, last - first, 4 * stack.hidden_size))
+                rows = below.reshape(layout.rows, -1)[window.rows]
+                for at in range(1 if plan.chained else part_plan.lanes):
+                    _project(rows, part_stack.named("weight_ih")[at], gates[at])
+                    own = [None if each is None else each[part][at] for each in preacts]
+                    _add_starts(gates[at], own, window, layout, ragged, part_stack.is_reverse(at))
+            _launch(
+                forward_scan,
+                part_plan,
+                input.device,
+                gates_ptr=gates if len(gates) > 0 else hidden,
+                input_ptr=input,
+                input_stride_step=input.stride(0) // stride_unit,
+                input_stride_batch=input.stride(-2) // stride_unit,
+                weight_ih_ptrs=_contiguous(part_stack.named("weight_ih")),
+                weight_hh_ptrs=_contiguous(part_stack.named("weight_hh")),
+                bias_ih_ptrs=_contiguous(part_stack.named("bias_ih" if stack.bias else "weight_hh")),
+                bias_hh_ptrs=_contiguous(part_stack.named("bias_hh" if stack.bias else "weight_hh")),
+                hidden_ptr=hidden,
+                passed_ptr=buffers.passed[part] if dropped else hidden,
+                cell_ptr=buffers.cell[part],
+                before_ptr=hidden if ragged is None else ragged.before,
+                after_ptr=hidden if ragged is None else ragged.after,
+                **_lookups(ragged, part_plan, window, hidden),
+                seed_ptr=hidden if seed is None else seed,
+                dropout=dropout,
+                dropped_lanes=dropped - part.start,
+                first_lane=launch.first + part.start,
+                row_count=layout.rows,
+                state_rows=layout.state_rows,
+                gate_rows=last - first,
+                first_step=window.steps.start,
+                batch_size=layout.batch_size,
+                batch_tiles=plan.batch_tiles,
+                reverse=int(part_stack.reverse),
+                HIDDEN=stack.hidden_size,
+                STATE_STRIDE=layout.stride,
+                HAS_BIAS=stack.bias,
+                KEEP_CELLS=keep_cells,
+                KEEP_GATES=keep_gates,
+                DROPOUT=dropped > 0,
+                **input_constants_of(plan, input.shape[-1], stride_unit),
+            )
+
+
+def _windows(layout: Layout, ragged: Ragged | None, time_steps: int, row_bytes: int) -> list[_Window]:
+    """All steps, in windows whose input projections take PREACTIVATION_BYTES at most."""
+    steps = max(1, PREACTIVATION_BYTES // (row_bytes * layout.batch_size))
+    if steps >= time_steps:
+        return [_Window(slice(0, time_steps), slice(0, layout.rows))]
+    bounds = [*range(0, time_steps, steps), time_steps]
+    if layout.rows == time_steps * layout.batch_size:
+        rows = [step * layout.batch_size for step in bounds]
+    else:  # packed: the only place where the host waits for the device
+        assert ragged is not None
+        rows = ragged.offsets[torch.tensor(bounds, device=ragged.offsets.device)].tolist()
+    return [_Window(slice(*at), slice(*of)) for at, of in zip(_neighbours(bounds), _neighbours(rows), strict=True)]
+
+
+def _neighbours(values: list[int]) -> list[tuple[int, int]]:
+    return list(itertools.pairwise(values))
+
+
+def _start(buffers: _Buffers, layout: Layout, ragged: Ragged | None, stack: Stack, states: list[Tensor | None]) -> None:
+    """Write what the steps start from, and what is known beforehand."""
+    for at in range(stack.lanes):
+        h_0, c_0, h_reset, c_reset = (None if state is None else state[at] for state in states)
+        hidden, cell = buffers.hidden[at], buffers.cell[at]
+        reverse = stack.is_reverse(at)
+        initial = layout.initial(reverse) if len(cell) == layout.state_rows else slice(layout.batch_size)
+        _fill(cell[initial], c_0)
+        if ragged is None:
+            _fill(hidden[layout.initial(reverse)], h_0)
+            continue
+        # NaNs as all NaNs are: here too nobody must mistake one for a sentinel.
+        _fill(hidden[layout.initial(reverse)], h_0, canonical=True)
+        _fill(hidden[layout.initial(not reverse)], None)
+        _fill(hidden[layout.anew], h_reset, canonical=True)
+        _fill(cell[-layout.batch_size :], c_reset)
+        for rows in (hidden, *buffers.passed[at : at + 1]):
+            rows[layout.steps].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
+        buffers.passed[at : at + 1, : layout.batch_size].zero_()
+
+
+def _add_starts(
+    projected: Tensor,
+    preacts: list[Tensor | None],
+    window: _Window,
+    layout: Layout,
+    ragged: Ragged | None,
+    reverse: bool,
+) -> None:
+    """Add the shares of states to what the steps that start from them get from the input."""
+    preact_0, preact_reset = preacts
+    if preact_0 is not None:
+        if ragged is None:
+            rows = torch.arange(layout.batch_size, device=projected.device) + layout.last(not reverse).start
+            begun = torch.ones_like(rows, dtype=torch.bool)
+        else:
+            rows, begun = ragged.firsts(reverse), ragged.lengths > 0
+        rows = rows - layout.batch_size - window.rows.start
+        here = begun & (rows >= 0) & (rows < len(projected))
+        projected.index_add_(0, rows.clamp(0, len(projected) - 1), torch.where(here.unsqueeze(1), preact_0, 0))
+    if preact_reset is not None and ragged is not None:
+        anew = ragged.starts_anew(reverse)[window.rows].view(-1, layout.batch_size, 1)
+        projected.view(*anew.shape[:2], -1).add_(torch.where(anew, preact_reset, 0))
+
+
+def _dropped_lanes(launch: Launch, stack: Stack, dropout: float) -> int:
+    """How many lanes of a launch, the first ones, have dropout: those of all layers but the last."""
+    if dropout == 0:
+        return 0
+    return max(0, min(launch.plan.lanes, stack.lanes - stack.directions - launch.first))
 
 
 @torch.library.custom_op("lstm_triton::scan_backward", mutates_args=())
@@ -182,77 +464,104 @@ def scan_backward(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
-    weight_hh: Tensor,
+    weights: Sequence[Tensor],
+    directions: int,
+    bias: bool,
+    reverse: bool,
     cell: Tensor,
     gates: Tensor,
-    reverse: bool,
     tables: Sequence[Tensor],
+    batch_size: int,
     grad_cells: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """From the gradients of a layer's results to those of its gates' pre-activations.
+    """From the gradients of a stack's results to those of its gates' pre-activations.
 
     Args:
-        grad_output: (T, B, H), of a ragged batch (rows, H), or None for zeros.
-        grad_h_n, grad_c_n: (B, H), or None for zeros.
-        weight_hh: (4H, H).
+        grad_output: (T, B, directions * H), of a ragged batch (rows, ...), or None for zeros.
+        grad_h_n, grad_c_n: (lanes, B, H), or None for zeros.
+        weights, directions, bias, reverse, tables, dropout, seed: as `scan_forward` had them.
         cell, gates: as `scan_forward` returned them.
-        reverse, tables: as `scan_forward` had them.
-        grad_cells: gradients of every c, shaped as `grad_output`, or None for zeros.
+        batch_size: B.
+        grad_cells: (lanes, T, B, H), ragged (lanes, rows, H), gradients of every c, or None for zeros.
 
     Returns:
-        grad_gates: (T + 2, B, 4 * state_stride(H)) state rows, ragged (3B + rows, ...), gate-minor: column
-            4 * unit + gate, padded past 4H; rows that are none of a step hold zeros where they are read.
-        grad_cell: (B, state_stride(H)) float32, the gradient of c_0; ragged (2B, ...), then that of c_reset.
+        grad_gates: (lanes, state rows, 4 * state_stride(H)), gate-minor: column 4 * unit + gate, padded past 4H; rows
+            that are none of a step hold zeros where they are read.
+        grad_cell: (lanes, B, state_stride(H)) float32, the gradient of c_0; ragged (lanes, 2B, ...), then that of
+            c_reset.
     """
     from .kernels.backward import backward_scan
 
+    stack = Stack(weights, directions, bias, reverse)
+    hidden_size = stack.hidden_size
+    layout = Layout(gates.shape[1], batch_size, hidden_size, len(tables) > 0)
     ragged = Ragged(*tables) if tables else None
-    batch_size = gates.shape[1] if ragged is None else ragged.batch_size
-    hidden_size = weight_hh.shape[1]
-    stride = state_stride(hidden_size)
-    plan = plan_of("backward", gates, hidden_size, batch_size)
+    time_steps = layout.rows // batch_size if ragged is None else ragged.offsets.shape[0] - 1
+    window = _Window(slice(0, time_steps), slice(0, layout.rows))
+    shape = (time_steps, batch_size) if ragged is None else (layout.rows,)
 
-    states, _ = _state_rows(gates, batch_size, 4 * stride, ragged is not None, True)
-    grad_gates = sentinels(states, gates)
+    grad_gates = sentinels((stack.lanes, layout.state_rows, 4 * layout.stride), gates)
     if ragged is None:
-        grad_gates[initial_block(not reverse)].zero_()  # nothing comes after the last step
+        for lane in range(stack.lanes):  # nothing comes after the last step
+            grad_gates[lane, layout.initial(not stack.is_reverse(lane))].zero_()
     else:
-        grad_gates[:batch_size].zero_()
-        grad_gates[-2 * batch_size :].zero_()
-        grad_gates[batch_size : batch_size + ragged.rows].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
-    grad_cell = cell.new_zeros((batch_size if ragged is None else 2 * batch_size, stride))
+        grad_gates[:, : layout.batch_size].zero_()
+        grad_gates[:, layout.steps.stop :].zero_()
+        grad_gates[:, layout.steps].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
+    grad_cell = cell.new_zeros((stack.lanes, (2 if layout.ragged else 1) * batch_size, layout.stride))
     if grad_c_n is not None:
-        grad_cell[:batch_size, :hidden_size] = grad_c_n
-    if grad_output is None:
-        grad_output = gates.new_zeros(hidden_size).expand(*gates.shape[:-1], hidden_size)
-    elif grad_output.stride(-1) != 1:
-        grad_output = grad_output.contiguous()
-    grad_h_n = gates.new_zeros((batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
+        grad_cell[:, :batch_size, :hidden_size] = grad_c_n
+    grad_h_n = gates.new_zeros((stack.lanes, batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
+    grad_cells = None if grad_cells is None else grad_cells.contiguous()
 
-    _launch(
-        backward_scan,
-        plan,
-        gates.device,
-        grad_output_ptr=grad_output,
-        grad_output_stride_step=grad_output.stride(0),
-        grad_output_stride_batch=grad_output.stride(-2),
-        grad_hidden_ptr=grad_h_n,
-        grad_cells_ptr=grad_h_n if grad_cells is None else grad_cells.contiguous(),
-        grad_cell_ptr=grad_cell,
-        gates_ptr=gates,
-        cell_ptr=cell,
-        weight_hh_ptr=weight_hh.contiguous(),
-        grad_gates_ptr=grad_gates,
-        sources_ptr=gates if ragged is None else ragged.sources(reverse),
-        successors_ptr=gates if ragged is None else ragged.successors(reverse),
-        **_lookups(ragged, plan, gates, gates),
-        batch_size=batch_size,
-        batch_tiles=plan.batch_tiles,
-        reverse=int(reverse),
-        HIDDEN=hidden_size,
-        STATE_STRIDE=stride,
-        GRAD_CELLS=grad_cells is not None,
-    )
+    for launch in reversed(_launches("backward", stack, gates, batch_size)):
+        plan, lanes = launch.plan, slice(launch.lanes.start, launch.lanes.stop)
+        part = stack.of(lanes)
+        layer = (launch.lanes.stop - 1) // directions
+        if layer < stack.num_layers - 1:
+            above = stack.layer(layer + 1)
+            grad_output = input_gradient(grad_gates[above], stack.named("weight_ih")[above], layout).view(*shape, -1)
+        elif grad_output is None:
+            grad_output = gates.new_zeros(1).expand(*shape, directions * hidden_size)
+        elif grad_output.stride(-1) != 1:
+            grad_output = grad_output.contiguous()
+        dropped = _dropped_lanes(launch, stack, dropout)
+        first_output = launch.first % directions * hidden_size if not plan.chained else 0
+        _launch(
+            backward_scan,
+            plan,
+            gates.device,
+            grad_output_ptr=grad_output[..., first_output:],
+            grad_output_stride_step=grad_output.stride(0),
+            grad_output_stride_batch=grad_output.stride(-2),
+            grad_output_stride_lane=hidden_size,
+            grad_hidden_ptr=grad_h_n[lanes],
+            grad_cells_ptr=grad_h_n if grad_cells is None else grad_cells[lanes],
+            grad_cell_ptr=grad_cell[lanes],
+            gates_ptr=gates[lanes],
+            cell_ptr=cell[lanes],
+            weight_ih_ptrs=_contiguous(part.named("weight_ih" if plan.chained else "weight_hh")),
+            weight_hh_ptrs=_contiguous(part.named("weight_hh")),
+            grad_gates_ptr=grad_gates[lanes],
+            before_ptr=gates if ragged is None else ragged.before,
+            after_ptr=gates if ragged is None else ragged.after,
+            before_successors_ptr=gates if ragged is None else ragged.successors(reverse=True),
+            **_lookups(ragged, plan, window, gates),
+            seed_ptr=gates if seed is None else seed,
+            dropout=dropout,
+            dropped_lanes=dropped,
+            first_lane=launch.first,
+            row_count=layout.rows,
+            batch_size=batch_size,
+            batch_tiles=plan.batch_tiles,
+            reverse=int(part.reverse),
+            HIDDEN=hidden_size,
+            STATE_STRIDE=layout.stride,
+            GRAD_CELLS=grad_cells is not None,
+            DROPOUT=dropped > 0,
+        )
     return grad_gates, grad_cell
 
 
@@ -261,28 +570,62 @@ def _(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
-    weight_hh: Tensor,
+    weights: Sequence[Tensor],
+    directions: int,
+    bias: bool,
+    reverse: bool,
     cell: Tensor,
     gates: Tensor,
-    reverse: bool,
     tables: Sequence[Tensor],
+    batch_size: int,
     grad_cells: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    batch_size = Ragged(*tables).batch_size if tables else gates.shape[1]
-    stride = state_stride(weight_hh.shape[1])
-    states, _ = _state_rows(gates, batch_size, 4 * stride, bool(tables), True)
-    return gates.new_empty(states), cell.new_empty((2 * batch_size if tables else batch_size, stride))
+    lanes, rows, stride = cell.shape
+    return gates.new_empty(lanes, rows, 4 * stride), cell.new_empty(lanes, (2 if tables else 1) * batch_size, stride)
 
 
-def _state_rows(
-    steps: Tensor, batch_size: int, stride: int, ragged: bool, keep: bool
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape of a buffer of state rows for steps (T, B, ...) or (rows, ...); and of one that need not keep them."""
-    if ragged:
-        shape: tuple[int, ...] = (3 * batch_size + steps.shape[0], stride)
-        return shape, shape if keep else (2 * batch_size, stride)
-    shape = (steps.shape[0] + 2, batch_size, stride)
-    return shape, shape if keep else (1, batch_size, stride)
+@torch.library.custom_op("lstm_triton::dropout_scale", mutates_args=())
+def dropout_scale(seed: Tensor, lane: int, dropout: float, like: Tensor) -> Tensor:
+    """What the scans multiply a lane's outputs (T, B, H) or (rows, H) with: 0 or 1 / (1 - dropout)."""
+    from .kernels.lanes import dropout_scales
+
+    scale = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    elements, block = scale.numel(), 1024
+    grid = (-(-elements // block),)
+    with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
+        dropout_scales[grid](seed, lane, dropout, scale, elements, BLOCK=block)
+    return scale
+
+
+@dropout_scale.register_fake
+def _(seed: Tensor, lane: int, dropout: float, like: Tensor) -> Tensor:
+    return like.new_empty(like.shape)
+
+
+def input_gradient(grad_gates: Tensor, weights_ih: Sequence[Tensor], layout: Layout) -> Tensor:
+    """(rows, K) from a layer's grad_gates and its lanes' weights (4H, K)."""
+    products = [
+        matmul(lane[layout.steps, : 4 * layout.hidden_size], gate_minor(weight))
+        for lane, weight in zip(grad_gates, weights_ih, strict=True)
+    ]
+    return products[0] if len(products) == 1 else products[0] + products[1]
+
+
+def gate_minor(weight: Tensor) -> Tensor:
+    """(4H, K) with gates one after the other -> (4H, K) with the gates of a unit side by side."""
+    return _regrouped(weight, (4, -1))
+
+
+def gate_major(weight: Tensor) -> Tensor:
+    """The inverse of gate_minor."""
+    return _regrouped(weight, (-1, 4))
+
+
+def _regrouped(weight: Tensor, groups: tuple[int, int]) -> Tensor:
+    result: Tensor = weight.unflatten(0, groups).transpose(0, 1).flatten(0, 1)
+    return result
 
 
 def _fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
@@ -295,21 +638,20 @@ def _fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
     rows[:, hidden_size:] = 0
 
 
-def _lookups(ragged: Ragged | None, plan: Plan, steps: Tensor, unused: Tensor) -> dict[str, object]:
-    """What both kernels need to find the rows of steps (T, B, ...) or (rows, ...)."""
+def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def _lookups(ragged: Ragged | None, plan: Plan, window: _Window, unused: Tensor) -> dict[str, object]:
+    """What both kernels need to find the rows of a window's steps."""
+    time_steps = window.steps.stop - window.steps.start
     if ragged is None:
-        return {
-            "offsets_ptr": unused,
-            "tile_steps_ptr": unused,
-            "seq_len": steps.shape[0],
-            "row_count": steps.shape[0] * steps.shape[1],
-            "RAGGED": False,
-        }
+        return {"offsets_ptr": unused, "tile_steps_ptr": unused, "seq_len": time_steps, "RAGGED": False}
+    tile_steps = ragged.tile_steps(plan.block_batch, plan.batch_tiles)
     return {
-        "offsets_ptr": ragged.offsets,
-        "tile_steps_ptr": ragged.tile_steps(plan.block_batch, plan.batch_tiles),
-        "seq_len": ragged.offsets.shape[0] - 1,
-        "row_count": ragged.rows,
+        "offsets_ptr": ragged.offsets[window.steps.start :],
+        "tile_steps_ptr": (tile_steps - window.steps.start).clamp(0, time_steps),
+        "seq_len": time_steps,
         "RAGGED": True,
     }
 
@@ -332,6 +674,13 @@ def _cuda_matmul(left: Tensor, right: Tensor) -> Tensor:
 @_cuda_matmul.register_fake
 def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty((left.shape[0], right.shape[1]))
+
+
+def _project(rows: Tensor, weight_ih: Tensor, projected: Tensor) -> None:
+    """Write rows @ weight_ih^T."""
+    precision = "tf32" if allows_tf32() else "ieee"
+    with torch.autocast(rows.device.type, enabled=False), _matmul_precision(precision):
+        torch.mm(rows, weight_ih.t(), out=projected)
 
 
 _matmul_precision_lock = threading.Lock()
@@ -373,6 +722,8 @@ def _with_aligned_rows(input: Tensor) -> tuple[Tensor, int]:
 def constants_of(plan: Plan) -> dict[str, object]:
     """A plan as the compile-time arguments that both kernels share."""
     return {
+        "LANES": plan.lanes,
+        "CHAINED": plan.chained,
         "SEVERAL_TILES": plan.batch_tiles > plan.groups,
         "BLOCK_BATCH": plan.block_batch,
         "BLOCK_HIDDEN": plan.block_hidden,

@@ -92,7 +92,7 @@ class Plan:
         block_hidden: hidden units a program owns.
         slices: programs that share one batch tile; together they own all units.
         batch_tiles: tiles in the batch.
-        groups: sets of programs; each set serves every groups-th tile.
+        groups: sets of programs of a lane; each set serves every groups-th tile.
         block_k: columns of a chunk of the recurrent weights.
         block_input: the same for the input projection.
         split_k: parts of a chunk that different warps multiply at the same time.
@@ -105,6 +105,8 @@ class Plan:
         packed: whether 16-bit sentinels are tested two at a time (needs compute capability 9.0).
         num_warps: warps of a program.
         predicted_cycles: the estimate by which this plan was preferred, for one step.
+        lanes: scans that run side by side, each in programs of its own.
+        chained: whether these are layers, one above the other, and not the two directions of one.
     """
 
     block_batch: int
@@ -124,11 +126,13 @@ class Plan:
     packed: bool
     num_warps: int
     predicted_cycles: int = 0
+    lanes: int = 1
+    chained: bool = False
 
     @property
     def programs(self) -> int:
         """Programs of a launch; they all run at the same time."""
-        return self.slices * self.groups
+        return self.lanes * self.slices * self.groups
 
     @property
     def resident_fraction(self) -> float:
@@ -142,10 +146,29 @@ class Plan:
             else (f"{self.resident_chunks} of {self.chunks} weight chunks resident")
         )
         projection = ", input projection fused" if self.fuse_input else ""
+        lanes = "" if self.lanes == 1 else f"{self.lanes} {'layers' if self.chained else 'directions'} x "
         return (
-            f"{self.programs} programs of {self.num_warps} warps ({self.slices} slices of {self.block_hidden} units x "
-            f"{self.groups} groups for {self.batch_tiles} tiles of {self.block_batch} rows), {resident}{projection}"
+            f"{self.programs} programs of {self.num_warps} warps ({lanes}{self.slices} slices of {self.block_hidden} "
+            f"units x {self.groups} groups for {self.batch_tiles} tiles of {self.block_batch} rows), "
+            f"{resident}{projection}"
         )
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a scan, for some of the lanes of a stack: layer after layer, each with its directions.
+
+    Attributes:
+        first: the first of its lanes.
+        plan: for `plan.lanes` of them.
+    """
+
+    first: int
+    plan: Plan
+
+    @property
+    def lanes(self) -> range:
+        return range(self.first, self.first + self.plan.lanes)
 
 
 def state_stride(hidden_size: int) -> int:
@@ -162,32 +185,124 @@ def plan(
     dtype: torch.dtype,
     device: Device,
     allow_tf32: bool,
+    lanes: int = 1,
+    chained: bool = False,
 ) -> Plan:
-    """The plan for one scan of one layer in one direction.
+    """The plan for one launch of a scan.
 
     Raises:
         ValueError: no plan fits the device.
     """
-    if kind in _forced:
-        return _forced[kind]
-    sizes = (kind, batch_size, input_size, hidden_size, dtype, device, allow_tf32)
-    return _plan(*sizes)
+    forced_plan = _forced.get(kind)
+    if forced_plan is not None and (forced_plan.lanes, forced_plan.chained) == (lanes, chained):
+        return forced_plan
+    found = _plan(kind, batch_size, input_size, hidden_size, dtype, device, allow_tf32, lanes, chained)
+    if found is None:
+        side_by_side = "" if lanes == 1 else f", {lanes} side by side,"
+        raise ValueError(f"no plan for hidden_size {hidden_size} in {dtype}{side_by_side} fits {device}")
+    return found
 
 
 @cache
 def _plan(
-    kind: Kind, batch_size: int, input_size: int, hidden_size: int, dtype: torch.dtype, device: Device, allow_tf32: bool
-) -> Plan:
-    measured = _table(device).get(key(kind, batch_size, input_size, hidden_size, dtype, allow_tf32))
+    kind: Kind,
+    batch_size: int,
+    input_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: Device,
+    allow_tf32: bool,
+    lanes: int,
+    chained: bool,
+) -> Plan | None:
+    measured = _table(device).get(key(kind, batch_size, input_size, hidden_size, dtype, allow_tf32, lanes, chained))
     if measured is not None:
         return measured
     found = candidates(
         kind, batch_size=batch_size, input_size=input_size, hidden_size=hidden_size, dtype=dtype, device=device,
-        allow_tf32=allow_tf32,
+        allow_tf32=allow_tf32, lanes=lanes, chained=chained,
     )  # fmt: skip
-    if not found:
-        raise ValueError(f"no plan for hidden_size {hidden_size} in {dtype} fits {device}")
-    return found[0]
+    return found[0] if found else None
+
+
+def launches(
+    kind: Kind,
+    *,
+    num_layers: int,
+    directions: int,
+    batch_size: int,
+    input_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: Device,
+    allow_tf32: bool,
+) -> tuple[Launch, ...]:
+    """The launches that a stack of layers takes, from the first layer to the last.
+
+    Layers of one direction go together where they all fit on the device and their steps, one layer a step behind the
+    other, take less time than one layer after the other. A layer that is read in both directions waits for the one
+    below to end: only its two directions go together.
+
+    Raises:
+        ValueError: no plan fits the device.
+    """
+    forced_plan = _forced.get(kind)
+    forced_lanes = None if forced_plan is None else forced_plan.lanes
+    sizes = (num_layers, directions, batch_size, input_size, hidden_size, dtype, device, allow_tf32, forced_lanes)
+    counts = _lane_counts(kind, *sizes)
+    found, first = [], 0
+    for count in counts:
+        layer_input = input_size if first < directions else directions * hidden_size
+        chosen = plan(
+            kind, batch_size=batch_size, input_size=layer_input, hidden_size=hidden_size, dtype=dtype, device=device,
+            allow_tf32=allow_tf32, lanes=count, chained=directions == 1 and count > 1,
+        )  # fmt: skip
+        found.append(Launch(first, chosen))
+        first += count
+    return tuple(found)
+
+
+@cache
+def _lane_counts(
+    kind: Kind,
+    num_layers: int,
+    directions: int,
+    batch_size: int,
+    input_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: Device,
+    allow_tf32: bool,
+    forced_lanes: int | None,
+) -> tuple[int, ...]:
+    """How many lanes each launch takes."""
+    lanes = num_layers * directions
+    if directions == 1:
+        divisions = [_evenly(num_layers, parts) for parts in range(1, num_layers + 1)]
+    else:
+        divisions = [(2,) * num_layers, (1,) * lanes]
+    if forced_lanes is not None:
+        divisions = [division for division in divisions if max(division) == forced_lanes] or divisions[-1:]
+
+    def cycles(division: tuple[int, ...]) -> int | None:
+        """Of one step of all layers."""
+        total = 0
+        for count in division:
+            found = _plan(
+                kind, batch_size, max(input_size, directions * hidden_size), hidden_size, dtype, device, allow_tf32,
+                count, directions == 1 and count > 1,
+            )  # fmt: skip
+            if found is None:
+                return None
+            total += found.predicted_cycles
+        return total
+
+    possible = [(found, division) for division in divisions if (found := cycles(division)) is not None]
+    return min(possible, key=lambda each: each[0])[1] if possible else divisions[-1]
+
+
+def _evenly(total: int, parts: int) -> tuple[int, ...]:
+    return tuple(total // parts + (part < total % parts) for part in range(parts))
 
 
 def candidates(
@@ -199,6 +314,8 @@ def candidates(
     dtype: torch.dtype,
     device: Device,
     allow_tf32: bool,
+    lanes: int = 1,
+    chained: bool = False,
 ) -> list[Plan]:
     """Every plan that fits the device, the one that promises most first."""
     precision = _dot_precision(dtype, device, allow_tf32)
@@ -207,10 +324,10 @@ def candidates(
         for block_batch in (8, 16, 32, 64):
             if block_batch > max(8, _power_of_2(batch_size)):
                 continue
-            for fuse_input in (False, True) if kind == "forward" else (False,):
+            for fuse_input in (False, True) if kind == "forward" and not chained else (False,):
                 for row_bytes in (1024, 512, 256, 128, 64):
                     candidate = _fitted(
-                        kind, batch_size, input_size, hidden_size, dtype, device, precision,
+                        kind, batch_size, input_size, hidden_size, dtype, device, precision, lanes, chained,
                         block_hidden, block_batch, fuse_input, row_bytes,
                     )  # fmt: skip
                     if candidate is not None:
@@ -219,13 +336,23 @@ def candidates(
     return sorted(found, key=lambda each: each.predicted_cycles)
 
 
-def key(kind: Kind, batch_size: int, input_size: int, hidden_size: int, dtype: torch.dtype, allow_tf32: bool) -> str:
+def key(
+    kind: Kind,
+    batch_size: int,
+    input_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    allow_tf32: bool,
+    lanes: int = 1,
+    chained: bool = False,
+) -> str:
     """A case's name in a table of measured plans."""
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float32 and allow_tf32:
         name = "tf32"
     input_part = f" I={input_size}" if kind == "forward" else ""  # the backward scan never sees the input
-    return f"{kind} {name} B={batch_size}{input_part} H={hidden_size}"
+    lanes_part = "" if lanes == 1 else f" {lanes} {'layers' if chained else 'directions'}"
+    return f"{kind} {name} B={batch_size}{input_part} H={hidden_size}{lanes_part}"
 
 
 def table_path(device: Device) -> Path:
@@ -279,6 +406,8 @@ def _fitted(
     dtype: torch.dtype,
     device: Device,
     precision: str,
+    lanes: int,
+    chained: bool,
     block_hidden: int,
     block_batch: int,
     fuse_input: bool,
@@ -290,15 +419,16 @@ def _fitted(
     """
     size = dtype.itemsize
     slices = _divide_up(hidden_size, block_hidden)
-    if slices > device.multiprocessors or block_hidden > max(16, _power_of_2(hidden_size)):
+    multiprocessors = device.multiprocessors // lanes
+    if slices > multiprocessors or block_hidden > max(16, _power_of_2(hidden_size)):
         return None
     if kind == "backward":
         # Larger tiles spill, and are tried only where smaller ones would be too many for the device.
-        needed = block_hidden == 8 or _divide_up(hidden_size, block_hidden // 2) > device.multiprocessors
+        needed = block_hidden == 8 or _divide_up(hidden_size, block_hidden // 2) > multiprocessors
         if block_batch > (32 if size == 2 else 8) or (block_hidden > 16 and not (needed and block_batch == 8)):
             return None
     batch_tiles = _divide_up(batch_size, block_batch)
-    groups = min(batch_tiles, device.multiprocessors // slices)
+    groups = min(batch_tiles, multiprocessors // slices)
 
     weight_rows = 4 * block_hidden if kind == "forward" else block_hidden  # M of the product
     depth = hidden_size if kind == "forward" else 4 * hidden_size  # K of the product
@@ -323,14 +453,15 @@ def _fitted(
     load_registers = LOAD_REGISTERS["16 bit" if size == 2 else precision]
     if block_batch >= 64:
         load_registers = min(load_registers, LOAD_REGISTERS_OF_LARGE_TILES)
-    rounds = _divide_up(chunks, max(1, load_registers // chunk_registers))
+    states = 2 if chained else 1  # the own state, and that of the layer below or above
+    rounds = _divide_up(chunks, max(1, load_registers // states // chunk_registers))
     group_chunks = _divide_up(chunks, rounds)
     if rounds > 1 and (block_batch > 16 or (asynchronous and kind == "forward")):
         return None  # spills
 
     # Full precision keeps two TF32 parts of every weight.
-    chunk_bytes = weight_rows * block_k * size * (2 if precision == "tf32x3" else 1)
-    staging = block_batch * block_k * size * (group_chunks if asynchronous else 1)
+    chunk_bytes = states * weight_rows * block_k * size * (2 if precision == "tf32x3" else 1)
+    staging = states * block_batch * block_k * size * (group_chunks if asynchronous else 1)
     partial_sums = 4 * split_k * weight_rows * block_batch if split_k > 1 else 0
     input_chunks = _divide_up(input_size, block_input) if fuse_input else 0
     input_bytes = (weight_rows + block_batch) * block_input * size * input_chunks
@@ -338,14 +469,16 @@ def _fitted(
     resident_chunks = min(chunks, MAX_RESIDENT_CHUNKS, room // chunk_bytes)
     if resident_chunks < chunks:
         resident_chunks -= 1  # a streamed chunk passes through shared memory, too
-    if resident_chunks < 1 or (fuse_input and (resident_chunks < chunks or input_chunks > MAX_INPUT_CHUNKS)):
+    if resident_chunks < (chunks if chained else 1) or (
+        fuse_input and (resident_chunks < chunks or input_chunks > MAX_INPUT_CHUNKS)
+    ):
         return None
     streamed_chunks = chunks - resident_chunks
     rounds = _divide_up(resident_chunks, group_chunks) + streamed_chunks
 
     # The cycles of a step: what has to move, over how fast it can, and what has to wait.
-    programs = slices * groups
-    state_bytes = block_batch * depth * size
+    programs = lanes * slices * groups
+    state_bytes = states * block_batch * depth * size
     from_l2 = state_bytes + streamed_chunks * chunk_bytes
     through_shared = 2 * (state_bytes + partial_sums) + chunk_bytes * (chunks + streamed_chunks) + input_bytes
     work = max(from_l2 // LINK_BYTES_PER_CYCLE, from_l2 * programs // L2_BYTES_PER_CYCLE)
@@ -355,7 +488,8 @@ def _fitted(
     cycles = max(work + EXCHANGE_CYCLES, _divide_up(batch_tiles, groups) * work)
     if not fuse_input and kind == "forward":
         # The projections are written to memory and read back, and a product of their own computes them.
-        cycles += 2 * 4 * hidden_size * batch_size * size // MEMORY_BYTES_PER_CYCLE
+        projected = 1 if chained else lanes
+        cycles += 2 * 4 * hidden_size * batch_size * size * projected // MEMORY_BYTES_PER_CYCLE
     return Plan(
         block_batch=block_batch,
         block_hidden=block_hidden,
@@ -374,6 +508,8 @@ def _fitted(
         packed=size == 2 and device.capability >= 90,
         num_warps=num_warps,
         predicted_cycles=cycles,
+        lanes=lanes,
+        chained=chained,
     )
 
 
