@@ -14,7 +14,8 @@ Row = dict[str, Any]  # of a results file: see results.ROW_KEYS
 
 MODES = ("forward", "forward+backward", "inference")
 DTYPES = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 tensors, products in TF32
-LAYOUTS = ("dense", "packed")
+# lengths: padded, with the length of every row; resets: every row starts anew now and then.
+LAYOUTS = ("dense", "packed", "lengths", "resets")
 
 OURS = "lstm_triton"
 BASELINE = "nn.LSTM"
@@ -39,6 +40,8 @@ class Case:
     def __post_init__(self) -> None:
         if self.mode not in MODES or self.dtype not in DTYPES or self.layout not in LAYOUTS:
             raise ValueError(f"no such case: {self}")
+        if self.layout == "resets" and self.bidirectional:
+            raise ValueError(f"no such case, as nn.LSTM's step loop has one direction: {self}")
 
     def __str__(self) -> str:
         return "-".join([self.shape, self.dtype, self.mode])
@@ -63,8 +66,8 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """Steps of every batch row: all T, or, packed, from a quarter of T to T in no order."""
-        if self.layout == "dense":
+        """Steps of every batch row: all T, or, packed and padded, from a quarter of T to T in no order."""
+        if self.layout in ("dense", "resets"):
             return [self.T] * self.B
         shortest = max(1, self.T // 4)
         spread = [self.T - (self.T - shortest) * row // max(1, self.B - 1) for row in range(self.B)]
@@ -152,6 +155,8 @@ GRIDS = {
                     ("float32",),
                     {"I": 5, "layers": 2, "bidirectional": True},
                     {"layout": "packed"},
+                    {"layout": "lengths"},
+                    {"layout": "resets"},
                     {"proj_size": 3},
                 )
             ),
@@ -192,7 +197,7 @@ GRIDS = {
         first_call=True,
     ),
     "stacks": Grid(
-        "several layers, both directions, odd batches, packed sequences, projections",
+        "several layers, both directions, odd batches, sequences of different lengths or that start anew, projections",
         (
             Block(
                 variations(
@@ -202,6 +207,8 @@ GRIDS = {
                     {"layers": 2},
                     {"bidirectional": True},
                     {"layout": "packed"},
+                    {"layout": "lengths"},
+                    {"layout": "resets"},
                     {"layers": 4},
                     {"B": 33},
                     {"layers": 2, "bidirectional": True, "layout": "packed"},

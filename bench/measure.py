@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .cases import BASELINE, FLOOR, OURS, Case, Grid, Row, as_dict
 from .devices import Cpu, tf32
 from .floor import lower_bound
-from .systems import REGISTRY, Outputs, Problem, Runner, System, module_runner
+from .systems import REGISTRY, Outputs, Problem, Runner, System, as_users_write_it
 
 # A system is wrong if its error is above both twice nn.LSTM's in the same dtype and, where nn.LSTM happens to be nearly
 # exact, this many units of the dtype's rounding.
@@ -108,7 +108,7 @@ def check_values(problem: Problem, entries: list[Entry], progress: Progress) -> 
     progress("values", "reference")
     exact = nn.LSTM(**problem.constructor_arguments(), device=device.torch_device, dtype=torch.float64)
     exact.load_state_dict(problem.module.state_dict())
-    exact_runner = module_runner(problem, exact, list(exact.parameters()))
+    exact_runner = as_users_write_it(problem, exact)
     reference = compute(exact_runner, leaf.double(), case.mode if not case.backward else "forward", ())
     cotangents = []
     if case.backward:
@@ -120,7 +120,7 @@ def check_values(problem: Problem, entries: list[Entry], progress: Progress) -> 
     allowed = ROUNDINGS * ROUNDING[case.dtype]
     # nn.LSTM comes first: its error is the yardstick for the others.
     for entry in sorted(entries, key=lambda entry: entry.system.name != BASELINE):
-        if not entry.runner.checked:
+        if not (entry.runner.checked and entry.runner.compared):
             continue
         progress("values", entry.system.name)
         with guarded(entry, device):
@@ -233,7 +233,7 @@ def measure_times(problem: Problem, entries: list[Entry], seconds: float, wall: 
 def finish_row(grid_name: str, grid: Grid, case: Case, name: str, entries: list[Entry]) -> Measured:
     """The row of one system: its fastest right variant, the others in the message."""
     median = {id(entry): statistics.median(entry.samples) if entry.samples else math.inf for entry in entries}
-    best = min(entries, key=lambda entry: (not entry.good, median[id(entry)]))
+    best = min(entries, key=lambda entry: (not entry.runner.compared, not entry.good, median[id(entry)]))
     status = "error" if best.failure else "wrong" if best.wrong else "ok"
     notes = [best.runner.label, best.failure or best.wrong]
     if grid.first_call and best.first_call_us is not None:

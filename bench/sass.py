@@ -87,7 +87,8 @@ def parse(disassembly: str) -> tuple[list[Instruction], dict[str, int]]:
 def step_cycles(cubin: bytes) -> int:
     """Cycles of one pass through the outermost loop.
 
-    The first conditional forward branch in it is taken: it is the one behind the poll, which finds its data ready.
+    Branches around an inner loop are taken, up to the one around the first poll, which finds its data ready: before it
+    there is only the search for a batch tile that has not ended, for ragged batches, which finds the next one.
     """
     code, labels = parse(run_on_cubin("nvdisasm", cubin, "-hex"))
 
@@ -98,7 +99,13 @@ def step_cycles(cubin: bytes) -> int:
     backward = [(position, goes_to(position)) for position in range(len(code))]
     loops = [(start, end) for end, start in backward if start is not None and start < end]
     start, end = max(loops, key=lambda loop: loop[1] - loop[0])
-    taken = next((at for at in range(start, end) if code[at].text.startswith("@") and (goes_to(at) or 0) > at), None)
+    inner = sorted(loop for loop in loops if start < loop[0] and loop[1] < end)
+    polls = [loop for loop in inner if any("STRONG" in code[at].text for at in range(loop[0], loop[1]))]
+    taken = {
+        at
+        for at in range(start, polls[0][0] if polls else start)
+        if code[at].text.startswith("@") and any(at < loop[0] and loop[1] < (goes_to(at) or 0) for loop in inner)
+    }
 
     now, ready, position = 0, [0] * SCOREBOARDS, start
     while position <= end:
@@ -112,7 +119,7 @@ def step_cycles(cubin: bytes) -> int:
                 ready[instruction.sets_when_read], now + min(latency, OTHER_LATENCY)
             )
         now += max(instruction.stall, 1) + (LATENCY["BAR"] if instruction.opcode == "BAR" else 0)
-        following = goes_to(position) if position == taken else position + 1
+        following = goes_to(position) if position in taken else position + 1
         assert following is not None
         position = following
     return now

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from .cases import BASELINE, FLOOR, OURS, Case
 from .devices import Cpu
@@ -44,6 +44,14 @@ class Problem:
         if case.layout == "packed":
             padded = torch.zeros(case.T, case.B, 1, device=device.torch_device)
             self.packing = pack_padded_sequence(padded, torch.tensor(case.lengths), enforce_sorted=False)
+        self.lengths: Tensor | None = None  # (B,), on the device, as a data loader's batch is
+        if case.layout == "lengths":
+            self.lengths = torch.tensor(case.lengths, device=device.torch_device)
+        self.resets: Tensor | None = None  # (T, B)
+        if case.layout == "resets":
+            shape = (case.T, case.B)
+            chance = torch.rand(shape, generator=self.generator, device=device.torch_device)
+            self.resets = chance < min(0.5, 4 / case.T)  # about four episodes a row
 
     def constructor_arguments(self) -> dict[str, Any]:
         return {
@@ -76,6 +84,7 @@ class Runner:
     label: str = ""  # which variant it is, or what is worth knowing about it: goes into the row's message
     modules: list[nn.Module] = field(default_factory=list)  # put in training or evaluation mode
     checked: bool = True  # False: it computes nothing that could be compared
+    compared: bool = True  # False: it computes something else, whose time goes into the message only
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,36 @@ def module_runner(
     return Runner(call, parameters, label=label, modules=[module] if isinstance(module, nn.Module) else [])
 
 
+def as_users_write_it(problem: Problem, module: nn.LSTM) -> Runner:
+    """A runner of nn.LSTM, with what its users write around it where it lacks something."""
+    parameters = list(module.parameters())
+    if problem.lengths is not None:
+        lengths = problem.lengths
+
+        def padded(input: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            packed = pack_padded_sequence(input, lengths.cpu(), enforce_sorted=False)  # the copy waits for the device
+            output, states = module(packed)
+            return pad_packed_sequence(output, total_length=len(input))[0], states
+
+        return replace(module_runner(problem, padded, parameters, "packed and padded again"), modules=[module])
+    if problem.resets is not None:
+        keeps = (~problem.resets).to(next(module.parameters()).dtype).unsqueeze(2).unbind()
+
+        def step_by_step(input: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            h = input.new_zeros(module.num_layers, input.shape[1], module.proj_size or module.hidden_size)
+            c = input.new_zeros(module.num_layers, input.shape[1], module.hidden_size)
+            outputs = []
+            for step, keep in zip(input.split(1), keeps, strict=True):
+                output, (h, c) = module(step, (h * keep, c * keep))
+                outputs.append(output)
+            return torch.cat(outputs), (h, c)
+
+        return replace(module_runner(problem, step_by_step, parameters, "step by step"), modules=[module])
+    return module_runner(problem, module, parameters)
+
+
 def baseline(problem: Problem) -> list[Runner]:
-    return [module_runner(problem, problem.module, list(problem.module.parameters()))]
+    return [as_users_write_it(problem, problem.module)]
 
 
 def ours(problem: Problem) -> list[Runner]:
@@ -125,7 +162,16 @@ def ours(problem: Problem) -> list[Runner]:
         layers = lstm_triton.explain(module, input).layers
     # No fallback may pass for a kernel.
     label = "; ".join(dict.fromkeys(f"not the kernels: {layer.reason}" for layer in layers if layer.path != "triton"))
-    return [module_runner(problem, module, list(module.parameters()), label)]
+
+    def call(input: Tensor | PackedSequence) -> Any:
+        return module(input, lengths=problem.lengths, resets=problem.resets)
+
+    runner = replace(module_runner(problem, call, list(module.parameters()), label), modules=[module])
+    if problem.resets is None:
+        return [runner]
+    # Beside it, the same without resets: another result, of which only the time is of interest.
+    plain = module_runner(problem, module, list(module.parameters()), "without resets")
+    return [runner, replace(plain, compared=False)]
 
 
 def step_loop(problem: Problem) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensor]]]:
@@ -165,9 +211,13 @@ def compiled(problem: Problem) -> list[Runner]:
     torch.compiler.reset()  # the limit of compilations per function counts across cases
     parameters = list(problem.module.parameters())
     runners = [module_runner(problem, torch.compile(problem.module), parameters, "torch.compile(nn.LSTM)")]
-    if problem.packing is None and not problem.case.proj_size:
+    if problem.case.layout == "dense" and not problem.case.proj_size:
         runners.append(module_runner(problem, step_loop(problem), parameters, "compiled step loop"))
     return runners
+
+
+def compiled_refuses(case: Case, device: Cpu) -> str | None:
+    return "has neither lengths nor resets" if case.layout in ("lengths", "resets") else None
 
 
 def one_dense_layer(case: Case, device: Cpu) -> str | None:
@@ -253,7 +303,9 @@ def exchange_floor(problem: Problem) -> list[Runner]:
 def floor_refuses(case: Case, device: Cpu) -> str | None:
     if device.name == "cpu":
         return "nothing is exchanged on a CPU"
-    return "the kernels do not take it" if case.layout != "dense" or case.proj_size else None
+    if case.proj_size:
+        return "the kernels do not take it"
+    return "exchanges the steps of whole batches only" if case.layout in ("packed", "lengths") else None
 
 
 REGISTRY = {
@@ -261,7 +313,7 @@ REGISTRY = {
     for system in (
         System(OURS, ours),
         System(BASELINE, baseline),
-        System("nn.LSTM+compile", compiled, patience=3),
+        System("nn.LSTM+compile", compiled, compiled_refuses, patience=3),
         System("flashrnn-triton", flashrnn("triton_fused"), one_dense_layer, "flashrnn"),
         System("flashrnn-cuda", flashrnn("cuda_fused"), one_dense_layer, "flashrnn", patience=4),
         System("torchrl-triton", torchrl, torchrl_refuses, "torchrl", patience=2),

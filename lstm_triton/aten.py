@@ -46,10 +46,10 @@ def layer(
         h_0 = input.new_zeros(batch_size, weight_hh.shape[1])
         c_0 = input.new_zeros(batch_size, weight_ih.shape[0] // 4)
     weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
-    if return_cells:
+    if return_cells or (ragged is not None and not ragged.is_step().any()):  # PyTorch's function takes no empty batch
         return lstm_layer(
             input, h_0, c_0, *weights, reverse=reverse, h_reset=h_reset, c_reset=c_reset, ragged=ragged,
-            return_cells=True,
+            return_cells=return_cells,
         )  # fmt: skip
     given = [weight for weight in weights if weight is not None]
     options = (bias_ih is not None, 1, 0.0, torch.is_grad_enabled(), False)
@@ -120,8 +120,6 @@ def _stretches(
     steps = sources >= 0
     sources, rows = sources[steps], rows[steps]
     output = input.new_zeros(ragged.rows, states[0].shape[1])
-    if rows.numel() == 0:
-        return output, *states
     starts = ((sources < batch_size) | (sources >= batch_size + ragged.rows)).nonzero().squeeze(1)
     lengths = torch.cat([starts[1:], starts.new_tensor([rows.numel()])]) - starts
     sequences = rows[starts] % batch_size
@@ -184,8 +182,7 @@ def _layer(input: Tensor, *arguments: Any) -> Results:
         ragged=_tables_among(arguments),
         return_cells=return_cells,
     )
-    results = (*results, input.new_empty(0))[:4]
-    return tuple(_own(result, (input, *arguments)) for result in results)
+    return (*results, input.new_empty(0))[:4]
 
 
 def _tables_among(arguments: tuple[Any, ...]) -> Ragged | None:
@@ -195,11 +192,6 @@ def _tables_among(arguments: tuple[Any, ...]) -> Ragged | None:
 
 def _has_gradient(argument: object) -> bool:
     return isinstance(argument, Tensor) and argument.is_floating_point()
-
-
-def _own(result: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-    """An operator must not return one of its arguments: a sequence without steps ends as it began."""
-    return result.clone() if any(result is argument for argument in arguments) else result
 
 
 def _layer_backward(grads: list[Tensor], *arguments: Any) -> list[Tensor]:

@@ -322,8 +322,14 @@ def _checked_reset_state(
 ) -> States:
     if resets is None:
         raise ValueError("reset_state is given without resets: expected resets, which say where to start anew from it")
-    if isinstance(state, Tensor) or len(state) != 2:
-        raise TypeError("reset_state must be a pair (h, c) of tensors")
+    pair = "reset_state must be a pair (h, c) of tensors"
+    if not isinstance(state, (tuple, list)):
+        raise TypeError(f"{pair}, got {type(state).__name__}")
+    if len(state) != 2:
+        raise TypeError(f"{pair}, got {len(state)} of them")
+    for tensor in state:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{pair}, got {type(tensor).__name__} in it")
     for index, (tensor, size) in enumerate(zip(state, sizes, strict=True)):
         if tensor.shape != size:
             raise ValueError(f"reset_state[{index}] must have the shape {size}, as in hx, got {tuple(tensor.shape)}")

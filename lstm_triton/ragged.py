@@ -116,7 +116,7 @@ def dense(
 
 
 def packed(batch_sizes: Tensor, device: torch.device) -> Ragged:
-    """The tables of a `PackedSequence`, made on the CPU, where its batch sizes are."""
+    """The tables of a `PackedSequence`, made on the CPU, where its batch sizes are. The host does not wait."""
     batch_size = int(batch_sizes[0])
     offsets = torch.nn.functional.pad(batch_sizes.cumsum(0), (1, 0))
     rows = int(offsets[-1])
@@ -129,4 +129,5 @@ def packed(batch_sizes: Tensor, device: torch.device) -> Ragged:
         sequences < after_sizes, own + batch_sizes.repeat_interleave(batch_sizes), batch_size + rows + sequences
     )
     lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch_size)).sum(0)
-    return Ragged(*(table.to(torch.int32).to(device) for table in (before, after, offsets, lengths)))
+    tables = (before, after, offsets, lengths)
+    return Ragged(*(table.to(torch.int32).to(device, non_blocking=True) for table in tables))

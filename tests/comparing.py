@@ -92,25 +92,115 @@ def cases(
     return Case(options, input, hx, training=draw(st.booleans()))
 
 
-def run(module: nn.Module, input: Tensor | PackedSequence, hx: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
-    """Results and gradients of one forward and backward pass, by name.
+def loop_layer(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    *weights: Tensor | None,
+    reverse: bool,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    h_reset: Tensor | None = None,
+    c_reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """output, h_n, c_n and every c of a layer (T, B, I) in one direction, as users write it: a step of nn.LSTM a time.
+
+    It knows of no tables: sequences end and start anew by what `lengths` (B,) and `resets` (T, B) themselves say.
+    """
+    time_steps, batch_size, _ = input.shape
+    given = [weight for weight in weights if weight is not None]
+    zeros = input.new_zeros(batch_size, given[1].shape[1])
+    h, c, h_reset, c_reset = (zeros if state is None else state for state in (h_0, c_0, h_reset, c_reset))
+    times = torch.arange(time_steps, device=input.device).unsqueeze(1)
+    if lengths is None:
+        lengths = torch.full((batch_size,), time_steps, device=input.device)
+    is_step = times < lengths
+    anew = torch.zeros_like(is_step) if resets is None else resets & is_step
+    if reverse:  # the cut is before the step at which a sequence starts anew
+        anew = torch.cat([anew[1:], torch.zeros_like(anew[:1])])
+    is_step, anew = is_step.unsqueeze(2), anew.unsqueeze(2)
+    input = torch.where(is_step, input, 0)
+    output, cells = [zeros] * time_steps, [zeros] * time_steps
+    for t in reversed(range(time_steps)) if reverse else range(time_steps):
+        states = [torch.where(anew[t], *pair).unsqueeze(0) for pair in ((h_reset, h), (c_reset, c))]
+        options = (len(given) > 2, 1, 0.0, torch.is_grad_enabled(), False, False)  # bias, layers, dropout, training
+        _, h_next, c_next = torch._VF.lstm(input[t : t + 1], states, given, *options)
+        h, c = torch.where(is_step[t], h_next[0], h), torch.where(is_step[t], c_next[0], c)
+        output[t], cells[t] = torch.where(is_step[t], h, 0), torch.where(is_step[t], c, 0)
+    return torch.stack(output), h, c, torch.stack(cells)
+
+
+class LoopLSTM(nn.LSTM):
+    """nn.LSTM called step by step, which gives it what it has not: lengths, resets, and every c."""
+
+    def with_cells(
+        self,
+        input: Tensor,
+        hx: Sequence[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        reset_state: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        output = input.transpose(0, 1) if self.batch_first else input
+        resets = resets.t() if resets is not None and self.batch_first else resets
+        h_n, c_n, cells = [], [], []
+        for weights in self.all_weights:  # layer after layer, direction after direction
+            index = len(h_n)
+            h_0, c_0 = (None, None) if hx is None else (hx[0][index], hx[1][index])
+            h_reset, c_reset = (None, None) if reset_state is None else (reset_state[0][index], reset_state[1][index])
+            reverse = self.bidirectional and index % 2 == 1
+            if not reverse:
+                below, above = output, []
+            scanned, h, c, every_c = loop_layer(
+                below, h_0, c_0, *weights, reverse=reverse, lengths=lengths, resets=resets, h_reset=h_reset,
+                c_reset=c_reset,
+            )  # fmt: skip
+            above.append(scanned)
+            output = torch.cat(above, dim=-1)
+            h_n.append(h)
+            c_n.append(c)
+            cells.append(every_c.transpose(0, 1) if self.batch_first else every_c)
+        output = output.transpose(0, 1) if self.batch_first else output
+        return output, (torch.stack(h_n), torch.stack(c_n)), torch.stack(cells)
+
+    def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
+        return self.with_cells(input, hx, **options)[:2]
+
+
+def run(
+    module: nn.Module,
+    input: Tensor | PackedSequence,
+    hx: Sequence[Tensor] | None = None,
+    cells: bool = False,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Results and gradients of one forward and backward pass, by name; `cells`: those of `with_cells`.
 
     What flows back into the results is random, but the same for every module. The random state is the same before
     every call, too, for the sake of dropout.
     """
     hx = None if hx is None else type(hx)(state.detach().requires_grad_() for state in hx)
+    anew = options.get("reset_state")
+    if anew is not None:
+        options["reset_state"] = anew = tuple(state.detach().requires_grad_() for state in anew)
     data = (input.data if isinstance(input, PackedSequence) else input).detach().requires_grad_()
     module.zero_grad()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        output, (h_n, c_n) = module(input._replace(data=data) if isinstance(input, PackedSequence) else data, hx)
+        call: Any = module.with_cells if cells else module
+        output, (h_n, c_n), *every_c = call(
+            input._replace(data=data) if isinstance(input, PackedSequence) else data, hx, **options
+        )
     results = {"output": output.data if isinstance(output, PackedSequence) else output, "h_n": h_n, "c_n": c_n}
+    results |= dict(zip(("cells",), every_c, strict=False))
 
     generator = torch.Generator().manual_seed(1)
     # Rounded to 8 bits, the gradients are the same numbers in every dtype.
     grads = [torch.randn(r.shape, generator=generator).bfloat16().to(r.device, r.dtype) for r in results.values()]
     torch.autograd.backward(list(results.values()), grads)
     leaves = {"input": data, **dict(zip(("h_0", "c_0"), hx or (), strict=False)), **dict(module.named_parameters())}
+    leaves |= dict(zip(("h_reset", "c_reset"), anew or (), strict=False))
     results |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
     return {name: tensor.detach().clone() for name, tensor in results.items()}
 
@@ -176,8 +266,9 @@ def assert_results_as_accurate(
     stock: nn.LSTM,
     input: Tensor | PackedSequence,
     hx: Sequence[Tensor] | None = None,
+    **options: Any,
 ) -> None:
-    """`assert_as_accurate` for every entry of `run(module, input, hx)`, given the nn.LSTM of the same weights."""
+    """`assert_as_accurate` for every entry of `run(module, input, hx, ...)`, given the nn.LSTM of the same weights."""
 
     def in_float64(change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         module = copy.deepcopy(stock).double()
@@ -187,9 +278,11 @@ def assert_results_as_accurate(
         packed = isinstance(input, PackedSequence)
         data = change(input.data.double())
         states = None if hx is None else type(hx)(change(state.double()) for state in hx)
-        return run(module, input._replace(data=data) if packed else data, states)
+        anew = options.get("reset_state")
+        changed = {} if anew is None else {"reset_state": tuple(change(state.double()) for state in anew)}
+        return run(module, input._replace(data=data) if packed else data, states, **{**options, **changed})
 
-    expected, reference = run(stock, input, hx), in_float64(lambda tensor: tensor)
+    expected, reference = run(stock, input, hx, **options), in_float64(lambda tensor: tensor)
     assert actual.keys() == expected.keys()
     dtype = expected["output"].dtype
     sensitive = in_float64(lambda tensor: nudged(tensor, dtype))

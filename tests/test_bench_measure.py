@@ -1,8 +1,10 @@
 """bench.measure, bench.systems and bench.floor: values come before times, and everyone is measured by the same rule."""
 
+import copy
 import importlib.util
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -74,6 +76,8 @@ def test_a_right_system_gets_times_and_its_error_beside_the_baselines() -> None:
         {"dtype": "bfloat16"},
         {"layers": 2, "bidirectional": True},
         {"layout": "packed"},
+        {"layout": "lengths", "layers": 2, "bidirectional": True},
+        {"layout": "resets", "layers": 2},
         {"proj_size": 2},
         {"T": 1, "B": 1},
     ],
@@ -82,6 +86,29 @@ def test_a_right_system_gets_times_and_its_error_beside_the_baselines() -> None:
 def test_every_kind_of_case_is_measured(mode: str, change: dict) -> None:
     rows = measured(["lstm_triton", "nn.LSTM"], replace(CASE, mode=mode, **change))
     assert {row["status"] for row in rows.values()} == {"ok"}
+
+
+def test_resets_come_with_our_time_without_them() -> None:
+    """In the message; the row's own time and error are those with resets."""
+    rows = measured(["lstm_triton", "nn.LSTM"], replace(CASE, layout="resets"))
+    assert re.search(r"without resets: [0-9.]+ us", rows["lstm_triton"]["message"])
+    assert 0 < rows["lstm_triton"]["error"] < 1e-6
+    assert rows["nn.LSTM"]["message"] == "step by step"
+
+
+def test_resets_and_lengths_are_looked_at(monkeypatch) -> None:
+    """Ours without them is wrong."""
+    plain = systems.REGISTRY["lstm_triton"]
+
+    def forgetful(problem):
+        other = copy.copy(problem)
+        other.lengths = other.resets = None
+        return plain.runners(other)
+
+    monkeypatch.setitem(systems.REGISTRY, "flashrnn-cuda", systems.System("flashrnn-cuda", forgetful))
+    for layout in ("lengths", "resets"):
+        case = replace(CASE, layout=layout)
+        assert measured(["nn.LSTM", "flashrnn-cuda"], case)["flashrnn-cuda"]["status"] == "wrong"
 
 
 def test_a_wrong_output_gets_its_error_and_no_time(fake) -> None:

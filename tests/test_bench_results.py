@@ -52,7 +52,7 @@ def test_stacks_and_latency_have_their_kinds_of_cases() -> None:
     stacks = cases_of("stacks")
     assert {case.layers for case in stacks} >= {2, 3, 4, 6}
     assert any(case.bidirectional for case in stacks)
-    assert any(case.layout == "packed" for case in stacks)
+    assert {case.layout for case in stacks} == {case.layout for case in cases_of("smoke")} == set(cases.LAYOUTS)
     assert any(case.proj_size for case in stacks)
     assert any(case.B % 2 for case in stacks)
     assert {(case.T, case.B) for case in cases_of("latency")} == {(1, 1)}
@@ -77,10 +77,13 @@ def test_every_grid_has_us_and_the_baseline_side_by_side_and_a_rehearsal(name: s
 def test_a_case_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="no such case"):
         Case("backward", "float32", T=1, B=1, I=1, H=1)
+    with pytest.raises(ValueError, match="no such case"):
+        replace(CASE, layout="resets", bidirectional=True)
 
 
-def test_lengths_of_a_packed_case_are_unsorted_and_reach_t() -> None:
-    lengths = replace(CASE, T=40, B=5, layout="packed").lengths
+@pytest.mark.parametrize("layout", ["packed", "lengths"])
+def test_lengths_of_a_case_are_unsorted_and_reach_t(layout: str) -> None:
+    lengths = replace(CASE, T=40, B=5, layout=layout).lengths
     assert len(lengths) == 5
     assert (max(lengths), min(lengths)) == (40, 10)
     assert lengths != sorted(lengths, reverse=True)

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_triton
 from lstm_triton import planner
@@ -12,7 +14,7 @@ from lstm_triton.autograd import scan_layer
 from lstm_triton.check import tf32
 from lstm_triton.reference import lstm_layer
 
-from .comparing import assert_results_as_accurate, run, twins
+from .comparing import LoopLSTM, assert_results_as_accurate, run, twins
 from .kernel_cases import DTYPES, Layer
 
 pytestmark = pytest.mark.gpu
@@ -74,6 +76,99 @@ def test_module(dtype: torch.dtype, precision: str) -> None:
     with lstm_triton.backend("triton"):
         actual = run(ours, input)
     assert_results_as_accurate(actual, stock, input)
+
+
+def lengths_of(seq_len: int, batch_size: int, shortest: int = 0) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(batch_size)
+    drawn = torch.randint(shortest, seq_len + 1, (batch_size,), generator=generator)
+    return (seq_len, *drawn[1:].tolist())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["packed", "lengths", "resets", "lengths, resets and cells"])
+@pytest.mark.parametrize(
+    ("seq_len", "batch_size", "input_size", "hidden_size"),
+    [(5, 3, 7, 5), (20, 17, 33, 131), (30, 64, 128, 512), (10, 100, 300, 1000), (6, 33, 64, 2048), (12, 3000, 16, 64)],
+)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward in time", "reversed"])
+def test_ragged_layer(
+    seq_len: int,
+    batch_size: int,
+    input_size: int,
+    hidden_size: int,
+    kind: str,
+    dtype: torch.dtype,
+    reverse: bool,
+    precision: str,
+) -> None:
+    skip_repeated(precision, dtype)
+    options: dict[str, Any] = {"resets": "resets" in kind, "cells": "cells" in kind}
+    if kind == "packed":
+        options |= {"lengths": tuple(sorted(lengths_of(seq_len, batch_size, 1), reverse=True)), "packed": True}
+    elif "lengths" in kind:
+        options["lengths"] = lengths_of(seq_len, batch_size)
+    Layer(seq_len, batch_size, input_size, hidden_size, dtype, reverse, device="cuda", **options).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_module(dtype: torch.dtype, precision: str) -> None:
+    skip_repeated(precision, dtype)
+    ours, stock = twins(40, 96, num_layers=2, bidirectional=True, dtype=dtype, device="cuda")
+    lengths = torch.tensor(lengths_of(25, 19, 1)).flip(0)
+    packed = pack_padded_sequence(torch.randn(25, 19, 40, device="cuda").to(dtype), lengths, enforce_sorted=False)
+    hx = tuple(torch.randn(4, 19, 96, device="cuda").to(dtype) for _ in range(2))
+    with lstm_triton.backend("triton"):
+        actual = run(ours, packed, hx)
+    assert_results_as_accurate(actual, stock, packed, hx)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_module_with_lengths_resets_and_cells(dtype: torch.dtype, precision: str) -> None:
+    skip_repeated(precision, dtype)
+    options: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "dtype": dtype, "device": "cuda"}
+    ours, loop = lstm_triton.LSTM(40, 96, **options), LoopLSTM(40, 96, **options)
+    loop.load_state_dict(ours.state_dict())
+    lengths = torch.tensor(lengths_of(25, 19)).cuda()
+    input = torch.randn(25, 19, 40, device="cuda").to(dtype)
+    input = torch.where((torch.arange(25, device="cuda").unsqueeze(1) < lengths).unsqueeze(2), input, torch.nan)
+    hx, reset_state = (tuple(torch.randn(4, 19, 96, device="cuda").to(dtype) for _ in range(2)) for _ in range(2))
+    resets = torch.rand(25, 19, device="cuda") < 0.2
+    extra: dict[str, Any] = {"lengths": lengths, "resets": resets, "reset_state": reset_state, "cells": True}
+    with lstm_triton.backend("triton"):
+        actual = run(ours, input, hx, **extra)
+    assert_results_as_accurate(actual, loop, input, hx, **extra)
+
+
+@pytest.mark.parametrize("kind", ["packed", "lengths and resets"])
+def test_the_host_never_waits(kind: str, precision: str) -> None:
+    """Forward and backward, once what is asked of a new layer once has been asked."""
+    module = lstm_triton.LSTM(40, 96, num_layers=2, bidirectional=True, device="cuda")
+    data = torch.randn(25, 19, 40, device="cuda", requires_grad=True)
+    input: Any = data
+    extra: dict[str, Any] = {}
+    if kind == "packed":
+        input = pack_padded_sequence(data, torch.tensor(lengths_of(25, 19, 1)), enforce_sorted=False)
+    else:
+        extra = {
+            "lengths": torch.tensor(lengths_of(25, 19)).cuda(),
+            "resets": torch.rand(25, 19, device="cuda") < 0.2,
+            "reset_state": tuple(torch.randn(4, 19, 96, device="cuda", requires_grad=True) for _ in range(2)),
+        }
+
+    def step() -> None:
+        with lstm_triton.backend("triton"):
+            output, (h_n, c_n), cells = module.with_cells(input, **extra)
+        rows = output.data if kind == "packed" else output
+        loss = rows.square().sum() + h_n.sum() + c_n.sum() + cells.sum()
+        torch.autograd.grad(loss, list(module.parameters()))
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -88,10 +88,18 @@ LISTING = """
                                                                    /* 0x{add:016x} */
         /*0020*/                   @P0 BRA `(.L_x_2) ;             /* 0x0000000000000000 */
                                                                    /* 0x{branch:016x} */
-        /*0030*/                   NOP ;                           /* 0x0000000000000000 */
+.L_x_3:
+        /*0030*/                   LDG.E.STRONG.SYS R2, desc[UR4][R4.64] ; /* 0x0000000000000000 */
+                                                                   /* 0x{slow:016x} */
+        /*0038*/                   @!P0 BRA `(.L_x_3) ;            /* 0x0000000000000000 */
                                                                    /* 0x{slow:016x} */
 .L_x_2:
-        /*0040*/                   BRA `(.L_x_1) ;                 /* 0x0000000000000000 */
+        /*0040*/                   @P1 BRA `(.L_x_4) ;             /* 0x0000000000000000 */
+                                                                   /* 0x{branch:016x} */
+        /*0048*/                   NOP ;                           /* 0x0000000000000000 */
+                                                                   /* 0x{add:016x} */
+.L_x_4:
+        /*0050*/                   BRA `(.L_x_1) ;                 /* 0x0000000000000000 */
                                                                    /* 0x{branch:016x} */
 """
 
@@ -101,7 +109,7 @@ def control(stall: int, sets: int = 7, waits: int = 0) -> int:
 
 
 def test_step_cycles_follow_stalls_and_scoreboards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A load of 600 cycles that the addition waits for; the slow instruction behind the taken branch does not count."""
+    """A load of 600 cycles that the addition waits for; the poll, which is jumped over, does not count."""
     listing = LISTING.format(load=control(2, sets=0), add=control(4, waits=1), branch=control(5), slow=control(15))
     monkeypatch.setattr(sass, "run_on_cubin", lambda *arguments: listing)
-    assert sass.step_cycles(b"") == 600 + 4 + 5 + 5
+    assert sass.step_cycles(b"") == 600 + 4 + 5 + 5 + 4 + 5
