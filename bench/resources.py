@@ -39,8 +39,8 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, False),
 }
 TRITON_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-ALWAYS_FLOAT32 = ("cell_ptr", "grad_cell_ptr")
-TABLES = ("sources_ptr", "successors_ptr", "offsets_ptr", "tile_steps_ptr")
+TABLES = ("before_ptr", "after_ptr", "before_successors_ptr", "offsets_ptr", "tile_steps_ptr")
+ALWAYS = {"cell_ptr": "*fp32", "grad_cell_ptr": "*fp32", "seed_ptr": "*i64", **dict.fromkeys(TABLES, "*i32")}
 KINDS: tuple[Kind, ...] = ("forward", "backward")
 
 
@@ -52,6 +52,9 @@ class Case:
     batch: int
     dtype: str
     ragged: bool = False  # with lengths, packed, or starting anew
+    lanes: int = 1  # layers or directions of one launch
+    chained: bool = False  # layers, and not directions
+    dropout: bool = False
 
 
 def plan_of(case: Case) -> Plan:
@@ -65,10 +68,20 @@ def plan_of(case: Case) -> Plan:
         dtype=dtype,
         device=DEVICES[case.arch],
         allow_tf32=allow_tf32,
+        lanes=case.lanes,
+        chained=case.chained,
     )
 
 
-def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Plan, ragged: bool = False) -> Any:
+def compiled(
+    kind: Kind,
+    arch: str,
+    hidden: int,
+    dtype: torch.dtype,
+    chosen: Plan,
+    ragged: bool = False,
+    dropout: bool = False,
+) -> Any:
     """The scan of a plan, compiled for an architecture: what a training step launches."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -80,7 +93,7 @@ def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Pla
 
     kernel = forward_scan if kind == "forward" else backward_scan
     constants: dict[str, Any] = {"HIDDEN": hidden, "STATE_STRIDE": state_stride(hidden), **constants_of(chosen)}
-    constants["RAGGED"] = ragged
+    constants |= {"RAGGED": ragged, "DROPOUT": dropout}
     if kind == "forward":
         unit = 16 if hidden % 16 == 0 else 1
         constants |= {
@@ -92,20 +105,24 @@ def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Pla
     else:
         constants["GRAD_CELLS"] = False
     names = list(kernel.arg_names)
-    signature = {}
-    for name in names:
+    signature: dict[str, Any] = {}
+    aligned: list[tuple[int, ...]] = []
+    for at, name in enumerate(names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name.endswith("_ptrs"):  # one for each lane
+            signature[name] = (TRITON_TYPES[dtype],) * chosen.lanes
+            aligned += [(at, lane) for lane in range(chosen.lanes)]
         elif name.endswith("_ptr"):
-            always = "*fp32" if name in ALWAYS_FLOAT32 else "*i32" if name in TABLES else None
-            signature[name] = always or TRITON_TYPES[dtype]
+            signature[name] = ALWAYS.get(name, TRITON_TYPES[dtype])
+            aligned.append((at,))
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if name == "dropout" else "i32"
     source = ASTSource(
         kernel,
         signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name.endswith("_ptr")},
+        attrs={path: [["tt.divisibility", 16]] for path in aligned},
     )
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
@@ -143,8 +160,9 @@ def resources(binary: Any) -> dict[str, int | None]:
 
 
 @cache
-def _resources(kind: Kind, arch: str, hidden: int, dtype: str, chosen: Plan, ragged: bool) -> dict[str, int | None]:
-    return resources(compiled(kind, arch, hidden, DTYPES[dtype][0], chosen, ragged))
+def _resources(case: Case, chosen: Plan) -> dict[str, int | None]:
+    dtype, _ = DTYPES[case.dtype]
+    return resources(compiled(case.kernel, case.arch, case.hidden, dtype, chosen, case.ragged, case.dropout))
 
 
 def report(case: Case) -> dict[str, Any]:
@@ -159,7 +177,7 @@ def report(case: Case) -> dict[str, Any]:
     # What the batch size does not change is compiled once.
     same = replace(chosen, batch_tiles=1 + (chosen.batch_tiles > chosen.groups), groups=1, predicted_cycles=0)
     try:
-        return {**row, **_resources(case.kernel, case.arch, case.hidden, case.dtype, same, case.ragged), "error": None}
+        return {**row, **_resources(replace(case, batch=0), same), "error": None}
     except Exception as error:  # a compiler's failure is a finding, not the end of the report
         return {**row, **empty, "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
@@ -225,13 +243,26 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--kernel", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--ragged", action="store_true", help="the kernels for lengths, packed sequences and resets")
+    parser.add_argument("--layers", type=int, default=1, help="of a stack whose layers go together in one launch")
+    parser.add_argument("--bidirectional", action="store_true", help="both directions of a layer in one launch")
+    parser.add_argument("--dropout", action="store_true", help="with dropout on what every layer passes on")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
     cases = [
-        Case(kernel, arch, hidden, batch, dtype, chosen.ragged)
+        Case(
+            kernel,
+            arch,
+            hidden,
+            batch,
+            dtype,
+            chosen.ragged,
+            lanes=2 if chosen.bidirectional else chosen.layers,
+            chained=not chosen.bidirectional and chosen.layers > 1,
+            dropout=chosen.dropout,
+        )
         for arch in chosen.arch
         for kernel in chosen.kernel
         for dtype in chosen.dtype

@@ -181,7 +181,8 @@ def backward_scan(
         mask = row_mask & (units < HIDDEN)
 
         grad_gates_next += ks[None, :]
-        grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)
+        if not CHAINED:
+            grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if RAGGED:
             turn_next = turn_after
             source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
@@ -208,6 +209,9 @@ def backward_scan(
             grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=mask, other=0.0)
 
         from_outside = grad_output.to(tl.float32)
+        if DROPOUT:
+            elements = (step_row + rows)[:, None] * HIDDEN + units
+            scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
         sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
         if CHAINED:
             if lane < LANES - 1:
@@ -223,12 +227,12 @@ def backward_scan(
                     DOT_PRECISION, PACKED,
                 )  # fmt: skip
         if DROPOUT:
-            if CHAINED:
+            if CHAINED:  # what the layer above gives back passes through dropout, the own next step does not
                 from_outside += tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
                 sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
-            elements = (step_row + rows)[:, None] * HIDDEN + units
-            probability = tl.where(lane < dropped_lanes, dropout, 0.0)
-            from_outside *= dropout_scale(seed_ptr, first_lane + lane, elements, probability)
+            from_outside *= scale
+        if CHAINED:
+            grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)  # not before: see forward.py
         sums = add_received(
             sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs,
             local_units < HIDDEN, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,

@@ -202,7 +202,8 @@ def forward_scan(
         state_row = step_row + batch_size
         mask = row_mask & unit_mask
         state_mask = row_mask & written_mask
-        hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
+        if not CHAINED:
+            hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if RAGGED:
             turn_next = turn_after
             source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
@@ -211,9 +212,12 @@ def forward_scan(
                 SEVERAL_TILES,
             )  # fmt: skip
 
-        # The input's share does not depend on h_{t-1}: it is computed, or asked for, while h_{t-1} is under way.
+        # What does not depend on h_{t-1} is computed, or asked for, while h_{t-1} is under way.
         sums = no_sums(4 * BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
         gates = gates_ptrs + step_row * (4 * HIDDEN)
+        if DROPOUT:
+            elements = (step_row + rows)[:, None] * HIDDEN + units[None, :]
+            scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
         if CHAINED:
             if lane > 0:
                 if RAGGED:
@@ -226,6 +230,8 @@ def forward_scan(
                     sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, gate_mask, ks, BLOCK_K, HIDDEN,
                     WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, PACKED,
                 )  # fmt: skip
+            # Not before: both states at once would take too many registers, and the layer below is a step ahead.
+            hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if FUSE_INPUT:
             if RAGGED:
                 input_row = step_row * input_stride_batch
@@ -293,8 +299,6 @@ def forward_scan(
             hidden = tl.where(unit_mask, hidden, 0.0)
         publish(hidden_ptrs + state_row * STATE_STRIDE, hidden, state_mask)
         if DROPOUT:
-            elements = (step_row + rows)[:, None] * HIDDEN + units[None, :]
-            scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
             publish(passed_ptrs + state_row * STATE_STRIDE, hidden * scale, state_mask)
 
         if KEEP_CELLS:

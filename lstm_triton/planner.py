@@ -434,7 +434,7 @@ def _fitted(
     depth = hidden_size if kind == "forward" else 4 * hidden_size  # K of the product
     # Hopper's asynchronous tensor cores take 64 rows of weights from 4 warps; elsewhere warps share the depth.
     asynchronous = device.capability == 90 and size == 2 and weight_rows % 64 == 0 and block_batch >= 16
-    if not asynchronous and block_batch * block_hidden > 512 and block_batch > 8:
+    if block_batch > 8 and (block_batch > 16 if chained else not asynchronous and block_batch * block_hidden > 512):
         return None  # spills
     if asynchronous:
         num_warps, split_k = (8 if weight_rows > 64 or block_batch > 32 else 4), 1
@@ -454,7 +454,7 @@ def _fitted(
     if block_batch >= 64:
         load_registers = min(load_registers, LOAD_REGISTERS_OF_LARGE_TILES)
     states = 2 if chained else 1  # the own state, and that of the layer below or above
-    rounds = _divide_up(chunks, max(1, load_registers // states // chunk_registers))
+    rounds = _divide_up(chunks, max(1, load_registers // chunk_registers))
     group_chunks = _divide_up(chunks, rounds)
     if rounds > 1 and (block_batch > 16 or (asynchronous and kind == "forward")):
         return None  # spills
