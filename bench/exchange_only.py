@@ -10,13 +10,14 @@ import triton
 import triton.language as tl
 
 from lstm_triton.kernels.exchange import any_missing, publish, request
+from lstm_triton.kernels.lanes import place
 
 
 @triton.jit(do_not_specialize=["seq_len", "batch_size", "batch_tiles"])
 def exchange_scan(
-    state_ptr,  # (T + 1, B, COPIES * STATE_STRIDE) I/O dtype: the initial state, then sentinels on entry
-    gates_ptr,  # (T, B, 4H) I/O dtype
-    cell_ptr,  # (T + 1, B, STATE_STRIDE) float32
+    state_ptr,  # (LANES, T + 1, B, COPIES * STATE_STRIDE) I/O dtype: the initial state, then sentinels on entry
+    gates_ptr,  # (LANES, T, B, 4H) I/O dtype
+    cell_ptr,  # (LANES, T + 1, B, STATE_STRIDE) float32
     input_ptr,  # (T, B, INPUT) I/O dtype: read in forward if FUSE_INPUT, in backward as the outputs' gradients
     seq_len,
     batch_size,
@@ -27,6 +28,8 @@ def exchange_scan(
     COPIES: tl.constexpr,  # values a unit publishes: 1 (h) in forward, 4 (its gates' gradients) in backward
     SAVE: tl.constexpr,
     FUSE_INPUT: tl.constexpr,
+    LANES: tl.constexpr,
+    CHAINED: tl.constexpr,
     SEVERAL_TILES: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
@@ -43,9 +46,11 @@ def exchange_scan(
     WRITTEN: tl.constexpr = COPIES * min(SLICES * BLOCK_HIDDEN, STATE_STRIDE)
     GROUP: tl.constexpr = min(GROUP_CHUNKS, RESIDENT_CHUNKS)
 
-    slice_index = tl.program_id(0) % SLICES
-    group = tl.program_id(0) // SLICES
-    groups = tl.num_programs(0) // SLICES
+    slice_index, group, groups, lane = place(SLICES, LANES)
+    state_ptr += lane.to(tl.int64) * (seq_len + 1) * batch_size * WIDTH
+    gates_ptr += lane.to(tl.int64) * seq_len * batch_size * (4 * HIDDEN)
+    cell_ptr += lane.to(tl.int64) * (seq_len + 1) * batch_size * STATE_STRIDE
+    to_neighbour = (seq_len.to(tl.int64) + 1) * batch_size * WIDTH
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
     rows = tl.arange(0, BLOCK_BATCH)
@@ -69,6 +74,15 @@ def exchange_scan(
         # Rows past the batch: its last row once more.
         read_rows = step.to(tl.int64) * batch_size + tl.minimum(batch_rows, batch_size - 1)
         previous = state_ptr + read_rows * WIDTH + ks[None, :]
+        if CHAINED:
+            if lane > 0:  # the lane beside it waits for this one: which way makes no difference here
+                beside = previous + tl.cast(batch_size, tl.int64) * WIDTH - to_neighbour
+                for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
+                    tiles = request(beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
+                    missing = any_missing(tiles, min(GROUP, RESIDENT_CHUNKS - first), PACKED)
+                    while missing:
+                        again = request(beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
+                        missing = any_missing(again, min(GROUP, RESIDENT_CHUNKS - first), PACKED)
         tiles = request(previous, ks, 0, GROUP, WRITTEN, BLOCK_K)
 
         # Volatile, so that what nobody uses is loaded all the same.

@@ -79,54 +79,63 @@ def rates(device: Cpu) -> dict[str, object]:
 
 
 def exchange_runner(problem: Problem) -> Runner:
-    """The exchange-only kernel, launched as lstm_triton launches its scans: layer by layer, direction by direction."""
-    case = problem.case
-    directions = 2 if case.bidirectional else 1
+    """The exchange-only kernel, launched as lstm_triton launches its scans."""
 
     def call(leaf: Tensor) -> Outputs:
-        for layer in range(case.layers):
-            input_size = case.I if layer == 0 else directions * case.H
-            for _ in range(directions):
-                exchange(problem, "forward", input_size)
-                if case.backward:
-                    exchange(problem, "backward", input_size)
+        exchange(problem, "forward")
+        if problem.case.backward:
+            exchange(problem, "backward")
         return leaf, leaf, leaf
 
     return Runner(call, [], checked=False)
 
 
-def exchange(problem: Problem, kind: Kind, input_size: int) -> Tensor:
-    """One launch with the buffers and the plan of a scan. Returns the states, in which every program has published."""
+def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
+    """A scan's launches, with its buffers and plans. Returns the states, in which every program has published."""
     from lstm_triton import ops, planner
 
     from .exchange_only import exchange_scan
 
     case, device = problem.case, problem.device.torch_device
-    like = torch.empty(case.T, case.B, input_size, dtype=problem.dtype, device=device)
-    plan = ops.plan_of(kind, like, case.H)
+    directions = 2 if case.bidirectional else 1
     stride = planner.state_stride(case.H)
     copies = 1 if kind == "forward" else 4
-    save = kind == "forward" and case.mode != "inference"
-    state = ops.sentinels((case.T + 1, case.B, copies * stride), like)
-    state[0] = 0
-    options = ops.launch_options(plan) if device.type == "cuda" else {}
-    exchange_scan[(plan.programs,)](
-        state,
-        torch.empty(case.T, case.B, 4 * case.H, dtype=problem.dtype, device=device),
-        torch.empty(case.T + 1, case.B, stride, device=device),
-        like,
-        case.T,
-        case.B,
-        plan.batch_tiles,
-        HIDDEN=case.H,
-        INPUT=input_size,
-        STATE_STRIDE=stride,
-        COPIES=copies,
-        SAVE=save,
-        FUSE_INPUT=plan.fuse_input,
-        BLOCK_INPUT=plan.block_input,
-        CHUNKS=plan.chunks,
-        **{name: value for name, value in ops.constants_of(plan).items() if name in exchange_scan.arg_names},
-        **options,
+    launches = ops.launches_of(
+        kind,
+        num_layers=case.layers,
+        directions=directions,
+        batch_size=case.B,
+        input_size=case.I,
+        hidden_size=case.H,
+        dtype=problem.dtype,
+        device=device,
     )
-    return state
+    states = []
+    for launch in launches:
+        plan = launch.plan
+        input_size = case.I if launch.first < directions else directions * case.H
+        like = torch.empty(case.T, case.B, input_size, dtype=problem.dtype, device=device)
+        state = ops.sentinels((plan.lanes, case.T + 1, case.B, copies * stride), like)
+        state[:, 0] = 0
+        options = ops.launch_options(plan) if device.type == "cuda" else {}
+        exchange_scan[(plan.programs,)](
+            state,
+            torch.empty(plan.lanes, case.T, case.B, 4 * case.H, dtype=problem.dtype, device=device),
+            torch.empty(plan.lanes, case.T + 1, case.B, stride, device=device),
+            like,
+            case.T,
+            case.B,
+            plan.batch_tiles,
+            HIDDEN=case.H,
+            INPUT=input_size,
+            STATE_STRIDE=stride,
+            COPIES=copies,
+            SAVE=kind == "forward" and case.mode != "inference",
+            FUSE_INPUT=plan.fuse_input,
+            BLOCK_INPUT=plan.block_input,
+            CHUNKS=plan.chunks,
+            **{name: value for name, value in ops.constants_of(plan).items() if name in exchange_scan.arg_names},
+            **options,
+        )
+        states.append(state)
+    return states

@@ -65,13 +65,12 @@ def scan_layers(
         options = (directions, bias, reverse, dropout, return_cells, len(tables))
         results = _Scan.apply(*states, seed, *options, *tables, *weights)  # type: ignore[no-untyped-call]
         return tuple(results[: 4 if return_cells else 3])
-    output, hidden, _, cell, _, h_n, c_n = ops.scan_forward(
+    hidden, _, cell, _, h_n, c_n = ops.scan_forward(
         input, h_0, c_0, weights, directions, bias, reverse, return_cells, False, tables, h_reset, c_reset, dropout,
         seed, preact_0, preact_reset,
     )  # fmt: skip
-    if not return_cells:
-        return output, h_n, c_n
-    return _output(hidden, stack, input, ragged), h_n, c_n, _cells(cell, stack, input, ragged)
+    output = _output(hidden, stack, input, ragged)
+    return (output, h_n, c_n, _cells(cell, stack, input, ragged)) if return_cells else (output, h_n, c_n)
 
 
 def scan_projected_layers(
@@ -163,8 +162,8 @@ def _output(hidden: Tensor, stack: Stack, input: Tensor, ragged: Ragged | None) 
     """The last layer's outputs, laid out like the input, out of the state rows of h."""
     layout = Layout.of(input, stack.hidden_size, () if ragged is None else tuple(ragged))
     lanes = hidden[-stack.directions :, layout.steps, : stack.hidden_size]
-    rows = lanes[0].contiguous() if stack.directions == 1 else torch.cat(lanes.unbind(), dim=1)
-    return rows.view(*input.shape[:-1], stack.directions * stack.hidden_size)
+    lanes = lanes.view(stack.directions, *input.shape[:-1], stack.hidden_size)
+    return lanes[0].contiguous() if stack.directions == 1 else torch.cat(lanes.unbind(), dim=-1)
 
 
 def _cells(cell: Tensor, stack: Stack, input: Tensor, ragged: Ragged | None) -> Tensor:
@@ -197,7 +196,7 @@ class _Scan(torch.autograd.Function):
         *tables_and_weights: Tensor,
     ) -> tuple[Tensor | None, ...]:
         tables, weights = tables_and_weights[:table_count], tables_and_weights[table_count:]
-        _, hidden, passed, cell, gates, h_n, c_n = ops.scan_forward(
+        hidden, passed, cell, gates, h_n, c_n = ops.scan_forward(
             input, h_0, c_0, weights, directions, bias, reverse, True, True, tables, h_reset, c_reset, dropout, seed,
             preact_0, preact_reset,
         )  # fmt: skip

@@ -180,7 +180,7 @@ def scan_forward(
     seed: Tensor | None = None,
     preact_0: Tensor | None = None,
     preact_reset: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All steps of a stack of layers.
 
     Args:
@@ -196,9 +196,8 @@ def scan_forward(
             initial state, or anew: the share of states that are no h of this stack. For a single layer.
 
     Returns:
-        output: (T, B, directions * H), ragged (rows, ...), of the last layer; if `keep_cells`, it is in `hidden`.
-        hidden: (lanes, state rows, state_stride(H)) h in the input's dtype, if `keep_cells`; of a ragged batch, zeros
-            where there is no step.
+        hidden: (lanes, state rows, state_stride(H)) h in the input's dtype; of a ragged batch, zeros where there is no
+            step. Unless `keep_cells`, of the last layer's lanes only.
         passed: `hidden` after dropout, of all layers but the last, if `keep_cells` and there is any.
         cell: float32 c, shaped as `hidden`, if `keep_cells`.
         gates: (lanes, rows, 4H) activated gates in the input's dtype, if `keep_gates`.
@@ -223,6 +222,7 @@ def scan_forward(
     h_n, c_n = (input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size) for _ in range(2))
     below = input if ragged is None else input.contiguous()
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
+    last_hidden: list[Tensor] = []
     for launch in _launches("forward", stack, input, layout.batch_size):
         lanes = slice(launch.lanes.start, launch.lanes.stop)
         dropped = _dropped_lanes(launch, stack, dropout)
@@ -241,6 +241,7 @@ def scan_forward(
                 ends = ragged.ends(stack.is_reverse(lane))
                 finals = buffers.hidden[at, ends], buffers.cell[at, ends if keep_cells else slice(layout.batch_size)]
             h_n[lane], c_n[lane] = (final[:, : stack.hidden_size] for final in finals)
+            last_hidden = [*last_hidden, buffers.hidden[at]][-directions:]
             if len(outputs) == directions:
                 outputs = []
             source = buffers.passed if at < dropped else buffers.hidden
@@ -248,11 +249,11 @@ def scan_forward(
         if len(outputs) == directions:
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
     if keep_cells:
-        return input.new_empty(0), *kept, h_n, c_n
-    # A view of more than itself would keep the layers below in memory.
-    output = below.clone() if launch.plan.chained else below.contiguous()
-    hidden, passed, cell, gates = (buffer.new_empty(0) for buffer in kept)
-    return output, hidden, passed, cell, gates, h_n, c_n
+        return *kept, h_n, c_n
+    hidden, passed, cell, gates = kept
+    # A copy of the last layer, where it has no buffer of its own: a view would keep the layers below in memory.
+    hidden = buffers.hidden if launch.plan.lanes == directions else torch.stack(last_hidden)
+    return hidden, passed, cell, gates, h_n, c_n
 
 
 @scan_forward.register_fake
@@ -273,19 +274,17 @@ def _(
     seed: Tensor | None = None,
     preact_0: Tensor | None = None,
     preact_reset: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     stack = Stack(weights, directions, bias, reverse)
     layout = Layout.of(input, stack.hidden_size, tables)
     h_n, c_n = (input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size) for _ in range(2))
-    if not keep_cells:
-        output = input.new_empty(*input.shape[:-1], directions * stack.hidden_size)
-        empty = input.new_empty(0)
-        return output, empty, empty.clone(), input.new_empty(0, dtype=torch.float32), empty.clone(), h_n, c_n
-    states = (stack.lanes, layout.state_rows, layout.stride)
-    passed = input.new_empty(states if dropout > 0 else (0, *states[1:]))
+    kept = stack.lanes if keep_cells else 0
+    hidden = input.new_empty(kept or directions, layout.state_rows, layout.stride)
+    passed = input.new_empty(kept if dropout > 0 else 0, layout.state_rows, layout.stride)
+    rows_of_cells = layout.state_rows if keep_cells else (2 if layout.ragged else 1) * layout.batch_size
+    cell = input.new_empty(kept, rows_of_cells, layout.stride, dtype=torch.float32)
     gates = input.new_empty(stack.lanes if keep_gates else 0, layout.rows, 4 * stack.hidden_size)
-    cell = input.new_empty(states, dtype=torch.float32)
-    return input.new_empty(0), input.new_empty(states), passed, cell, gates, h_n, c_n
+    return hidden, passed, cell, gates, h_n, c_n
 
 
 class _Buffers(NamedTuple):
@@ -524,7 +523,7 @@ def scan_backward(
             above = stack.layer(layer + 1)
             grad_output = input_gradient(grad_gates[above], stack.named("weight_ih")[above], layout).view(*shape, -1)
         elif grad_output is None:
-            grad_output = gates.new_zeros(1).expand(*shape, directions * hidden_size)
+            grad_output = gates.new_zeros(directions * hidden_size).expand(*shape, -1)
         elif grad_output.stride(-1) != 1:
             grad_output = grad_output.contiguous()
         dropped = _dropped_lanes(launch, stack, dropout)

@@ -37,17 +37,6 @@ def test_whole_module(case: Case, seed: int) -> None:
     assert_results_as_accurate(actual, stock, case.input, case.hx)
 
 
-def test_dropout_between_layers_is_nn_lstms() -> None:
-    torch.manual_seed(0)
-    ours = lstm_triton.LSTM(3, 20, num_layers=3, dropout=0.5)
-    stock = nn.LSTM(3, 20, num_layers=3, dropout=0.5)
-    stock.load_state_dict(ours.state_dict())
-    input = torch.randn(4, 3, 3)
-    with interpreter.interpret():
-        actual = run(ours, input)
-    assert_results_as_accurate(actual, stock, input)
-
-
 @pytest.mark.parametrize("frozen", ["weights", "input", "all but c_0"])
 def test_only_what_is_asked_for_gets_gradients(frozen: str) -> None:
     tensors = Layer(3, 2, 3, 20).tensors()
@@ -168,14 +157,16 @@ def test_autocast_around_backward_alone_changes_nothing() -> None:
 @pytest.mark.parametrize("hidden_size", [16, 21])
 def test_operators_keep_their_promises_to_the_compiler(hidden_size: int, save: bool) -> None:
     """PyTorch's own check of custom operators: schemas, fake results, tracing with changing sizes."""
-    tensors = Layer(3, 2, 3, hidden_size).tensors()
+    input, h_0, c_0, *weights = Layer(3, 2, 3, hidden_size).tensors()
+    given, options = (input, h_0.unsqueeze(0), c_0.unsqueeze(0), weights), (1, True, False)  # type: ignore[union-attr]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     with interpreter.interpret():
-        torch.library.opcheck(ops.scan_forward, (*tensors, False, save, save, []), test_utils=checks)
+        torch.library.opcheck(ops.scan_forward, (*given, *options, save, save, []), test_utils=checks)
         if save:
-            _, cell, gates = ops.scan_forward(*tensors, False, True, True, [])
-            grads = (torch.randn(3, 2, hidden_size), None, torch.randn(2, hidden_size))
-            torch.library.opcheck(ops.scan_backward, (*grads, tensors[4], cell, gates, False, []), test_utils=checks)
+            _, _, cell, gates, _, _ = ops.scan_forward(*given, *options, True, True, [])
+            grads = (torch.randn(3, 2, hidden_size), None, torch.randn(1, 2, hidden_size))
+            arguments = (*grads, given[-1], *options, cell, gates, [], 2)
+            torch.library.opcheck(ops.scan_backward, arguments, test_utils=checks)
 
 
 def test_compiles_into_one_graph() -> None:

@@ -139,7 +139,7 @@ def test_arguments_the_kernels_do_not_take(gpu: FakeGPU) -> None:
     input, state = gpu.tensor(5, 2, 3), gpu.tensor(1, 2, 4)
     packed = pack_padded_sequence(torch.zeros(5, 2, 3), torch.tensor([5, 5]))
     assert choose(None, call_of(gpu.lstm(3, 4), packed._replace(data=gpu.tensor(10, 3)))).path == "triton"
-    assert_aten(call_of(gpu.lstm(3, 4, proj_size=2), input), "projections")
+    assert choose(None, call_of(gpu.lstm(3, 4, proj_size=2), input)).path == "triton"
     assert_aten(call_of(gpu.lstm(3, 4), gpu.tensor(5, 0, 3)), "the batch is empty")
     float64 = call_of(gpu.lstm(3, 4, dtype=torch.float64), gpu.tensor(5, 2, 3, dtype=torch.float64))
     assert_aten(float64, "the kernels take float32, float16 and bfloat16, not torch.float64")
@@ -199,18 +199,18 @@ def test_explained_on_the_cpu(cls: type[nn.RNNBase]) -> None:
         (1, "reverse"),
     ]
     for each in explanation.layers:
-        assert (each.path, each.forward, each.backward, each.launches) == ("aten", None, None, 0)
+        assert each.path == "aten"
         assert each.reason == "the kernels run on NVIDIA GPUs, not on 'cpu' tensors"
-    assert explanation.launches == 0
+    assert (explanation.scans, explanation.launches) == ((), 0)
     assert (explanation.device, explanation.dtype) == ("cpu", torch.float32)
     assert (explanation.time_steps, explanation.batch_size) == (5, 2)
     assert str(explanation).splitlines() == [
         "LSTM(3, 4, num_layers=2, bidirectional=True) on cpu, torch.float32, T=5, B=2",
-        "layer  direction  path    launches  why",
-        "    0  forward    aten           0  the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
-        "    0  reverse    aten           0  the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
-        "    1  forward    aten           0  the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
-        "    1  reverse    aten           0  the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
+        "layer  direction  path    why",
+        "    0  forward    aten    the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
+        "    0  reverse    aten    the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
+        "    1  forward    aten    the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
+        "    1  reverse    aten    the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
     ]
     with pytest.raises(dataclasses.FrozenInstanceError):
         explanation.layers[0].path = "triton"  # type: ignore[misc]
@@ -237,16 +237,21 @@ def test_explained_on_a_gpu(gpu: FakeGPU) -> None:
     module = gpu.lstm(3, 768, num_layers=2, bidirectional=True, dtype=torch.float16)
     input = gpu.tensor(1000, 16, 3, dtype=torch.float16)
     explanation = lstm_triton.explain(module, input)
-    assert explanation.launches == 8
     assert explanation.device == "cuda:0"
+    assert {each.path for each in explanation.layers} == {"triton"}
     sizes = {"batch_size": 16, "hidden_size": 768, "dtype": torch.float16, "allow_tf32": True}
     device = planner.Device("NVIDIA H100", "sm_90", 132, 227 * 1024)
-    for each in explanation.layers:
-        assert (each.path, each.launches) == ("triton", 2)
-        input_size = 3 if each.layer == 0 else 2 * 768
-        assert each.forward == planner.plan("forward", input_size=input_size, device=device, **sizes)
-        assert str(each.forward) in str(explanation)
-        assert str(each.backward) in str(explanation)
+    kinds: tuple[planner.Kind, planner.Kind] = ("forward", "backward")
+    expected = [
+        (kind, launch.plan, tuple(launch.lanes))
+        for kind in kinds
+        for launch in planner.launches(kind, num_layers=2, directions=2, input_size=3, device=device, **sizes)
+    ]
+    assert [(scan.kind, scan.plan, scan.lanes) for scan in explanation.scans] == expected
+    assert explanation.launches == 4  # of either scan, one for each layer, with both of its directions
+    for number, scan in enumerate(explanation.scans):
+        line = f"launch {number + 1}: {scan.kind} scan of layer {number % 2} in both directions: {scan.plan}"
+        assert line in str(explanation).splitlines()
     in_sizes_only = torch.zeros(1000, 16, 3, dtype=torch.float16, device="meta")
     assert lstm_triton.explain(module, in_sizes_only) == explanation
     with lstm_triton.backend("aten"):
@@ -265,15 +270,13 @@ def test_explained_plans_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> 
         plans.append((kind, plan(kind, **sizes)))
         return plans[-1][1]
 
-    module, input = lstm_triton.LSTM(3, 20, num_layers=2), torch.randn(2, 3, 3)
+    module, input = lstm_triton.LSTM(3, 20, num_layers=2, bidirectional=True), torch.randn(2, 3, 3)
     with interpret():
         explanation = lstm_triton.explain(module, input)
         plan = planner.plan
         monkeypatch.setattr(planner, "plan", recorded)
         run(module, input)
-    expected = [("forward", each.forward) for each in explanation.layers]
-    expected += [("backward", each.backward) for each in reversed(explanation.layers)]
-    assert plans == expected
+    assert plans == [(scan.kind, scan.plan) for scan in explanation.scans]
     assert explanation.launches == len(plans)
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 import types
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -384,14 +385,18 @@ def test_the_floor_is_the_largest_of_its_parts(monkeypatch) -> None:
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(("hidden_size", "batch_size"), [(20, 3), (9, 20)])
-def test_the_exchange_only_kernel_hands_everything_around(dtype: str, hidden_size: int, batch_size: int) -> None:
-    case = replace(CASE, dtype=dtype, T=3, H=hidden_size, B=batch_size)
+@pytest.mark.parametrize(
+    ("hidden_size", "batch_size", "stack"), [(20, 3, {}), (9, 20, {"layers": 3}), (9, 3, {"bidirectional": True})]
+)
+def test_the_exchange_only_kernel_hands_everything_around(
+    dtype: str, hidden_size: int, batch_size: int, stack: dict[str, Any]
+) -> None:
+    case = replace(CASE, dtype=dtype, T=3, H=hidden_size, B=batch_size, **stack)
     device = devices.open_device("interpreter")
     with device.active():
         for kind, copies in (("forward", 1), ("backward", 4)):
-            state = floor.exchange(systems.Problem(case, device), kind, case.I)
-            assert (state[..., : copies * hidden_size] == 0).all()  # no sentinel is left
+            for state in floor.exchange(systems.Problem(case, device), kind):
+                assert (state[..., : copies * hidden_size] == 0).all()  # no sentinel is left
 
 
 @pytest.mark.interpreted
@@ -403,7 +408,7 @@ def test_the_exchange_only_kernel_waits_for_its_peers(monkeypatch) -> None:
     monkeypatch.setattr(exchange_only, "publish", lambda pointers, value, mask: None)
     device = devices.open_device("interpreter")
     with device.active(), pytest.raises(Exception, match="wait for values that none of them writes") as stuck:
-        floor.exchange(systems.Problem(replace(CASE, T=2, H=9), device), "forward", CASE.I)
+        floor.exchange(systems.Problem(replace(CASE, T=2, H=9), device), "forward")
     assert isinstance(stuck.value, Deadlock) or isinstance(stuck.value.__cause__, Deadlock)
 
 

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 
-from lstm_triton import autograd, functional, reference
+from lstm_triton import aten, autograd, functional, reference
 from tests.comparing import Case, assert_same, cases, run, twins
 
 backend = importlib.import_module("lstm_triton.backend")  # the package has the function under this name
@@ -20,16 +21,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not sup
 
 @contextmanager
 def reference_layers() -> Iterator[list[tuple[Any, ...]]]:
-    """The path to the kernels, with the reference layer at its end; the arguments of every layer are kept."""
+    """The path to the kernels, with the reference layer at its end; the arguments of every lane are kept."""
     calls: list[tuple[Any, ...]] = []
 
-    def scan_layer(*args: Any, reverse: bool, **options: Any) -> tuple[Tensor, ...]:
+    def one_layer(*args: Any, reverse: bool, **options: Any) -> tuple[Tensor, ...]:
         calls.append((*args, reverse))
         return reference.lstm_layer(*args, reverse=reverse, **options)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(backend, "_obstacle", lambda call: None)
-        monkeypatch.setattr(autograd, "scan_layer", scan_layer)
+        monkeypatch.setattr(autograd, "scan_layers", partial(aten.scan_layers, one_layer, False))
         yield calls
 
 

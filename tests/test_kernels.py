@@ -13,7 +13,7 @@ from torch import Tensor
 from lstm_triton import interpreter, ops
 from lstm_triton.autograd import scan_layer
 from lstm_triton.interpreter import Deadlock
-from lstm_triton.planner import Device, candidates, plan
+from lstm_triton.planner import Device, Launch, candidates, plan
 
 from .kernel_cases import DTYPES, Layer, interpretable, layers
 
@@ -185,15 +185,16 @@ def test_offsets_beyond_32_bits(which: str) -> None:
     arguments = [tensor for tensor in layer.tensors() if tensor is not None]
     far.copy_(arguments[0])
     with interpreter.interpret(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            ops, "plan_of", lambda kind, *_: fused if kind == "forward" else plan(kind, device=device, **sizes)
-        )
-        expected = ops.scan_forward(*arguments, False, True, True, ())
+        plans = {"forward": fused, "backward": plan("backward", device=device, **sizes)}
+        patch.setattr(ops, "launches_of", lambda kind, **_: (Launch(0, plans[kind]),))
+        input, h_0, c_0, *weights = arguments
+        stack = (weights, 1, True, False)
+        expected = ops.scan_forward(input, h_0.unsqueeze(0), c_0.unsqueeze(0), *stack, True, True, ())
         if which == "input":
-            actual = ops.scan_forward(far, *arguments[1:], False, True, True, ())
+            actual = ops.scan_forward(far, h_0.unsqueeze(0), c_0.unsqueeze(0), *stack, True, True, ())
         else:
-            _, cell, gates = expected
-            others = (None, None, arguments[4], cell, gates, False, ())
+            _, _, cell, gates, _, _ = expected
+            others = (None, None, *stack, cell, gates, (), 1)
             expected = ops.scan_backward(far.contiguous(), *others)
             actual = ops.scan_backward(far, *others)
     for one, other in zip(actual, expected, strict=True):
