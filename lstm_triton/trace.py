@@ -137,6 +137,8 @@ def trace(
 
     On the Triton path the gates and cells are those that the kernels themselves leave behind. PyTorch's own function
     shows only h_t: there the gates are computed by the formula from each step's input and h_{t-1}, and c_t from them.
+    Layer by layer, it may round packed sequences in another way than all layers at once do; under autocast on the CPU
+    it shows them as they are without autocast.
 
     Args:
         module: an `lstm_triton.LSTM`, or an `nn.LSTM`, which is run as an `lstm_triton.LSTM`. Dropout is off, as in
@@ -190,9 +192,8 @@ def trace(
     return Trace(path, tuple(layers), lengths, output, h_n, c_n)
 
 
-Inside = tuple[
-    tuple[Tensor, ...], Gates, Tensor
-]  # what the layer returns, and the gates and cells (T, B, H) or (rows, H)
+# What the layer returns, its gates and its cells, (T, B, H) or (rows, H).
+Inside = tuple[tuple[Tensor, ...], Gates, Tensor]
 
 
 def _kernel_layer(
