@@ -7,14 +7,15 @@
     (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
 
 From the outside in: `module` (the layer with its parameters) -> `functional` (checks, the stack of layers) -> `backend`
-(Triton kernels or PyTorch's own function) -> `autograd` -> `ops` -> `kernels`. Triton and the kernels are imported when
-a call first needs them.
+(Triton kernels or PyTorch's own function) -> `autograd` -> `ops` -> `kernels`; `trace` looks inside. Triton and the
+kernels are imported when a call first needs them.
 """
 
 from . import functional, reference
 from .backend import backend, explain
 from .module import LSTM
+from .trace import trace
 
 __version__ = "0.1.0"
 
-__all__ = ["LSTM", "__version__", "backend", "explain", "functional", "reference"]
+__all__ = ["LSTM", "__version__", "backend", "explain", "functional", "reference", "trace"]

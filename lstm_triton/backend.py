@@ -275,13 +275,17 @@ def explain(
 
 
 def call_of(
-    module: nn.RNNBase, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | list[Tensor] | None
+    module: nn.RNNBase,
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | list[Tensor] | None,
+    caller: str = "explain",
+    **sequences: Any,
 ) -> "Call":
-    """The call that a module would make, its arguments checked."""
+    """The call that a module would make, its arguments checked; `sequences` are lengths, resets and reset_state."""
     from .functional import check_arguments
 
     if not isinstance(module, nn.RNNBase) or module.mode != "LSTM":
-        raise TypeError(f"explain takes an lstm_triton.LSTM or a torch.nn.LSTM, got {type(module).__name__}")
+        raise TypeError(f"{caller} takes an lstm_triton.LSTM or a torch.nn.LSTM, got {type(module).__name__}")
     return check_arguments(
         input,
         hx,
@@ -293,6 +297,7 @@ def call_of(
         training=module.training,
         bidirectional=module.bidirectional,
         proj_size=module.proj_size,
+        **sequences,
     )
 
 

@@ -138,7 +138,12 @@ def lstm(
         reset_state=reset_state,
         return_cells=return_cells,
     )
-    scan_layers = _layers_function(choose(backend, call).path, call)
+    results = run(call, input, _layers_function(choose(backend, call).path, call))
+    return results if return_cells else results[:2]
+
+
+def run(call: "Call", input: Tensor | PackedSequence, scan_layers: ScanLayers | None) -> tuple[Any, ...]:
+    """What `lstm` returns for a checked call of this input, and the cells or None; see `_layers_function`."""
     if isinstance(input, PackedSequence) and call.states is not None:
         call = call._replace(states=_permuted(call.states, input.sorted_indices))
     output, h_n, c_n, cells = _call_aten(call) if scan_layers is None else _stack(scan_layers, call)
@@ -148,12 +153,12 @@ def lstm(
         packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
         results = packed, states, cells
     elif input.dim() == 2:
-        batch_axis = 0 if batch_first else 1
+        batch_axis = 0 if call.batch_first else 1
         cells = None if cells is None else cells.squeeze(batch_axis + 1)
         results = output.squeeze(batch_axis), (h_n.squeeze(1), c_n.squeeze(1)), cells
     else:
         results = output, (h_n, c_n), cells
-    return results if return_cells else results[:2]
+    return results
 
 
 class Call(NamedTuple):

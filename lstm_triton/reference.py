@@ -7,10 +7,42 @@ Schmidhuber & Cummins (2000), "Learning to Forget"; projections of Sak, Senior &
 (i, f, g, o) are those of `torch.nn.LSTM`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .ragged import Ragged
+
+
+class Gates(NamedTuple):
+    """The activated gates of one step or of many, each (..., H), in the order of `torch.nn.LSTM`."""
+
+    input: Tensor  # what percentage of the potential memory to write
+    forget: Tensor  # what percentage of the long-term memory to keep
+    candidate: Tensor  # the potential long-term memory
+    output: Tensor  # what percentage of the long-term memory to show
+
+
+def activated_gates(
+    input: Tensor,
+    h_before: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> Gates:
+    """The gates of steps whose inputs (..., I) and short-term memories before them (..., P) are known."""
+    gates = input @ weight_ih.T + h_before @ weight_hh.T
+    if bias_ih is not None and bias_hh is not None:
+        gates = gates + bias_ih + bias_hh
+    i, f, g, o = gates.chunk(4, dim=-1)
+    return Gates(torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o))
+
+
+def next_cell(gates: Gates, c_before: Tensor) -> Tensor:
+    """The new long-term memory: what is kept of the old one, and what is written to it."""
+    return gates.forget * c_before + gates.input * gates.candidate
 
 
 def lstm_layer(
@@ -66,16 +98,9 @@ def lstm_layer(
         h_before, c_before = h, c
         if ragged is not None:
             h, c = torch.where(anew[t], h_reset, h), torch.where(anew[t], c_reset, c)
-        gates = input[t] @ weight_ih.T + h @ weight_hh.T
-        if bias_ih is not None and bias_hh is not None:
-            gates = gates + bias_ih + bias_hh
-        i, f, g, o = gates.chunk(4, dim=-1)
-        keep = torch.sigmoid(f)  # forget gate: what percentage of the long-term memory to keep
-        write = torch.sigmoid(i)  # input gate: what percentage of the potential memory to write
-        potential = torch.tanh(g)  # the potential long-term memory
-        show = torch.sigmoid(o)  # output gate: what percentage of the long-term memory to show
-        c = keep * c + write * potential
-        h = show * torch.tanh(c)
+        gates = activated_gates(input[t], h, weight_ih, weight_hh, bias_ih, bias_hh)
+        c = next_cell(gates, c)
+        h = gates.output * torch.tanh(c)
         if weight_hr is not None:
             h = h @ weight_hr.T
         output[t], cells[t] = h, c

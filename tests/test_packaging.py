@@ -85,7 +85,8 @@ def test_the_source_distribution_gives_the_same_wheel_and_has_its_tests(built, w
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     [unpacked] = tmp_path.iterdir()
-    for path in (*ROOT.glob("tests/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("lstm_triton/kernels/*.py")):
+    folders = ("tests", "bench", "examples", "lstm_triton/kernels")
+    for path in (path for folder in folders for path in ROOT.glob(f"{folder}/*.py")):
         assert (unpacked / path.relative_to(ROOT)).is_file(), path
     for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"):
         assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes()

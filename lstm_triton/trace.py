@@ -1,0 +1,313 @@
+"""Look inside an LSTM: the gates and both memories of every step, as the path that the call takes computes them."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Generic, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import aten
+from .backend import call_of, choose
+from .functional import Call, Sequences, States, run
+from .ragged import Ragged, dense
+from .reference import Gates, activated_gates, next_cell
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTrace:
+    """What one layer did in one direction. T time steps, B sequences (1 without a batch), H hidden units, P outputs.
+
+    All tensors are (T, B, H), `hidden_state` (T, B, P), where P is H unless projected, whatever the layout of the
+    input; their order is that of time in both directions, and of the sequences as they were given. They are in the
+    dtype that the layer computes in, and NaN where a sequence has no step.
+
+    Attributes:
+        layer: counted from 0.
+        direction: of reading; "reverse" starts from the end of the sequence.
+        forget_gate: what part of the long-term memory is kept, 0 to 1.
+        input_gate: what part of the potential memory is added to it, 0 to 1.
+        output_gate: what part of it becomes the new short-term memory, 0 to 1.
+        candidate: the potential memory, -1 to 1.
+        cell_state: the long-term memory, c_t = forget_gate * c_{t-1} + input_gate * candidate.
+        hidden_state: the short-term memory, h_t = output_gate * tanh(c_t), multiplied by W_hr if projected.
+    """
+
+    layer: int
+    direction: Literal["forward", "reverse"]
+    forget_gate: Tensor = field(repr=False)
+    input_gate: Tensor = field(repr=False)
+    output_gate: Tensor = field(repr=False)
+    candidate: Tensor = field(repr=False)
+    cell_state: Tensor = field(repr=False)
+    hidden_state: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Trace(Generic[Sequences]):
+    """What `trace` saw.
+
+    Attributes:
+        path: which computed it: "triton", the kernels, or "aten", PyTorch's own function.
+        layers: one entry per layer and direction, the directions of a layer side by side.
+        lengths: (B,) the number of steps of each sequence.
+        output, h_n, c_n: what the module returns, laid out as it does.
+    """
+
+    path: Literal["triton", "aten"]
+    layers: tuple[LayerTrace, ...]
+    lengths: Tensor = field(repr=False)
+    output: Sequences = field(repr=False)
+    h_n: Tensor = field(repr=False)
+    c_n: Tensor = field(repr=False)
+
+    def layer(self, layer: int = 0, direction: str = "forward") -> LayerTrace:
+        """One entry of `layers`.
+
+        Raises:
+            ValueError: there is no such layer or direction.
+        """
+        for found in self.layers:
+            if (found.layer, found.direction) == (layer, direction):
+                return found
+        known = ", ".join(f"({found.layer}, {found.direction!r})" for found in self.layers)
+        raise ValueError(f"layer and direction must be one of {known}, got ({layer}, {direction!r})")
+
+    def plot(
+        self,
+        layer: int = 0,
+        direction: str = "forward",
+        sequence: int = 0,
+        *,
+        units: "Sequence[int] | None" = None,
+        title: str | None = None,
+    ) -> "Figure":
+        """Draw one sequence over time: up to four hidden units as lines, more as heat maps.
+
+        Args:
+            layer, direction: which of `layers`.
+            sequence: which sequence of the batch.
+            units: the hidden units to draw; None: all.
+            title: of the figure; None: what is drawn.
+
+        Returns:
+            A matplotlib Figure, of no window: `figure.savefig("trace.png")` writes it, notebooks show it with
+            `display(figure)`.
+
+        Raises:
+            ValueError: there is no such layer, direction, sequence or unit, or the sequence has no steps.
+            ModuleNotFoundError: matplotlib is not installed; it comes with `lstm-triton[demo]`.
+        """
+        shown = self.layer(layer, direction)
+        _, batch_size, hidden_size = shown.cell_state.shape
+        if not 0 <= sequence < batch_size:
+            raise ValueError(f"sequence must be from 0 to {batch_size - 1}, got {sequence}")
+        units = range(hidden_size) if units is None else units
+        if len(units) == 0 or not all(0 <= unit < hidden_size for unit in units):
+            raise ValueError(f"units must be some of 0 to {hidden_size - 1}, got {list(units)}")
+        steps = int(self.lengths[sequence])
+        if steps == 0:
+            raise ValueError(f"sequence {sequence} has no steps to draw")
+        try:
+            from . import pictures
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] not in ("matplotlib", "numpy"):
+                raise
+            message = f"plot needs {error.name}, which comes with: pip install 'lstm-triton[demo]'"
+            raise ModuleNotFoundError(message, name=error.name) from None
+        return pictures.draw(shown, sequence, steps, list(units), title)
+
+
+def trace(
+    module: nn.RNNBase,
+    input: Sequences,
+    hx: States | list[Tensor] | None = None,
+    *,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: States | list[Tensor] | None = None,
+) -> Trace[Sequences]:
+    """Run a module, and keep what is inside: the gates' percentages, the long-term and the short-term memory.
+
+    On the Triton path the gates and cells are those that the kernels themselves leave behind. PyTorch's own function
+    shows only h_t: there the gates are computed by the formula from each step's input and h_{t-1}, and c_t from them.
+    Layer by layer, it may round packed sequences in another way than all layers at once do; under autocast on the CPU
+    it shows them as they are without autocast.
+
+    Args:
+        module: an `lstm_triton.LSTM`, or an `nn.LSTM`, which is run as an `lstm_triton.LSTM`. Dropout is off, as in
+            evaluation, whether or not the module is in training.
+        input, hx, lengths, resets, reset_state: as `lstm_triton.LSTM` takes them.
+
+    Returns:
+        Tensors without gradients; see `Trace` and `LayerTrace` for their shapes.
+
+    Raises:
+        TypeError: the module is no LSTM.
+        TypeError, ValueError, RuntimeError: what the call itself would raise.
+
+    >>> import lstm_triton
+    >>> inside = trace(lstm_triton.LSTM(3, 4, num_layers=2), torch.randn(5, 2, 3))
+    >>> inside.layers
+    (LayerTrace(layer=0, direction='forward'), LayerTrace(layer=1, direction='forward'))
+    >>> inside.layers[1].forget_gate.shape, torch.equal(inside.layers[1].hidden_state, inside.output)
+    (torch.Size([5, 2, 4]), True)
+    """
+    sequences = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
+    call = call_of(module, input, hx, caller="trace", **sequences)._replace(training=False)
+    path = choose(None, call).path
+    look_inside = _kernel_layer if path == "triton" else _aten_layer
+    seen: list[tuple[Tensor, ...]] = []
+    tables = None
+
+    def one_layer(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        nonlocal tables
+        tables = options["ragged"]
+        results, gates, cells = look_inside(*arguments, **options)
+        seen.append((gates.forget, gates.input, gates.output, gates.candidate, cells, results[0]))
+        return results
+
+    with torch.no_grad(), _autocast_of(call, path):
+        projected = call.output_size < call.hidden_size
+        output, (h_n, c_n), _ = run(call, input, partial(aten.scan_layers, one_layer, projected))
+
+    directions: list[Literal["forward", "reverse"]] = ["forward", "reverse"]
+    order = input.unsorted_indices if isinstance(input, PackedSequence) else None
+    lengths = torch.full((call.batch_size,), call.time_steps, dtype=torch.int32, device=h_n.device)
+    if tables is not None:
+        lengths = tables.lengths
+        seen = [tuple(_padded(values, tables) for values in inside) for inside in seen]
+    if order is not None:
+        lengths = lengths.index_select(0, order)
+        seen = [tuple(values.index_select(1, order) for values in inside) for inside in seen]
+    layers = (
+        LayerTrace(index // call.directions, directions[index % call.directions], *inside)
+        for index, inside in enumerate(seen)
+    )
+    return Trace(path, tuple(layers), lengths, output, h_n, c_n)
+
+
+# What the layer returns, its gates and its cells, (T, B, H) or (rows, H).
+Inside = tuple[tuple[Tensor, ...], Gates, Tensor]
+
+
+def _kernel_layer(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None = None,
+    *,
+    reverse: bool,
+    h_reset: Tensor | None,
+    c_reset: Tensor | None,
+    ragged: Ragged | None,
+    return_cells: bool,
+) -> Inside:
+    """One lane of `autograd.scan_layers`, and what its backward pass would need of the kernels."""
+    from . import autograd, ops
+
+    def of_lane(state: Tensor | None) -> Tensor | None:
+        return None if state is None else state.unsqueeze(0)
+
+    weights = [weight for weight in (weight_ih, weight_hh, bias_ih, bias_hh) if weight is not None]
+    preacts: list[Tensor | None] = [None, None]
+    before = h_0
+    if weight_hr is not None:  # as autograd.scan_projected_layers does
+        weights[1] = weight_hh @ weight_hr
+        preacts = [None if h is None else of_lane(h @ weight_hh.t()) for h in (h_0, h_reset)]
+        h_0 = h_reset = None
+    stack = ops.Stack(weights, 1, bias_ih is not None, reverse)
+    hidden, _, cell, gates, h_n, c_n = ops.scan_forward(
+        input, of_lane(h_0), of_lane(c_0), *stack, True, True, () if ragged is None else tuple(ragged),
+        of_lane(h_reset), of_lane(c_reset), preact_0=preacts[0], preact_reset=preacts[1],
+    )  # fmt: skip
+    output, h = autograd._output(hidden, stack, input, ragged), h_n[0]
+    if weight_hr is not None:
+        output, h = output @ weight_hr.t(), h @ weight_hr.t()
+        if ragged is not None and before is not None:
+            h = torch.where(ragged.lengths.unsqueeze(1) > 0, h, before)
+    cells = autograd._cells(cell, stack, input, ragged)[0]
+    found = gates[0].view(*input.shape[:-1], -1).chunk(4, dim=-1)
+    return (output, h, c_n[0]), Gates(*found), cells
+
+
+def _aten_layer(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None = None,
+    *,
+    reverse: bool,
+    h_reset: Tensor | None,
+    c_reset: Tensor | None,
+    ragged: Ragged | None,
+    return_cells: bool,
+) -> Inside:
+    """`aten.layer`, and the gates and cells that lead to its h_t: in float32 at least, rounded at the end."""
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    options: dict[str, Any] = {"reverse": reverse, "h_reset": h_reset, "c_reset": c_reset}
+    if ragged is not None and ragged.rows < ragged.batch_size * (ragged.offsets.shape[0] - 1):
+        # Packed, which PyTorch's function takes for both directions or none: padded again, with the same lengths.
+        padded = _padded(input, ragged, fill=0.0)
+        tables = dense(ragged.lengths, None, padded.shape[0], padded.shape[1], input.device)
+        output, h_n, c_n = aten.layer(padded.flatten(0, 1), h_0, c_0, *weights, weight_hr, ragged=tables, **options)
+        output, tables = output[tables.is_step()], ragged
+    else:
+        output, h_n, c_n = aten.layer(input, h_0, c_0, *weights, weight_hr, ragged=ragged, **options)
+        tables = ragged or dense(None, None, input.shape[0], input.shape[1], input.device)
+
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    sources, own = tables.sources(reverse).clamp_min(0), tables.own_rows()
+    with torch.autocast(input.device.type, enabled=False):
+        rows, hidden = (tensor.flatten(0, -2).to(dtype) for tensor in (input, output))
+        hidden_before = _state_rows(hidden, h_0, h_reset, tables)[sources]
+        wide: list[Any] = [None if weight is None else weight.to(dtype) for weight in weights]
+        gates = activated_gates(rows, hidden_before, *wide)
+        cells = _state_rows(torch.zeros_like(gates.forget), c_0, c_reset, tables)
+        steps = [slice(*ends) for ends in pairwise(tables.offsets.tolist())]
+        for step in reversed(steps) if reverse else steps:
+            cells[own[step]] = next_cell(Gates(*(gate[step] for gate in gates)), cells[sources[step]])
+    shape = (*input.shape[:-1], cells.shape[1])
+    *gates_found, cells = (values.to(input.dtype).view(shape) for values in (*gates, cells[own]))
+    return (output, h_n, c_n), Gates(*gates_found), cells
+
+
+def _state_rows(steps: Tensor, initial: Tensor | None, reset: Tensor | None, tables: Ragged) -> Tensor:
+    """The states of all steps, with those that sequences start from, as the tables number them."""
+    zeros = steps.new_zeros(tables.batch_size, steps.shape[1])
+    first, anew = (zeros if state is None else state.to(steps) for state in (initial, reset))
+    return torch.cat([first, steps, first, anew])
+
+
+def _autocast_of(call: Call, path: str) -> AbstractContextManager[object]:
+    """Autocast as it is, but off where PyTorch's own function keeps the dtype: of packed sequences on the CPU."""
+    data = call.data
+    left_alone = path == "aten" and call.batch_sizes is not None and data.device.type == "cpu"
+    if left_alone and data.dtype == call.weights[0].dtype:
+        return torch.autocast("cpu", enabled=False)
+    return nullcontext()
+
+
+def _padded(values: Tensor, tables: Ragged, fill: float = torch.nan) -> Tensor:
+    """(rows, N) -> (T, B, N), in which `fill` stands where there is no step."""
+    time_steps = tables.offsets.shape[0] - 1
+    is_step = torch.arange(time_steps, device=values.device).unsqueeze(1) < tables.lengths
+    padded = values.new_full((*is_step.shape, values.shape[1]), fill)
+    padded[is_step] = values[tables.is_step()]
+    return padded
