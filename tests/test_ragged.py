@@ -205,9 +205,10 @@ def test_packed_sequences(case: Case, seed: int) -> None:
 def test_structure_of_packed_results() -> None:
     ours, stock = twins(3, 4, bidirectional=True)
     packed = pack_padded_sequence(torch.randn(5, 3, 3), torch.tensor([2, 5, 3]), enforce_sorted=False)
+    hx = torch.randn(2, 3, 4), torch.randn(2, 3, 4)  # in the order of the sequences, not of their lengths
     with interpreter.interpret(), lstm_triton.backend("triton"):
-        output, states, cells = ours.with_cells(packed)
-    expected, expected_states = stock(packed)
+        output, states, cells = ours.with_cells(packed, hx)
+    expected, expected_states = stock(packed, hx)
     assert isinstance(output, PackedSequence)
     assert_same(output[1:], expected[1:])
     torch.testing.assert_close((output.data, states), (expected.data, expected_states))
@@ -292,6 +293,7 @@ def test_lengths_and_resets_are_the_step_loop(case: tuple[Any, ...], seed: int) 
     assert_results_as_accurate(actual, loop, input, hx, **extra)
 
 
+@settings(max_examples=30)
 @given(padded_cases(dtypes=(torch.float64,)))
 def test_fallback_is_the_step_loop(case: tuple[Any, ...]) -> None:
     ours, loop, input, hx, extra = case
@@ -308,6 +310,15 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
             stack.enter_context(interpreter.interpret())
         stack.enter_context(lstm_triton.backend(request.param))
         yield request.param
+
+
+@pytest.mark.parametrize("cells", [False, True])
+@pytest.mark.parametrize("lengths", [None, (2, 0, 5, 4)])
+def test_resets_of_a_stack_in_both_directions(path: str, lengths: tuple[int, ...] | None, cells: bool) -> None:
+    ours, loop, input, hx, extra = padded_case(
+        num_layers=2, bidirectional=True, batch_first=True, lengths=lengths, resets=True, cells=cells
+    )
+    torch.testing.assert_close(run(ours, input, hx, **extra), run(loop, input, hx, **extra), rtol=1e-4, atol=1e-5)
 
 
 def test_lengths_give_what_a_packed_sequence_gives(path: str) -> None:
@@ -629,7 +640,7 @@ def test_shapes_with_batch_first_and_without_a_batch() -> None:
 
 
 def test_compiled_in_one_graph() -> None:
-    """The fallback with lengths, resets and cells: one graph, twice at most for inputs of any length."""
+    """The fallback with lengths, resets and cells: twice at most for inputs of any length."""
     ours, loop, *_ = padded_case(num_layers=2, bidirectional=True)
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -661,5 +672,5 @@ def test_compiled_with_lengths_alone() -> None:
 
 def test_wrong_lengths_are_found_in_compiled_code() -> None:
     compiled = torch.compile(lstm_triton.LSTM(3, 4), fullgraph=True, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="lengths must be from 0 to 5, the number of time steps"):
+    with pytest.raises(RuntimeError, match="lengths must be from 0 to the number of time steps"):
         compiled(torch.zeros(5, 2, 3), lengths=torch.tensor([5, 6]))

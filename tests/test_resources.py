@@ -52,6 +52,22 @@ def test_hopper_holds_what_the_planner_promises() -> None:
     assert headline["step_cycles"] <= 2300
 
 
+def test_ragged_kernels_do_not_spill() -> None:
+    """Those for lengths, packed sequences and resets, with one batch tile and with several."""
+    rows = report("--ragged", "--hidden", "768", "--batch", "16", "256", "--dtype", "float16")
+    assert len(rows) == 2 * 2
+    for row in rows:
+        assert row["ragged"]
+        assert resources.problems(row) == []
+
+
+def test_ragged_kernels_compile_for_ampere() -> None:
+    for row in report("--arch", "sm_80", "--ragged", "--hidden", "768", "--batch", "16", "--dtype", "bfloat16"):
+        assert row["error"] is None
+        assert row["shared_bytes"] <= resources.DEVICES["sm_80"].shared_bytes
+        assert row["programs"] <= resources.DEVICES["sm_80"].multiprocessors
+
+
 def test_sizes_that_are_no_multiple_of_anything() -> None:
     for row in report("--hidden", "1", "37", "1000", "--batch", "5", "--dtype", "float32", "bfloat16"):
         assert resources.problems(row) == []
