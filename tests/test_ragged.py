@@ -99,10 +99,11 @@ def test_negative_control_with_a_wrong_row_in_a_table(monkeypatch: pytest.Monkey
     def wrong(self: ragged.Ragged, reverse: bool) -> Tensor:
         rows = right(self, reverse).clone()
         # A step of another sequence: one that is over, so that nothing hangs.
-        rows[4] = {"sources": 0, "successors": 2 * self.batch_size + self.rows - 1}[table]
+        rows[4] = 0
         return rows
 
-    layer = Layer(3, 3, 3, 21, lengths=(3, 3, 3))
+    # Forward in time, the successors are the table of the other direction's sources.
+    layer = Layer(3, 3, 3, 21, reverse=table == "successors", lengths=(3, 3, 3))
     layer.check()
     monkeypatch.setattr(ragged.Ragged, table, wrong)
     with pytest.raises(AssertionError):
