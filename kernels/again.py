@@ -1,0 +1,75 @@
+"""The gates and cell states of a layer again, from what is known after the forward scan: for backward without them.
+
+All h are known, so the pre-activations of all steps come from two large matrix products. What is left is sequential only
+along time: c_t = f_t * c_{t-1} + i_t * g_t, for every sequence and unit by itself. Nothing is exchanged.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import load_bias
+from .gates import activate, update_state
+
+
+@triton.jit(do_not_specialize=["seq_len", "batch_size", "reverse"])
+def gates_again(
+    gates_ptr,  # (rows, 4H) I/O dtype: pre-activations without biases on entry, activated gates on return
+    bias_ih_ptr,  # (4H,), read only if HAS_BIAS
+    bias_hh_ptr,
+    cell_ptr,  # (state rows, STATE_STRIDE) float32 c: what steps start from on entry; those of the steps on return
+    before_ptr,  # (rows,), read only if RAGGED, as the next two: see forward.py
+    after_ptr,
+    offsets_ptr,
+    seq_len,
+    batch_size,
+    reverse,
+    HIDDEN: tl.constexpr,
+    STATE_STRIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    sequences = tl.program_id(0) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    units = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    columns = units[None, :]
+    if HAS_BIAS:
+        input_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 0, HIDDEN)
+        forget_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 1, HIDDEN)
+        cell_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 2, HIDDEN)
+        output_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 3, HIDDEN)
+    if RAGGED:
+        sources_ptr = tl.where(reverse != 0, after_ptr, before_ptr)
+    for index in range(seq_len):
+        step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
+        time = tl.where(reverse != 0, seq_len - 1 - step, step).to(tl.int64)
+        if RAGGED:
+            first = tl.load(offsets_ptr + time)
+            count = tl.load(offsets_ptr + time + 1) - first
+            rows = first.to(tl.int64) + sequences
+            sources = tl.load(sources_ptr + rows, mask=sequences < count, other=-1).to(tl.int64)
+        else:
+            rows = time * batch_size + sequences
+            sources = tl.where(sequences < batch_size, rows + tl.where(reverse != 0, 2 * batch_size, 0), -1)
+        mask = (sources >= 0)[:, None] & (columns < HIDDEN)
+        gates = gates_ptr + rows[:, None] * (4 * HIDDEN) + columns
+        input_preact = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
+        forget_preact = tl.load(gates + HIDDEN, mask=mask, other=0.0).to(tl.float32)
+        cell_preact = tl.load(gates + 2 * HIDDEN, mask=mask, other=0.0).to(tl.float32)
+        output_preact = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            input_preact += input_bias
+            forget_preact += forget_bias
+            cell_preact += cell_bias
+            output_preact += output_bias
+        tl.debug_barrier()  # other threads of this program may have written it, one step ago
+        cell_prev = tl.load(cell_ptr + sources[:, None] * STATE_STRIDE + columns, mask=mask, other=0.0)
+        input_gate, forget_gate, candidate, output_gate = activate(
+            input_preact, forget_preact, cell_preact, output_preact
+        )
+        cell, _ = update_state(input_gate, forget_gate, candidate, output_gate, cell_prev)
+        tl.store(cell_ptr + (rows[:, None] + batch_size) * STATE_STRIDE + columns, cell, mask=mask)
+        tl.store(gates, input_gate.to(gates_ptr.dtype.element_ty), mask=mask)
+        tl.store(gates + HIDDEN, forget_gate.to(gates_ptr.dtype.element_ty), mask=mask)
+        tl.store(gates + 2 * HIDDEN, candidate.to(gates_ptr.dtype.element_ty), mask=mask)
+        tl.store(gates + 3 * HIDDEN, output_gate.to(gates_ptr.dtype.element_ty), mask=mask)
