@@ -1,7 +1,8 @@
 """`python -m bench.resources --arch sm_90`: what the kernels compile to, for every case, without a GPU.
 
 Compiles the scans ahead of time, as the planner would launch them on a typical GPU of that architecture, and reports
-registers, spills, shared memory, and an estimate of the cycles of one step (bench/sass.py).
+registers, spills, shared memory, and an estimate of the cycles of one step (bench/sass.py). The kernels of LSTMCell,
+which does not keep its weights on the chip, are reported on request: `--kernel cell cell_backward`.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 
-from lstm_triton.planner import Device, Kind, Plan, plan, state_stride
+from lstm_triton import planner
+from lstm_triton.planner import CellPlan, Device, Kind, Plan, plan, state_stride
 
 DEVICES = {
     device.arch: device
@@ -42,11 +44,12 @@ TRITON_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: 
 ALWAYS_FLOAT32 = ("cell_ptr", "grad_cell_ptr")
 TABLES = ("sources_ptr", "successors_ptr", "offsets_ptr", "tile_steps_ptr")
 KINDS: tuple[Kind, ...] = ("forward", "backward")
+CELLS = ("cell", "cell_backward")
 
 
 @dataclass(frozen=True)
 class Case:
-    kernel: Kind
+    kernel: str  # one of KINDS or CELLS
     arch: str
     hidden: int
     batch: int
@@ -54,26 +57,37 @@ class Case:
     ragged: bool = False  # with lengths, packed, or starting anew
 
 
-def plan_of(case: Case) -> Plan:
+def plan_of(case: Case) -> Plan | CellPlan:
     """The planner's choice; the input is as wide as the layer."""
     dtype, allow_tf32 = DTYPES[case.dtype]
-    return plan(
-        case.kernel,
-        batch_size=case.batch,
-        input_size=case.hidden,
-        hidden_size=case.hidden,
-        dtype=dtype,
-        device=DEVICES[case.arch],
-        allow_tf32=allow_tf32,
-    )
+    sizes: dict[str, Any] = {
+        "batch_size": case.batch,
+        "input_size": case.hidden,
+        "hidden_size": case.hidden,
+        "dtype": dtype,
+        "device": DEVICES[case.arch],
+        "allow_tf32": allow_tf32,
+    }
+    if case.kernel in CELLS:
+        return planner.plan_cell(**sizes)
+    return plan("forward" if case.kernel == "forward" else "backward", **sizes)
+
+
+def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chosen: CellPlan) -> Any:
+    """A kernel of LSTMCell, compiled for an architecture: what a training step launches."""
+    from lstm_triton.cell_ops import BACKWARD_OPTIONS, compiler_options, constants_of
+    from lstm_triton.kernels.cell import cell_backward, cell_forward
+
+    constants: dict[str, Any] = {"HIDDEN": hidden, "HAS_STATE": True}
+    if kernel == "cell_backward":
+        constants["BLOCK"] = planner.CELL_BACKWARD_BLOCK
+        return _compiled(cell_backward, arch, dtype, constants, BACKWARD_OPTIONS, ())
+    constants |= {"INPUT": hidden, "HAS_BIAS": True, "KEEP_GATES": True, **constants_of(chosen)}
+    return _compiled(cell_forward, arch, dtype, constants, compiler_options(chosen), ())
 
 
 def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Plan, ragged: bool = False) -> Any:
     """The scan of a plan, compiled for an architecture: what a training step launches."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from lstm_triton.kernels.backward import backward_scan
     from lstm_triton.kernels.forward import forward_scan
     from lstm_triton.ops import compiler_options, constants_of, input_constants_of
@@ -91,31 +105,48 @@ def compiled(kind: Kind, arch: str, hidden: int, dtype: torch.dtype, chosen: Pla
         }
     else:
         constants["GRAD_CELLS"] = False
+    options = compiler_options(chosen, is_nvidia=arch.startswith("sm_"))
+    return _compiled(kernel, arch, dtype, constants, options, ALWAYS_FLOAT32)
+
+
+def _compiled(
+    kernel: Any,
+    arch: str,
+    dtype: torch.dtype,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    always_float32: tuple[str, ...],
+) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     names = list(kernel.arg_names)
     signature = {}
     for name in names:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            always = "*fp32" if name in ALWAYS_FLOAT32 else "*i32" if name in TABLES else None
+            always = "*fp32" if name in always_float32 else "*i32" if name in TABLES else None
             signature[name] = always or TRITON_TYPES[dtype]
         else:
             signature[name] = "i32"
+    aligned = [name.endswith("_ptr") or (name == "input_stride" and constants["INPUT"] % 16 == 0) for name in names]
     source = ASTSource(
         kernel,
         signature,
         constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(at,): [["tt.divisibility", 16]] for at, name in enumerate(names) if name.endswith("_ptr")},
+        attrs={(at,): [["tt.divisibility", 16]] for at, is_aligned in enumerate(aligned) if is_aligned},
     )
     if arch.startswith("sm_"):
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     else:
         target = GPUTarget("hip", arch, 64)
-    return triton.compile(source, target=target, options=compiler_options(chosen, is_nvidia=arch.startswith("sm_")))
+    return triton.compile(source, target=target, options=options)
 
 
-def resources(binary: Any) -> dict[str, int | None]:
-    """registers, spill_bytes, shared_bytes and step_cycles of a compiled kernel."""
+def resources(binary: Any, is_scan: bool = True) -> dict[str, int | None]:
+    """registers, spill_bytes, shared_bytes and, of a scan, step_cycles of a compiled kernel."""
     from . import sass
 
     if "cubin" in binary.asm:
@@ -126,7 +157,7 @@ def resources(binary: Any) -> dict[str, int | None]:
             "registers": registers,
             "spill_bytes": stack,
             "shared_bytes": binary.metadata.shared,
-            "step_cycles": sass.step_cycles(cubin),
+            "step_cycles": sass.step_cycles(cubin) if is_scan else None,
         }
     text = binary.asm["amdgcn"]
 
@@ -143,7 +174,11 @@ def resources(binary: Any) -> dict[str, int | None]:
 
 
 @cache
-def _resources(kind: Kind, arch: str, hidden: int, dtype: str, chosen: Plan, ragged: bool) -> dict[str, int | None]:
+def _resources(
+    kind: str, arch: str, hidden: int, dtype: str, chosen: Plan | CellPlan, ragged: bool
+) -> dict[str, int | None]:
+    if isinstance(chosen, CellPlan):
+        return resources(compiled_cell(kind, arch, hidden, DTYPES[dtype][0], chosen), is_scan=False)
     return resources(compiled(kind, arch, hidden, DTYPES[dtype][0], chosen, ragged))
 
 
@@ -155,9 +190,14 @@ def report(case: Case) -> dict[str, Any]:
         chosen = plan_of(case)
     except ValueError as error:
         return {**row, **empty, "programs": None, "resident_fraction": None, "plan": None, "error": str(error)}
-    row |= {"programs": chosen.programs, "resident_fraction": chosen.resident_fraction, "plan": asdict(chosen)}
+    row |= {"programs": chosen.programs, "plan": asdict(chosen)}
     # What the batch size does not change is compiled once.
-    same = replace(chosen, batch_tiles=1 + (chosen.batch_tiles > chosen.groups), groups=1, predicted_cycles=0)
+    if isinstance(chosen, CellPlan):
+        row["resident_fraction"] = None
+        same: Plan | CellPlan = replace(chosen, programs=1)
+    else:
+        row["resident_fraction"] = chosen.resident_fraction
+        same = replace(chosen, batch_tiles=1 + (chosen.batch_tiles > chosen.groups), groups=1, predicted_cycles=0)
     try:
         return {**row, **_resources(case.kernel, case.arch, case.hidden, case.dtype, same, case.ragged), "error": None}
     except Exception as error:  # a compiler's failure is a finding, not the end of the report
@@ -183,7 +223,7 @@ def problems(row: dict[str, Any]) -> list[str]:
         found.append(f"spills {row['spill_bytes']} bytes")
     if row["shared_bytes"] > device.shared_bytes:
         found.append(f"needs {row['shared_bytes']} bytes of shared memory, the device has {device.shared_bytes}")
-    if row["programs"] > device.multiprocessors:
+    if row["programs"] > device.multiprocessors and row["kernel"] not in CELLS:
         found.append(f"{row['programs']} programs do not fit {device.multiprocessors} multiprocessors at once")
     return found
 
@@ -223,7 +263,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", nargs="+", default=["tf32", "float16", "bfloat16"], choices=sorted(DTYPES), metavar="DTYPE"
     )
-    parser.add_argument("--kernel", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--kernel", nargs="+", default=list(KINDS), choices=(*KINDS, *CELLS))
     parser.add_argument("--ragged", action="store_true", help="the kernels for lengths, packed sequences and resets")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")

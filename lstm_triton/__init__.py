@@ -13,8 +13,9 @@ a call first needs them.
 
 from . import functional, reference
 from .backend import backend, explain
+from .cell import LSTMCell
 from .module import LSTM
 
 __version__ = "0.1.0"
 
-__all__ = ["LSTM", "__version__", "backend", "explain", "functional", "reference"]
+__all__ = ["LSTM", "LSTMCell", "__version__", "backend", "explain", "functional", "reference"]

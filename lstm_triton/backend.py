@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 if TYPE_CHECKING:
     from .functional import Call
-    from .planner import Kind, Plan
+    from .planner import CellPlan, Kind, Plan
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -117,7 +117,7 @@ def _obstacle(call: "Call") -> str | None:
         return "the batch is empty"
     if not _triton_installed:
         return "Triton is not installed (it is released for Linux only)"
-    input_sizes = [call.weights[0].shape[1]]
+    input_sizes = [] if call.cell else [call.weights[0].shape[1]]  # for a cell there is always a plan
     if call.num_layers > 1:
         input_sizes.append(call.directions * call.output_size)
     return _obstacle_of_device(device, dtype, tuple(input_sizes), call.hidden_size)
@@ -181,7 +181,7 @@ class LayerExplanation:
     """What one layer does in one direction.
 
     Attributes:
-        forward, backward: the plans of its two scans; None off the Triton path.
+        forward, backward: the plans of its two scans; None off the Triton path. A cell has one plan, `forward`.
         launches: of this library's kernels, forward and backward together. What PyTorch launches is not counted.
     """
 
@@ -189,7 +189,7 @@ class LayerExplanation:
     direction: Literal["forward", "reverse"]
     path: Literal["triton", "aten"]
     reason: str
-    forward: "Plan | None"
+    forward: "Plan | CellPlan | None"
     backward: "Plan | None"
     launches: int
 
@@ -204,6 +204,7 @@ class Explanation:
     time_steps: int
     batch_size: int
     layers: tuple[LayerExplanation, ...]
+    is_cell: bool = False
 
     @property
     def launches(self) -> int:
@@ -220,19 +221,19 @@ class Explanation:
             )
             for name, plan in (("forward", layer.forward), ("backward", layer.backward)):
                 if plan is not None:
-                    lines.append(f"{'':7}{name} scan: {plan}")
+                    lines.append(f"{'':7}{'cell' if self.is_cell else f'{name} scan'}: {plan}")
         return "\n".join(lines)
 
 
 def explain(
-    module: nn.RNNBase,
+    module: nn.RNNBase | nn.LSTMCell,
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | list[Tensor] | None = None,
 ) -> Explanation:
     """What `module(input, hx)` would do here and now, without computing any of it.
 
     Args:
-        module: an `lstm_triton.LSTM`, or an `nn.LSTM`, of which is told what it would do as an `lstm_triton.LSTM`.
+        module: an `lstm_triton.LSTM` or `LSTMCell`, or one of `nn`, of which is told what it would do as the former.
         input, hx: as the module takes them. An input on the "meta" device, which has sizes but no memory, stands for
             one on the device of the module's weights.
 
@@ -252,28 +253,39 @@ def explain(
     choice = choose(None, call)
     dtype = autocast_dtype(call) or call.data.dtype
 
-    directions: list[Literal["forward", "reverse"]] = ["forward", "reverse"] if module.bidirectional else ["forward"]
+    directions: list[Literal["forward", "reverse"]] = ["forward", "reverse"] if call.directions == 2 else ["forward"]
     layers = []
-    for layer in range(module.num_layers):
+    for layer in range(call.num_layers):
         for direction in directions:
-            forward = backward = None
-            if choice.path == "triton":
+            forward: Plan | CellPlan | None = None
+            backward: Plan | None = None
+            launches = 0
+            if choice.path == "triton" and call.cell:
+                forward, launches = _cell_plan(call, dtype), 2
+            elif choice.path == "triton":
                 input_size = getattr(module, f"weight_ih_l{layer}").shape[1]
                 forward = _plan("forward", call, dtype, input_size)
                 backward = _plan("backward", call, dtype, input_size)
-            launches = sum(plan is not None for plan in (forward, backward))
+                launches = 2
             layers.append(LayerExplanation(layer, direction, *choice, forward, backward, launches))
-    return Explanation(str(module), str(call.data.device), dtype, call.time_steps, call.batch_size, tuple(layers))
+    sizes = (dtype, call.time_steps, call.batch_size)
+    return Explanation(str(module), str(call.data.device), *sizes, tuple(layers), call.cell)
 
 
 def call_of(
-    module: nn.RNNBase, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | list[Tensor] | None
+    module: nn.RNNBase | nn.LSTMCell, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | list[Tensor] | None
 ) -> "Call":
     """The call that a module would make, its arguments checked."""
     from .functional import check_arguments
 
+    if isinstance(module, nn.LSTMCell):
+        from . import cell
+
+        return cell.checked_call_of(module, input, hx)
     if not isinstance(module, nn.RNNBase) or module.mode != "LSTM":
-        raise TypeError(f"explain takes an lstm_triton.LSTM or a torch.nn.LSTM, got {type(module).__name__}")
+        raise TypeError(
+            f"explain takes an LSTM or an LSTMCell, of lstm_triton or of torch.nn, got {type(module).__name__}"
+        )
     return check_arguments(
         input,
         hx,
@@ -293,3 +305,11 @@ def _plan(kind: "Kind", call: "Call", dtype: torch.dtype, input_size: int) -> "P
 
     stand_in = call.data.new_empty(1, dtype=dtype).expand(call.time_steps, call.batch_size, input_size)
     return plan_of(kind, stand_in, call.hidden_size)
+
+
+def _cell_plan(call: "Call", dtype: torch.dtype) -> "CellPlan":
+    from .cell_ops import plan_of
+
+    return plan_of(
+        call.data.new_empty(1, dtype=dtype).expand(call.batch_size, call.weights[0].shape[1]), call.hidden_size
+    )

@@ -67,7 +67,7 @@ def test_every_kernel_compiles_for_other_gpus(arch: str) -> None:
 
 
 def test_problems_are_found() -> None:
-    fine: dict[str, Any] = {"arch": "sm_90", "error": None, "spill_bytes": 0, "shared_bytes": 1, "programs": 132}
+    fine: dict[str, Any] = {"kernel": "forward", "arch": "sm_90", "error": None, "spill_bytes": 0, "shared_bytes": 1, "programs": 132}
     assert resources.problems(fine) == []
     assert "spills 8 bytes" in resources.problems({**fine, "spill_bytes": 8})[0]
     assert "shared memory" in resources.problems({**fine, "shared_bytes": 10**6})[0]
