@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
-from .cell import step
+from . import cell_ops, ops
 from .ragged import Ragged
 from .reference import lstm_layer
 
@@ -54,7 +53,7 @@ def scan_layer(
         results = _Scan.apply(*arguments, reverse, return_cells, *tables)  # type: ignore[no-untyped-call]
         return tuple(results[: 4 if return_cells else 3])
     if ragged is None and input.shape[0] == 1:  # streaming: nobody to exchange states with
-        h_n, c_n = step(input[0], *arguments[1:7])
+        h_n, c_n, _ = cell_ops.cell_forward(input[0], *arguments[1:7], False, "rnn")
         return h_n.unsqueeze(0), h_n, c_n, *((c_n.unsqueeze(0),) if return_cells else ())
     hidden, cell, _ = ops.scan_forward(*arguments[:7], reverse, return_cells, False, tables, h_reset, c_reset)
     return _results(hidden, cell, reverse, weight_hh.shape[1], ragged, return_cells)

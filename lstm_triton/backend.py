@@ -310,6 +310,5 @@ def _plan(kind: "Kind", call: "Call", dtype: torch.dtype, input_size: int) -> "P
 def _cell_plan(call: "Call", dtype: torch.dtype) -> "CellPlan":
     from .cell_ops import plan_of
 
-    return plan_of(
-        call.data.new_empty(1, dtype=dtype).expand(call.batch_size, call.weights[0].shape[1]), call.hidden_size
-    )
+    stand_in = call.data.new_empty(1, dtype=dtype).expand(call.batch_size, call.weights[0].shape[1])
+    return plan_of(stand_in, call.hidden_size, "matmul")

@@ -25,7 +25,8 @@ class LSTMCell(nn.LSTMCell):
 
     (Hochreiter & Schmidhuber, 1997; forget gate: Gers, Schmidhuber & Cummins, 2000; notation and gate order: the
     documentation of `torch.nn.LSTMCell`.) Arguments, attributes, initialisation, `state_dict` and errors are those of
-    `torch.nn.LSTMCell`. For a whole sequence, `lstm_triton.LSTM` is faster than a loop over this.
+    `torch.nn.LSTMCell`. float32 is computed in TF32 where `torch.backends.cuda.matmul` allows it, as there. A whole
+    sequence is better given to `lstm_triton.LSTM`, which takes all steps in one launch.
 
     Args:
         input_size (int): the number of features of the input, I.
@@ -142,7 +143,7 @@ def step(
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments):
         h_1, c_1, _ = _Step.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        h_1, c_1, _ = cell_ops.cell_forward(*arguments, False)
+        h_1, c_1, _ = cell_ops.cell_forward(*arguments, False, "matmul")
     return h_1, c_1
 
 
@@ -151,7 +152,7 @@ class _Step(torch.autograd.Function):
     def forward(*arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         from . import cell_ops
 
-        h_1, c_1, gates = cell_ops.cell_forward(*arguments, True)
+        h_1, c_1, gates = cell_ops.cell_forward(*arguments, True, "matmul")
         return h_1, c_1, gates
 
     @staticmethod
@@ -173,18 +174,17 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a step's tensors, as far as needed."""
     from . import cell_ops
-    from .ops import matmul
 
     input, h_0, c_0, weight_ih, weight_hh, _, _, c_1, gates = saved
     grad_gates, grad_c_0 = cell_ops.cell_backward(*grads, c_0, c_1, gates)
     grad_bias = grad_gates.sum(0) if needed[5] or needed[6] else None
     return (
-        matmul(grad_gates, weight_ih) if needed[0] else None,
-        matmul(grad_gates, weight_hh) if needed[1] else None,
+        grad_gates @ weight_ih if needed[0] else None,
+        grad_gates @ weight_hh if needed[1] else None,
         grad_c_0 if needed[2] else None,
-        matmul(grad_gates.t(), input) if needed[3] else None,
+        grad_gates.t() @ input if needed[3] else None,
         # Without a state it was zeros, and so is the gradient.
-        (torch.zeros_like(weight_hh) if h_0 is None else matmul(grad_gates.t(), h_0)) if needed[4] else None,
+        (torch.zeros_like(weight_hh) if h_0 is None else grad_gates.t() @ h_0) if needed[4] else None,
         grad_bias if needed[5] else None,
         grad_bias.clone() if grad_bias is not None and needed[6] else None,
     )

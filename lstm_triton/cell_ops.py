@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from . import planner
-from .ops import allows_tf32
 from .planner import CellPlan, Device
 
 BACKWARD_OPTIONS: dict[str, object] = {"num_warps": planner.CELL_BACKWARD_WARPS, "enable_fp_fusion": True}
 
 
-def plan_of(input: Tensor, hidden_size: int) -> CellPlan:
+def plan_of(input: Tensor, hidden_size: int, precision_of: str) -> CellPlan:
     """The plan of a step for an input (B, I)."""
     return planner.plan_cell(
         batch_size=input.shape[0],
@@ -20,7 +19,8 @@ def plan_of(input: Tensor, hidden_size: int) -> CellPlan:
         hidden_size=hidden_size,
         dtype=input.dtype,
         device=Device.of(input.device),
-        allow_tf32=allows_tf32(),
+        # torch.backends.cuda.matmul.fp32_precision, or torch.backends.cudnn.rnn.fp32_precision
+        allow_tf32=bool(torch._C._get_fp32_precision_getter("cuda", precision_of) == "tf32"),
     )
 
 
@@ -34,6 +34,7 @@ def cell_forward(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     keep_gates: bool,
+    precision_of: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One step, in one launch.
 
@@ -43,6 +44,7 @@ def cell_forward(
         weight_ih, weight_hh: (4H, I) and (4H, H), gates in the order i, f, g, o.
         bias_ih, bias_hh: (4H,), or both None.
         keep_gates: whether `cell_backward` will need them.
+        precision_of: whose setting says whether float32 is computed in TF32, "matmul" or "rnn".
 
     Returns:
         h_1, c_1: (B, H).
@@ -53,7 +55,7 @@ def cell_forward(
     from .kernels.cell import cell_forward as kernel
 
     batch_size, hidden_size = input.shape[0], weight_hh.shape[1]
-    plan = plan_of(input, hidden_size)
+    plan = plan_of(input, hidden_size, precision_of)
     hidden, cell, gates = _results(input, hidden_size, keep_gates)
     if input.stride(1) != 1:
         input = input.contiguous()
@@ -93,6 +95,7 @@ def _(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     keep_gates: bool,
+    precision_of: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _results(input, weight_hh.shape[1], keep_gates)
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import lstm_triton
 from lstm_triton import cell_ops, interpreter, planner
 from lstm_triton.cell import step
+from lstm_triton.check import tf32
+from lstm_triton.ops import _matmul_precision as matmul_precision
 from lstm_triton.planner import CellPlan, Device
 from lstm_triton.reference import lstm_layer
 
@@ -203,7 +205,7 @@ def test_explained() -> None:
             assert lstm_triton.explain(cell, Z(2, 3)).launches == 0
     (layer,) = explanation.layers
     assert (layer.path, layer.launches, layer.backward) == ("triton", 2, None)
-    assert layer.forward == cell_ops.plan_of(Z(2, 3), 5)
+    assert layer.forward == cell_ops.plan_of(Z(2, 3), 5, "matmul")
     assert str(explanation).splitlines()[-1] == "       cell: 2 programs of 4 warps (tiles of 8 rows x 4 units)"
 
 
@@ -306,7 +308,7 @@ def test_tiles_of_every_height_and_width(hidden_size: int, monkeypatch: pytest.M
     for block_batch, block_hidden, block in ((8, 32, 16), (32, 8, 32), (64, 4, 128)):
         programs = -(-40 // block_batch) * -(-hidden_size // block_hidden)
         plan = CellPlan(block_batch, block_hidden, programs, block, block, "ieee", 2, 4)
-        monkeypatch.setattr(cell_ops, "plan_of", lambda input, hidden_size, plan=plan: plan)
+        monkeypatch.setattr(cell_ops, "plan_of", lambda *_, plan=plan: plan)
         check(arguments(40, 20, hidden_size), hidden_size)
 
 
@@ -319,6 +321,27 @@ def test_one_launch_each_way(launches: list[str]) -> None:
             assert launches == ["cell_forward"]
         run(cell, *arguments(2, 3, 5))
     assert launches[1:] == ["cell_forward", "cell_backward"]
+
+
+@interpreted
+def test_float32_is_as_precise_as_what_it_stands_in_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nn.LSTMCell multiplies as torch.matmul does, nn.LSTM as cuDNN's LSTM may."""
+    asked: list[bool] = []
+    plain = planner.plan_cell
+
+    def recorded(allow_tf32: bool, **sizes: Any) -> CellPlan:
+        asked.append(allow_tf32)
+        return plain(allow_tf32=allow_tf32, **sizes)
+
+    monkeypatch.setattr(planner, "plan_cell", recorded)
+    with interpreter.interpret(), torch.no_grad():
+        for cudnn in (True, False):
+            with tf32(cudnn):
+                lstm_triton.LSTMCell(3, 5)(Z(2, 3))
+                lstm_triton.LSTM(3, 5)(Z(1, 2, 3))
+        with matmul_precision("tf32"):
+            lstm_triton.LSTMCell(3, 5)(Z(2, 3))
+    assert asked == [False, True, False, False, True]
 
 
 @interpreted
@@ -448,9 +471,9 @@ def test_operators(states: bool) -> None:
     state = (h, c) if states else (None, None)
     with interpreter.interpret():
         for keep_gates in (True, False):
-            sample = (input, *state, *weights, keep_gates)
+            sample = (input, *state, *weights, keep_gates, "matmul")
             torch.library.opcheck(torch.ops.lstm_triton.cell_forward, sample)
-        _, c_1, gates = cell_ops.cell_forward(input, *state, *weights, True)
+        _, c_1, gates = cell_ops.cell_forward(input, *state, *weights, True, "matmul")
         torch.library.opcheck(torch.ops.lstm_triton.cell_backward, (h, c, state[1], c_1, gates))
 
 

