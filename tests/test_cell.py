@@ -1,6 +1,7 @@
 """lstm_triton.LSTMCell against torch.nn.LSTMCell, and its kernels, interpreted, against float64."""
 
 import copy
+import mmap
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -361,6 +362,18 @@ def test_arguments_of_any_strides() -> None:
             actual, expected = run(ours, *tensors), run(plain, *(tensor.contiguous() for tensor in tensors))
             torch.testing.assert_close(actual, expected)
             assert torch.equal(actual["h_1"], expected["h_1"])
+
+
+@interpreted
+def test_offsets_beyond_32_bits() -> None:
+    """Two rows that lie more than 2^31 elements apart, in memory of which only the touched pages exist."""
+    stride = 2**31 + 16
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (stride + 64)), dtype=torch.float16)
+    far = memory.as_strided((2, 16), (stride, 1))
+    cell = lstm_triton.LSTMCell(16, 20, dtype=torch.float16)
+    with interpreter.interpret(), torch.no_grad():
+        far.copy_(torch.randn(2, 16))
+        assert_same(cell(far), cell(far.contiguous()))
 
 
 @interpreted
