@@ -315,7 +315,8 @@ def plan_cell(
     while block_hidden > 4 and row_tiles * _divide_up(hidden_size, block_hidden) < device.multiprocessors:
         block_hidden //= 2
     rows, num_stages = 4 * block_hidden + block_batch, 3
-    row_bytes = 512
+    precision = _dot_precision(dtype, device, allow_tf32)
+    row_bytes = 256 if precision == "tf32x3" else 512  # full precision keeps several parts of what it multiplies
     while row_bytes > 64 and num_stages * rows * row_bytes > min(CELL_TILE_BYTES, device.shared_bytes * 3 // 4):
         row_bytes //= 2
     return CellPlan(
@@ -324,9 +325,9 @@ def plan_cell(
         programs=row_tiles * _divide_up(hidden_size, block_hidden),
         block_input=_chunk(input_size, row_bytes // size),
         block_k=_chunk(hidden_size, row_bytes // size),
-        dot_precision=_dot_precision(dtype, device, allow_tf32),
+        dot_precision=precision,
         num_stages=num_stages,
-        num_warps=8 if 4 * block_hidden * block_batch > 64 * 32 else 4,
+        num_warps=8 if 4 * block_hidden * block_batch >= 64 * 32 else 4,
     )
 
 

@@ -70,7 +70,7 @@ def test_every_kernel_compiles_for_other_gpus(arch: str) -> None:
 def test_cells(arch: str) -> None:
     """No spills, and any number of programs."""
     rows = report(
-        "--arch", arch, "--kernel", "cell", "cell_backward", "--hidden", "37", "768", "--batch", "1", "16", "256",
+        "--arch", arch, "--kernel", "cell", "cell_backward", "--hidden", "37", "768", "2048", "--batch", "1", "16", "64", "256",
         "--dtype", "float32", "float16",
     )  # fmt: skip
     assert {row["kernel"] for row in rows} == {"cell", "cell_backward"}
