@@ -70,8 +70,8 @@ def test_every_kernel_compiles_for_other_gpus(arch: str) -> None:
 def test_cells(arch: str) -> None:
     """No spills, and any number of programs."""
     rows = report(
-        "--arch", arch, "--kernel", "cell", "cell_backward", "--hidden", "37", "768", "2048", "--batch", "1", "16", "64", "256",
-        "--dtype", "float32", "float16",
+        "--arch", arch, "--kernel", "cell", "cell_backward", "--hidden", "37", "768", "2048",
+        "--batch", "1", "16", "64", "256", "--dtype", "float32", "float16",
     )  # fmt: skip
     assert {row["kernel"] for row in rows} == {"cell", "cell_backward"}
     assert max(row["programs"] for row in rows) > resources.DEVICES[arch].multiprocessors
