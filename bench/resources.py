@@ -1,7 +1,8 @@
 """`python -m bench.resources --arch sm_90`: what the kernels compile to, for every case, without a GPU.
 
 Compiles the scans ahead of time, as the planner would launch them on a typical GPU of that architecture, and reports
-registers, spills, shared memory, and an estimate of the cycles of one step (bench/sass.py).
+registers, spills, shared memory, and an estimate of the cycles of one step (bench/sass.py). The kernels of LSTMCell,
+which does not keep its weights on the chip, are reported on request: `--kernel cell cell_backward`.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 
-from lstm_triton.planner import Device, Kind, Plan, plan, state_stride
+from lstm_triton import planner
+from lstm_triton.planner import CellPlan, Device, Kind, Plan, plan, state_stride
 
 DEVICES = {
     device.arch: device
@@ -40,13 +42,14 @@ DTYPES = {
 }
 TRITON_TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 TABLES = ("before_ptr", "after_ptr", "before_successors_ptr", "offsets_ptr", "tile_steps_ptr")
-ALWAYS = {"cell_ptr": "*fp32", "grad_cell_ptr": "*fp32", "seed_ptr": "*i64", **dict.fromkeys(TABLES, "*i32")}
+TYPES = {"cell_ptr": "*fp32", "grad_cell_ptr": "*fp32", "seed_ptr": "*i64", **dict.fromkeys(TABLES, "*i32")}
 KINDS: tuple[Kind, ...] = ("forward", "backward")
+CELLS = ("cell", "cell_backward")
 
 
 @dataclass(frozen=True)
 class Case:
-    kernel: Kind
+    kernel: str  # one of KINDS or CELLS
     arch: str
     hidden: int
     batch: int
@@ -57,20 +60,34 @@ class Case:
     dropout: bool = False
 
 
-def plan_of(case: Case) -> Plan:
+def plan_of(case: Case) -> Plan | CellPlan:
     """The planner's choice; the input is as wide as the layer."""
     dtype, allow_tf32 = DTYPES[case.dtype]
-    return plan(
-        case.kernel,
-        batch_size=case.batch,
-        input_size=case.hidden,
-        hidden_size=case.hidden,
-        dtype=dtype,
-        device=DEVICES[case.arch],
-        allow_tf32=allow_tf32,
-        lanes=case.lanes,
-        chained=case.chained,
-    )
+    sizes: dict[str, Any] = {
+        "batch_size": case.batch,
+        "input_size": case.hidden,
+        "hidden_size": case.hidden,
+        "dtype": dtype,
+        "device": DEVICES[case.arch],
+        "allow_tf32": allow_tf32,
+    }
+    if case.kernel in CELLS:
+        return planner.plan_cell(**sizes)
+    kind: Kind = "forward" if case.kernel == "forward" else "backward"
+    return plan(kind, lanes=case.lanes, chained=case.chained, **sizes)
+
+
+def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chosen: CellPlan) -> Any:
+    """A kernel of LSTMCell, compiled for an architecture: what a training step launches."""
+    from lstm_triton.cell_ops import BACKWARD_OPTIONS, compiler_options, constants_of
+    from lstm_triton.kernels.cell import cell_backward, cell_forward
+
+    constants: dict[str, Any] = {"HIDDEN": hidden, "HAS_STATE": True}
+    if kernel == "cell_backward":
+        constants["BLOCK"] = planner.CELL_BACKWARD_BLOCK
+        return _compiled(cell_backward, arch, dtype, constants, BACKWARD_OPTIONS, {})
+    constants |= {"INPUT": hidden, "HAS_BIAS": True, "KEEP_GATES": True, **constants_of(chosen)}
+    return _compiled(cell_forward, arch, dtype, constants, compiler_options(chosen), {})
 
 
 def compiled(
@@ -83,10 +100,6 @@ def compiled(
     dropout: bool = False,
 ) -> Any:
     """The scan of a plan, compiled for an architecture: what a training step launches."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from lstm_triton.kernels.backward import backward_scan
     from lstm_triton.kernels.forward import forward_scan
     from lstm_triton.ops import compiler_options, constants_of, input_constants_of
@@ -104,6 +117,23 @@ def compiled(
         }
     else:
         constants["GRAD_CELLS"] = False
+    options = compiler_options(chosen, is_nvidia=arch.startswith("sm_"))
+    return _compiled(kernel, arch, dtype, constants, options, TYPES, chosen.lanes)
+
+
+def _compiled(
+    kernel: Any,
+    arch: str,
+    dtype: torch.dtype,
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    types: dict[str, str],
+    lanes: int = 1,
+) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     names = list(kernel.arg_names)
     signature: dict[str, Any] = {}
     aligned: list[tuple[int, ...]] = []
@@ -111,13 +141,15 @@ def compiled(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptrs"):  # one for each lane
-            signature[name] = (TRITON_TYPES[dtype],) * chosen.lanes
-            aligned += [(at, lane) for lane in range(chosen.lanes)]
+            signature[name] = (TRITON_TYPES[dtype],) * lanes
+            aligned += [(at, lane) for lane in range(lanes)]
         elif name.endswith("_ptr"):
-            signature[name] = ALWAYS.get(name, TRITON_TYPES[dtype])
+            signature[name] = types.get(name, TRITON_TYPES[dtype])
             aligned.append((at,))
         else:
             signature[name] = "fp32" if name == "dropout" else "i32"
+            if name == "input_stride" and constants["INPUT"] % 16 == 0:
+                aligned.append((at,))
     source = ASTSource(
         kernel,
         signature,
@@ -128,11 +160,11 @@ def compiled(
         target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     else:
         target = GPUTarget("hip", arch, 64)
-    return triton.compile(source, target=target, options=compiler_options(chosen, is_nvidia=arch.startswith("sm_")))
+    return triton.compile(source, target=target, options=options)
 
 
-def resources(binary: Any) -> dict[str, int | None]:
-    """registers, spill_bytes, shared_bytes and step_cycles of a compiled kernel."""
+def resources(binary: Any, is_scan: bool = True) -> dict[str, int | None]:
+    """registers, spill_bytes, shared_bytes and, of a scan, step_cycles of a compiled kernel."""
     from . import sass
 
     if "cubin" in binary.asm:
@@ -143,7 +175,7 @@ def resources(binary: Any) -> dict[str, int | None]:
             "registers": registers,
             "spill_bytes": stack,
             "shared_bytes": binary.metadata.shared,
-            "step_cycles": sass.step_cycles(cubin),
+            "step_cycles": sass.step_cycles(cubin) if is_scan else None,
         }
     text = binary.asm["amdgcn"]
 
@@ -160,9 +192,12 @@ def resources(binary: Any) -> dict[str, int | None]:
 
 
 @cache
-def _resources(case: Case, chosen: Plan) -> dict[str, int | None]:
+def _resources(case: Case, chosen: Plan | CellPlan) -> dict[str, int | None]:
     dtype, _ = DTYPES[case.dtype]
-    return resources(compiled(case.kernel, case.arch, case.hidden, dtype, chosen, case.ragged, case.dropout))
+    if isinstance(chosen, CellPlan):
+        return resources(compiled_cell(case.kernel, case.arch, case.hidden, dtype, chosen), is_scan=False)
+    kind: Kind = "forward" if case.kernel == "forward" else "backward"
+    return resources(compiled(kind, case.arch, case.hidden, dtype, chosen, case.ragged, case.dropout))
 
 
 def report(case: Case) -> dict[str, Any]:
@@ -173,9 +208,14 @@ def report(case: Case) -> dict[str, Any]:
         chosen = plan_of(case)
     except ValueError as error:
         return {**row, **empty, "programs": None, "resident_fraction": None, "plan": None, "error": str(error)}
-    row |= {"programs": chosen.programs, "resident_fraction": chosen.resident_fraction, "plan": asdict(chosen)}
+    row |= {"programs": chosen.programs, "plan": asdict(chosen)}
     # What the batch size does not change is compiled once.
-    same = replace(chosen, batch_tiles=1 + (chosen.batch_tiles > chosen.groups), groups=1, predicted_cycles=0)
+    if isinstance(chosen, CellPlan):
+        row["resident_fraction"] = None
+        same: Plan | CellPlan = replace(chosen, programs=1)
+    else:
+        row["resident_fraction"] = chosen.resident_fraction
+        same = replace(chosen, batch_tiles=1 + (chosen.batch_tiles > chosen.groups), groups=1, predicted_cycles=0)
     try:
         return {**row, **_resources(replace(case, batch=0), same), "error": None}
     except Exception as error:  # a compiler's failure is a finding, not the end of the report
@@ -201,7 +241,7 @@ def problems(row: dict[str, Any]) -> list[str]:
         found.append(f"spills {row['spill_bytes']} bytes")
     if row["shared_bytes"] > device.shared_bytes:
         found.append(f"needs {row['shared_bytes']} bytes of shared memory, the device has {device.shared_bytes}")
-    if row["programs"] > device.multiprocessors:
+    if row["programs"] > device.multiprocessors and row["kernel"] not in CELLS:
         found.append(f"{row['programs']} programs do not fit {device.multiprocessors} multiprocessors at once")
     return found
 
@@ -241,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", nargs="+", default=["tf32", "float16", "bfloat16"], choices=sorted(DTYPES), metavar="DTYPE"
     )
-    parser.add_argument("--kernel", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--kernel", nargs="+", default=list(KINDS), choices=(*KINDS, *CELLS))
     parser.add_argument("--ragged", action="store_true", help="the kernels for lengths, packed sequences and resets")
     parser.add_argument("--layers", type=int, default=1, help="of a stack whose layers go together in one launch")
     parser.add_argument("--bidirectional", action="store_true", help="both directions of a layer in one launch")

@@ -1,7 +1,7 @@
 """The gates and cell states of a layer again, from what is known after the forward scan: for backward without them.
 
-All h are known, so the pre-activations of all steps come from two large matrix products. What is left is sequential only
-along time: c_t = f_t * c_{t-1} + i_t * g_t, for every sequence and unit by itself. Nothing is exchanged.
+All h are known, so the pre-activations of all steps come from two large matrix products. What is left is sequential
+only along time: c_t = f_t * c_{t-1} + i_t * g_t, for every sequence and unit by itself. Nothing is exchanged.
 """
 
 import triton

@@ -13,9 +13,10 @@ kernels are imported when a call first needs them.
 
 from . import functional, reference
 from .backend import backend, explain
+from .cell import LSTMCell
 from .module import LSTM
 from .trace import trace
 
 __version__ = "0.1.0"
 
-__all__ = ["LSTM", "__version__", "backend", "explain", "functional", "reference", "trace"]
+__all__ = ["LSTM", "LSTMCell", "__version__", "backend", "explain", "functional", "reference", "trace"]

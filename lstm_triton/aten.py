@@ -37,8 +37,9 @@ def layer(
 ) -> Results:
     """What `lstm_triton.autograd.scan_layer` computes, by PyTorch's own function; also in float64, and projected.
 
-    A ragged batch is cut into the stretches that nothing interrupts, which become the sequences of a packed batch: the
-    host waits for the device to know them. With `return_cells`, which that function has not, the layer is computed step
+    A ragged batch is cut: where all sequences have all steps, at every step at which some of them start anew; otherwise
+    into the stretches that nothing interrupts, which become the sequences of a packed batch. For that, the host waits
+    for the device. With `return_cells`, which that function has not, the layer is computed step
     by step.
     """
     if h_0 is None or c_0 is None:
@@ -53,6 +54,8 @@ def layer(
         )  # fmt: skip
     given = [weight for weight in weights if weight is not None]
     options = (bias_ih is not None, 1, 0.0, torch.is_grad_enabled(), False)
+    if ragged is not None and bool((ragged.lengths == ragged.offsets.shape[0] - 1).all()):
+        return _segments(input, (h_0, c_0), (h_reset, c_reset), given, options, ragged, reverse)
     if ragged is not None:
         return _stretches(input, (h_0, c_0), (h_reset, c_reset), given, options, ragged, reverse)
     input = input.flip(0) if reverse else input
@@ -100,6 +103,36 @@ def scan_layers(
             if dropout > 0 and lane < lanes - 1:
                 input = F.dropout(input, dropout)
     return input, *(torch.stack(each) for each in zip(*ends, strict=True))
+
+
+def _segments(
+    input: Tensor,
+    states: tuple[Tensor, Tensor],
+    reset: tuple[Tensor | None, Tensor | None],
+    weights: list[Tensor],
+    options: tuple[bool, int, float, bool, bool],
+    ragged: Ragged,
+    reverse: bool,
+) -> Results:
+    """A layer whose sequences all have all steps, call after call from each step at which some of them start anew."""
+    shape = (ragged.offsets.shape[0] - 1, ragged.batch_size)
+    steps, anew = input.unflatten(0, shape), ragged.starts_anew(reverse).unflatten(0, shape)
+    if reverse:
+        steps, anew = steps.flip(0), anew.flip(0)
+    starts = anew[1:].any(1).nonzero().flatten() + 1
+    sizes = starts.diff(prepend=starts.new_zeros(1), append=starts.new_tensor([len(steps)])).tolist()
+    h, c = states
+    h_reset, c_reset = (0 if other is None else other for other in reset)
+    outputs = []
+    for first, segment in zip([0, *starts.tolist()], steps.split(sizes), strict=True):
+        begins = anew[first].unsqueeze(1)
+        h, c = torch.where(begins, h_reset, h), torch.where(begins, c_reset, c)
+        hx = (h.unsqueeze(0), c.unsqueeze(0))
+        output, h, c = torch._VF.lstm(segment, hx, weights, *options, False)
+        h, c = h.squeeze(0), c.squeeze(0)
+        outputs.append(output)
+    result = torch.cat(outputs)
+    return (result.flip(0) if reverse else result).flatten(0, 1), h, c
 
 
 def _stretches(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import cell_ops, ops
 from .ops import Layout, Stack, gate_major, gate_minor
 from .ragged import Ragged
 from .reference import lstm_layer
@@ -65,12 +65,30 @@ def scan_layers(
         options = (directions, bias, reverse, dropout, return_cells, len(tables))
         results = _Scan.apply(*states, seed, *options, *tables, *weights)  # type: ignore[no-untyped-call]
         return tuple(results[: 4 if return_cells else 3])
+    if ragged is None and input.shape[0] == 1 and preact_0 is None and dropout == 0:
+        return _single_step(input, h_0, c_0, stack, return_cells)
     hidden, _, cell, _, h_n, c_n = ops.scan_forward(
         input, h_0, c_0, weights, directions, bias, reverse, return_cells, False, tables, h_reset, c_reset, dropout,
         seed, preact_0, preact_reset,
     )  # fmt: skip
     output = _output(hidden, stack, input, ragged)
     return (output, h_n, c_n, _cells(cell, stack, input, ragged)) if return_cells else (output, h_n, c_n)
+
+
+def _single_step(
+    input: Tensor, h_0: Tensor | None, c_0: Tensor | None, stack: Stack, return_cells: bool
+) -> tuple[Tensor, ...]:
+    """One step without gradients, as in streaming: there is nobody to exchange states with."""
+    below, outputs = input[0], []
+    for lane in range(stack.lanes):
+        weights: list[Tensor | None] = [each[lane] for each in map(stack.named, ops.WEIGHTS[: stack.weights_per_lane])]
+        states = (None if each is None else each[lane] for each in (h_0, c_0))
+        outputs.append(cell_ops.cell_forward(below, *states, *weights, *[None] * (4 - len(weights)), False, "rnn")[:2])
+        if (lane + 1) % stack.directions == 0:
+            below = torch.cat([h for h, _ in outputs[-stack.directions :]], dim=-1)
+    h_n, c_n = (torch.stack(each) for each in zip(*outputs, strict=True))
+    results = (below.unsqueeze(0), h_n, c_n)
+    return (*results, c_n.unsqueeze(1)) if return_cells else results
 
 
 def scan_projected_layers(

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 if TYPE_CHECKING:
     from .functional import Call
-    from .planner import Kind, Plan
+    from .planner import CellPlan, Kind, Plan
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -115,7 +115,7 @@ def _obstacle(call: "Call") -> str | None:
         return "the batch is empty"
     if not _triton_installed:
         return "Triton is not installed (it is released for Linux only)"
-    input_sizes = [call.weights[0].shape[1]]
+    input_sizes = [] if call.cell else [call.weights[0].shape[1]]  # for a cell there is always a plan
     if call.num_layers > 1:
         input_sizes.append(call.directions * call.output_size)
     return _obstacle_of_device(device, dtype, tuple(input_sizes), call.hidden_size)
@@ -189,14 +189,14 @@ class ScanLaunch:
     """One launch of a kernel of this library.
 
     Attributes:
-        kind: "forward" or "backward".
+        kind: "forward" or "backward"; of an LSTMCell "cell" or "cell backward".
         lanes: the positions in `Explanation.layers` that it computes.
-        plan: its sizes.
+        plan: its sizes, if they were chosen.
     """
 
-    kind: "Kind"
+    kind: Literal["forward", "backward", "cell", "cell backward"]
     lanes: tuple[int, ...]
-    plan: "Plan"
+    plan: "Plan | CellPlan | None"
 
 
 @dataclass(frozen=True)
@@ -227,23 +227,27 @@ class Explanation:
         ]
         lines += [f"{each.layer:>5}  {each.direction:<9}  {each.path:<6}  {each.reason}" for each in self.layers]
         for number, scan in enumerate(self.scans, 1):
-            first, last = (self.layers[lane] for lane in (scan.lanes[0], scan.lanes[-1]))
-            what = f"layer {first.layer}" if first.layer == last.layer else f"layers {first.layer} to {last.layer}"
-            if len({each.direction for each in self.layers}) > 1:
-                what += " in both directions" if first.direction != last.direction else f", {first.direction}"
-            lines.append(f"launch {number}: {scan.kind} scan of {what}: {scan.plan}")
+            what = scan.kind if "cell" in scan.kind else f"{scan.kind} scan of {self._named(scan.lanes)}"
+            lines.append(f"launch {number}: {what}" + ("" if scan.plan is None else f": {scan.plan}"))
         return "\n".join(lines)
+
+    def _named(self, lanes: tuple[int, ...]) -> str:
+        first, last = (self.layers[lane] for lane in (lanes[0], lanes[-1]))
+        layers = f"layer {first.layer}" if first.layer == last.layer else f"layers {first.layer} to {last.layer}"
+        if len({each.direction for each in self.layers}) == 1:
+            return layers
+        return layers + (" in both directions" if first.direction != last.direction else f", {first.direction}")
 
 
 def explain(
-    module: nn.RNNBase,
+    module: nn.RNNBase | nn.LSTMCell,
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | list[Tensor] | None = None,
 ) -> Explanation:
     """What `module(input, hx)` would do here and now, without computing any of it.
 
     Args:
-        module: an `lstm_triton.LSTM`, or an `nn.LSTM`, of which is told what it would do as an `lstm_triton.LSTM`.
+        module: an `lstm_triton.LSTM` or `LSTMCell`, or one of `nn`, of which is told what it would do as the former.
         input, hx: as the module takes them. An input on the "meta" device, which has sizes but no memory, stands for
             one on the device of the module's weights.
 
@@ -263,19 +267,18 @@ def explain(
     choice = choose(None, call)
     dtype = autocast_dtype(call) or call.data.dtype
 
-    names: list[Literal["forward", "reverse"]] = ["forward", "reverse"] if module.bidirectional else ["forward"]
-    layers = [LayerExplanation(layer, direction, *choice) for layer in range(module.num_layers) for direction in names]
-    launches: tuple[ScanLaunch, ...] = ()
+    names: list[Literal["forward", "reverse"]] = ["forward", "reverse"] if call.directions == 2 else ["forward"]
+    layers = [LayerExplanation(layer, direction, *choice) for layer in range(call.num_layers) for direction in names]
+    launches: list[ScanLaunch] = []
     if choice.path == "triton":
-        kinds: tuple[Kind, Kind] = ("forward", "backward")
-        launches = tuple(launch for kind in kinds for launch in _launches(kind, call, dtype))
+        launches = _cell_launches(call, dtype) if call.cell else _launches(call, dtype)
     return Explanation(
-        str(module), str(call.data.device), dtype, call.time_steps, call.batch_size, tuple(layers), launches
+        str(module), str(call.data.device), dtype, call.time_steps, call.batch_size, tuple(layers), tuple(launches)
     )
 
 
 def call_of(
-    module: nn.RNNBase,
+    module: nn.RNNBase | nn.LSTMCell,
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | list[Tensor] | None,
     caller: str = "explain",
@@ -284,8 +287,15 @@ def call_of(
     """The call that a module would make, its arguments checked; `sequences` are lengths, resets and reset_state."""
     from .functional import check_arguments
 
+    if isinstance(module, nn.LSTMCell):
+        from . import cell
+
+        return cell.checked_call_of(module, input, hx)
     if not isinstance(module, nn.RNNBase) or module.mode != "LSTM":
-        raise TypeError(f"{caller} takes an lstm_triton.LSTM or a torch.nn.LSTM, got {type(module).__name__}")
+        takes = "an lstm_triton.LSTM or a torch.nn.LSTM"
+        if caller == "explain":
+            takes = "an LSTM or an LSTMCell, of lstm_triton or of torch.nn"
+        raise TypeError(f"{caller} takes {takes}, got {type(module).__name__}")
     return check_arguments(
         input,
         hx,
@@ -301,25 +311,35 @@ def call_of(
     )
 
 
-def _launches(kind: "Kind", call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
+def _launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
     from .ops import launches_of
 
     # Projected layers are scanned one by one: what lies between two of them is a product of its own.
     projected = call.output_size < call.hidden_size
     stacks = [1] * call.num_layers if projected else [call.num_layers]
+    kinds: tuple[Kind, Kind] = ("forward", "backward")
     found: list[ScanLaunch] = []
-    first = 0
-    for layers in stacks:
-        launches = launches_of(
-            kind,
-            num_layers=layers,
-            directions=call.directions,
-            batch_size=call.batch_size,
-            input_size=call.weights[0].shape[1] if first == 0 else call.directions * call.output_size,
-            hidden_size=call.hidden_size,
-            dtype=dtype,
-            device=call.data.device,
-        )
-        found += [ScanLaunch(kind, tuple(first + lane for lane in each.lanes), each.plan) for each in launches]
-        first += layers * call.directions
+    for kind in kinds:
+        first = 0
+        for layers in stacks:
+            launches = launches_of(
+                kind,
+                num_layers=layers,
+                directions=call.directions,
+                batch_size=call.batch_size,
+                input_size=call.weights[0].shape[1] if first == 0 else call.directions * call.output_size,
+                hidden_size=call.hidden_size,
+                dtype=dtype,
+                device=call.data.device,
+            )
+            found += [ScanLaunch(kind, tuple(first + lane for lane in each.lanes), each.plan) for each in launches]
+            first += layers * call.directions
     return found
+
+
+def _cell_launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
+    from .cell_ops import plan_of
+
+    stand_in = call.data.new_empty(1, dtype=dtype).expand(call.batch_size, call.weights[0].shape[1])
+    plan = plan_of(stand_in, call.hidden_size, "matmul")
+    return [ScanLaunch("cell", (0,), plan), ScanLaunch("cell backward", (0,), None)]

@@ -182,6 +182,7 @@ class Call(NamedTuple):
     resets: Tensor | None = None  # (T, B)
     reset_state: States | None = None
     return_cells: bool = False
+    cell: bool = False  # a single step, of `LSTMCell`: data is (B, I), states are (B, H)
 
 
 def check_arguments(

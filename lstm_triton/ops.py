@@ -22,6 +22,9 @@ from .ragged import Ragged
 PREACTIVATION_BYTES = 2**30  # of input projections at a time, where they are not kept
 
 
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
 class Layout(NamedTuple):
     """State rows (kernels/forward.py): B initial states, the rows of the steps, B initial states of the reverse
     direction; of a ragged batch, B states to start anew from besides. A row has `state_stride(H)` elements, those past
@@ -88,8 +91,12 @@ class Stack(NamedTuple):
     reverse: bool
 
     @property
+    def weights_per_lane(self) -> int:
+        return 4 if self.bias else 2
+
+    @property
     def lanes(self) -> int:
-        return len(self.weights) // (4 if self.bias else 2)
+        return len(self.weights) // self.weights_per_lane
 
     @property
     def num_layers(self) -> int:
@@ -101,8 +108,7 @@ class Stack(NamedTuple):
 
     def named(self, name: str) -> Sequence[Tensor]:
         """One weight of every lane."""
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if self.bias else 2]
-        return self.weights[names.index(name) :: len(names)]
+        return self.weights[WEIGHTS.index(name) :: self.weights_per_lane]
 
     def is_reverse(self, lane: int) -> bool:
         return self.reverse != (lane % self.directions == 1)
@@ -113,7 +119,7 @@ class Stack(NamedTuple):
 
     def of(self, lanes: slice) -> "Stack":
         """Some of the lanes."""
-        size = 4 if self.bias else 2
+        size = self.weights_per_lane
         weights = self.weights[size * lanes.start : size * lanes.stop]
         return Stack(weights, self.directions, self.bias, self.is_reverse(lanes.start))
 

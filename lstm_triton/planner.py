@@ -390,6 +390,74 @@ def forced(chosen: Plan, kind: Kind = "forward") -> Iterator[None]:
             _forced[kind] = previous
 
 
+CELL_BACKWARD_BLOCK = 512  # elements of a program of the cell's backward kernel
+CELL_BACKWARD_WARPS = 4
+CELL_TILE_BYTES = 80 * 1024  # of weights and rows under way to a program, in all of its stages
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """How one step of the cell runs. The names are the kernel's own (kernels/cell.py).
+
+    Attributes:
+        block_batch: rows of a program's tile.
+        block_hidden: hidden units of a program's tile.
+        programs: of the launch.
+        block_input: columns of a chunk of the input and its weights.
+        block_k: the same for the recurrent weights.
+        dot_precision: "tf32", "tf32x3" or "ieee"; it matters for float32 only.
+        num_stages: chunks that are under way at the same time.
+        num_warps: warps of a program.
+    """
+
+    block_batch: int
+    block_hidden: int
+    programs: int
+    block_input: int
+    block_k: int
+    dot_precision: str
+    num_stages: int
+    num_warps: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.programs} programs of {self.num_warps} warps (tiles of {self.block_batch} rows x "
+            f"{self.block_hidden} units)"
+        )
+
+
+@cache
+def plan_cell(
+    *, batch_size: int, input_size: int, hidden_size: int, dtype: torch.dtype, device: Device, allow_tf32: bool
+) -> CellPlan:
+    """The plan for one step of the cell, which fits every device.
+
+    A single step is bound by reading the weights: the tiles are as large as they can be while every multiprocessor has
+    one.
+    """
+    size = dtype.itemsize
+    block_batch = min(max(8, _power_of_2(batch_size)), 64)
+    row_tiles = _divide_up(batch_size, block_batch)
+    block_hidden = min(32, max(4, _power_of_2(hidden_size)))  # 4: tensor cores want 16 rows of weights
+    while block_hidden > 4 and row_tiles * _divide_up(hidden_size, block_hidden) < device.multiprocessors:
+        block_hidden //= 2
+    rows, num_stages = 4 * block_hidden + block_batch, 3
+    precision = _dot_precision(dtype, device, allow_tf32)
+    row_bytes = 256 if precision == "tf32x3" else 512  # full precision keeps several parts of what it multiplies
+    while row_bytes > 64 and num_stages * rows * row_bytes > min(CELL_TILE_BYTES, device.shared_bytes * 3 // 4):
+        row_bytes //= 2
+    return CellPlan(
+        block_batch=block_batch,
+        block_hidden=block_hidden,
+        programs=row_tiles * _divide_up(hidden_size, block_hidden),
+        block_input=_chunk(input_size, row_bytes // size),
+        block_k=_chunk(hidden_size, row_bytes // size),
+        dot_precision=precision,
+        num_stages=num_stages,
+        num_warps=8 if 4 * block_hidden * block_batch >= 64 * 32 else 4,
+    )
+
+
 def _dot_precision(dtype: torch.dtype, device: Device, allow_tf32: bool) -> str:
     if dtype != torch.float32 or device.arch == "interpreter":
         return "ieee"

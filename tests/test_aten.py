@@ -46,6 +46,26 @@ def test_layer_is_the_reference_layer(reverse: bool, bias: bool, states: bool) -
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("lengths", [None, torch.tensor([3, 5])], ids=["all steps", "lengths"])
+@pytest.mark.parametrize("projected", [False, True])
+def test_layer_that_starts_anew_is_the_reference_layer(reverse: bool, lengths: Tensor | None, projected: bool) -> None:
+    input, *others = arguments(projected=projected)
+    others[0:0] = [input.flatten(0, 1)]
+    output_size = 2 if projected else 4
+    reset = [torch.randn(2, size, dtype=torch.float64, requires_grad=True) for size in (output_size, 4)]
+    resets = torch.tensor([[1, 0], [0, 0], [1, 1], [0, 1], [0, 0]]).bool()
+    ragged = dense(lengths, resets, 5, 2, torch.device("cpu"))
+    for states in ({}, {"h_reset": reset[0], "c_reset": reset[1]}):
+        leaves, results, gradients = [input, *others[1:], *(reset if states else ())], [], []
+        for scan_layer in (aten.layer, reference.lstm_layer):
+            results.append(scan_layer(*others, reverse=reverse, ragged=ragged, **states))
+            loss = sum(result.square().sum() for result in results[-1])
+            gradients.append(torch.autograd.grad(loss, leaves))
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*gradients)
+
+
 def test_second_derivative_is_refused() -> None:
     tensors = arguments()
     output, _, _ = aten.scan_layer(*tensors, reverse=False)

@@ -307,7 +307,7 @@ def test_explain_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("module", [nn.GRU(3, 4), nn.Linear(3, 4), None])
 def test_explain_takes_lstms_only(module: Any) -> None:
-    with pytest.raises(TypeError, match=r"explain takes an lstm_triton\.LSTM or a torch\.nn\.LSTM, got "):
+    with pytest.raises(TypeError, match=r"explain takes an LSTM or an LSTMCell, of lstm_triton or of torch\.nn, got "):
         lstm_triton.explain(module, torch.zeros(5, 2, 3))
 
 

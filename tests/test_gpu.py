@@ -12,10 +12,13 @@ import lstm_triton
 from lstm_triton import planner
 from lstm_triton.autograd import scan_layer
 from lstm_triton.check import tf32
+from lstm_triton.ops import _matmul_precision as matmul_precision
 from lstm_triton.reference import lstm_layer
 
-from .comparing import LoopLSTM, assert_results_as_accurate, run, twins
+from .comparing import LoopLSTM, assert_as_accurate, assert_results_as_accurate, run, twins
 from .kernel_cases import DTYPES, Layer
+from .test_cell import assert_cell_as_accurate
+from .test_cell import run as run_cell
 
 pytestmark = pytest.mark.gpu
 
@@ -275,3 +278,40 @@ def test_first_call_is_reported(precision: str) -> None:
     output.sum().backward()
     torch.cuda.synchronize()
     print(f"first forward and backward of a new layer: {time.perf_counter() - started:.2f} s")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 33, 37), (16, 768, 768), (100, 300, 1000), (4, 64, 4096)], ids=str)
+def test_cell(sizes: tuple[int, int, int], dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_repeated(precision, dtype)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    batch_size, input_size, hidden_size = sizes
+    torch.manual_seed(0)
+    ours = lstm_triton.LSTMCell(input_size, hidden_size, dtype=dtype, device="cuda")
+    stock = torch.nn.LSTMCell(input_size, hidden_size, dtype=dtype, device="cuda")
+    stock.load_state_dict(ours.state_dict())
+    tensors = [
+        torch.randn(batch_size, size, device="cuda").to(dtype) for size in (input_size, hidden_size, hidden_size)
+    ]
+    with matmul_precision(precision), lstm_triton.backend("triton"):
+        actual = run_cell(ours, *tensors)
+        with torch.no_grad():
+            h, c = ours(tensors[0], (tensors[1], tensors[2]))
+    with matmul_precision(precision):
+        assert_cell_as_accurate(actual, stock, *tensors)
+    torch.testing.assert_close((h, c), (actual["h_1"], actual["c_1"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_single_steps_without_gradients(dtype: torch.dtype, precision: str) -> None:
+    skip_repeated(precision, dtype)
+    ours, stock = twins(40, 96, num_layers=2, bidirectional=True, dtype=dtype, device="cuda")
+    input, hx = torch.randn(1, 25, 40, device="cuda").to(dtype), torch.randn(2, 4, 25, 96, device="cuda").to(dtype)
+    with torch.no_grad(), lstm_triton.backend("triton"):
+        actual = ours(input, tuple(hx))
+        expected = stock(input, tuple(hx))
+        exact = stock.double()(input.double(), tuple(hx.double()))
+    for one, right, other in zip(
+        (actual[0], *actual[1]), (exact[0], *exact[1]), (expected[0], *expected[1]), strict=True
+    ):
+        assert_as_accurate(one, right, other)

@@ -82,8 +82,28 @@ def test_every_kernel_compiles_for_other_gpus(arch: str) -> None:
         assert (row["step_cycles"] is None) == arch.startswith("gfx")
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_cells(arch: str) -> None:
+    """No spills, and any number of programs."""
+    rows = report(
+        "--arch", arch, "--kernel", "cell", "cell_backward", "--hidden", "37", "768", "2048",
+        "--batch", "1", "16", "64", "256", "--dtype", "float32", "float16",
+    )  # fmt: skip
+    assert {row["kernel"] for row in rows} == {"cell", "cell_backward"}
+    assert max(row["programs"] for row in rows) > resources.DEVICES[arch].multiprocessors
+    for row in rows:
+        assert resources.problems(row) == []
+
+
 def test_problems_are_found() -> None:
-    fine: dict[str, Any] = {"arch": "sm_90", "error": None, "spill_bytes": 0, "shared_bytes": 1, "programs": 132}
+    fine: dict[str, Any] = {
+        "kernel": "forward",
+        "arch": "sm_90",
+        "error": None,
+        "spill_bytes": 0,
+        "shared_bytes": 1,
+        "programs": 132,
+    }
     assert resources.problems(fine) == []
     assert "spills 8 bytes" in resources.problems({**fine, "spill_bytes": 8})[0]
     assert "shared memory" in resources.problems({**fine, "shared_bytes": 10**6})[0]

@@ -1,0 +1,150 @@
+"""The cell: one step of an LSTM layer, and its derivative. Any number of programs: they do not wait for each other.
+
+Notation: B batch rows, I input_size, H hidden_size; gate order i, f, g, o; formula in gates.py. A program of the
+forward kernel owns a tile of BLOCK_BATCH rows x BLOCK_HIDDEN units, that is 4 * BLOCK_HIDDEN gate-minor rows of both
+weights, which it reads chunk by chunk:
+
+    gates = activate(x W_ih^T + b_ih + h W_hh^T + b_hh)
+    c', h' = update_state(gates, c)
+
+The backward kernel goes from the gradients of h' and c' to those of the pre-activations and of c, element by element.
+Those of x, h, the weights and the biases are plain matrix products and sums over them, done afterwards.
+"""
+
+import triton
+import triton.language as tl
+
+from .forward import load_bias
+from .gates import activate, differentiate, split_gates, update_state
+from .product import load_left
+
+
+@triton.jit
+def add_linear(
+    sums,  # (M, rows) float32
+    weight_ptr,  # (4H, SIZE)
+    gate_rows,  # (M,) rows of the weight
+    gate_mask,
+    row_ptrs,  # (rows,) where the rows of the other factor begin
+    row_mask,
+    SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    """Add weight[gate_rows] @ rows^T to the sums."""
+    ks = tl.arange(0, BLOCK_K)
+    weight_ptrs = weight_ptr + gate_rows[:, None] * SIZE + ks[None, :]
+    for chunk in range((SIZE + BLOCK_K - 1) // BLOCK_K):
+        left = load_left(weight_ptrs, gate_mask, ks, chunk, BLOCK_K, SIZE, BLOCK_K, 1)
+        mask = row_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)[None, :]
+        right = tl.load(row_ptrs[:, None] + chunk * BLOCK_K + ks[None, :], mask=mask, other=0.0)
+        sums = tl.dot(left, tl.trans(right), sums, input_precision=DOT_PRECISION)
+    return sums
+
+
+@triton.jit(do_not_specialize=["batch_size"])
+def cell_forward(
+    input_ptr,  # (B, I)
+    input_stride,  # elements between rows
+    hidden_ptr,  # (B, H), read only if HAS_STATE, as the next one
+    cell_ptr,  # (B, H)
+    weight_ih_ptr,  # (4H, I)
+    weight_hh_ptr,  # (4H, H)
+    bias_ih_ptr,  # (4H,), read only if HAS_BIAS
+    bias_hh_ptr,  # (4H,), read only if HAS_BIAS
+    hidden_next_ptr,  # (B, H) h'
+    cell_next_ptr,  # (B, H) c'
+    gates_ptr,  # (B, 4H) activated gates, written only if KEEP_GATES
+    batch_size,
+    INPUT: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    HAS_STATE: tl.constexpr,  # otherwise h and c are zeros
+    HAS_BIAS: tl.constexpr,
+    KEEP_GATES: tl.constexpr,
+    BLOCK_BATCH: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_INPUT: tl.constexpr,  # columns of a chunk of x and W_ih
+    BLOCK_K: tl.constexpr,  # columns of a chunk of h and W_hh
+    DOT_PRECISION: tl.constexpr,
+):
+    SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
+    slice_index = tl.program_id(0) % SLICES
+    rows = (tl.program_id(0) // SLICES).to(tl.int64) * BLOCK_BATCH + tl.arange(0, BLOCK_BATCH)
+    row_mask = rows < batch_size
+    units = slice_index * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    gate_minor = slice_index * 4 * BLOCK_HIDDEN + tl.arange(0, 4 * BLOCK_HIDDEN)
+    gate_rows = (gate_minor % 4 * HIDDEN + gate_minor // 4).to(tl.int64)
+    gate_mask = gate_minor < 4 * HIDDEN
+    mask = row_mask[:, None] & (units < HIDDEN)[None, :]
+    states = rows[:, None] * HIDDEN + units[None, :]
+
+    preact = tl.zeros((4 * BLOCK_HIDDEN, BLOCK_BATCH), tl.float32)
+    preact = add_linear(
+        preact, weight_ih_ptr, gate_rows, gate_mask, input_ptr + rows * input_stride, row_mask, INPUT, BLOCK_INPUT,
+        DOT_PRECISION,
+    )  # fmt: skip
+    if HAS_STATE:
+        preact = add_linear(
+            preact, weight_hh_ptr, gate_rows, gate_mask, hidden_ptr + rows * HIDDEN, row_mask, HIDDEN, BLOCK_K,
+            DOT_PRECISION,
+        )  # fmt: skip
+    input_preact, forget_preact, cell_preact, output_preact = split_gates(preact, BLOCK_HIDDEN, BLOCK_BATCH)
+    if HAS_BIAS:
+        input_preact += load_bias(bias_ih_ptr, bias_hh_ptr, units, 0, HIDDEN)
+        forget_preact += load_bias(bias_ih_ptr, bias_hh_ptr, units, 1, HIDDEN)
+        cell_preact += load_bias(bias_ih_ptr, bias_hh_ptr, units, 2, HIDDEN)
+        output_preact += load_bias(bias_ih_ptr, bias_hh_ptr, units, 3, HIDDEN)
+
+    input_gate, forget_gate, candidate, output_gate = activate(input_preact, forget_preact, cell_preact, output_preact)
+    cell = tl.zeros_like(input_gate)
+    if HAS_STATE:
+        cell += tl.load(cell_ptr + states, mask=mask, other=0.0)
+    cell, hidden = update_state(input_gate, forget_gate, candidate, output_gate, cell)
+    tl.store(hidden_next_ptr + states, hidden.to(hidden_next_ptr.dtype.element_ty), mask=mask)
+    tl.store(cell_next_ptr + states, cell.to(cell_next_ptr.dtype.element_ty), mask=mask)
+    if KEEP_GATES:
+        gates = gates_ptr + rows[:, None] * (4 * HIDDEN) + units[None, :]
+        tl.store(gates, input_gate.to(gates_ptr.dtype.element_ty), mask=mask)
+        tl.store(gates + HIDDEN, forget_gate.to(gates_ptr.dtype.element_ty), mask=mask)
+        tl.store(gates + 2 * HIDDEN, candidate.to(gates_ptr.dtype.element_ty), mask=mask)
+        tl.store(gates + 3 * HIDDEN, output_gate.to(gates_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch_size"])
+def cell_backward(
+    grad_hidden_ptr,  # (B, H) gradient of h'
+    grad_cell_next_ptr,  # (B, H) gradient of c'
+    gates_ptr,  # (B, 4H) activated gates
+    cell_ptr,  # (B, H) c, read only if HAS_STATE
+    cell_next_ptr,  # (B, H) c'
+    grad_gates_ptr,  # (B, 4H) gradients of the pre-activations
+    grad_cell_ptr,  # (B, H) gradient of c
+    batch_size,
+    HIDDEN: tl.constexpr,
+    HAS_STATE: tl.constexpr,  # otherwise c is zeros
+    BLOCK: tl.constexpr,  # elements of a program
+):
+    states = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    rows = states // HIDDEN
+    mask = rows < batch_size
+    gates = states + rows * (3 * HIDDEN)
+    input_gate = tl.load(gates_ptr + gates, mask=mask, other=0.0).to(tl.float32)
+    forget_gate = tl.load(gates_ptr + gates + HIDDEN, mask=mask, other=0.0).to(tl.float32)
+    candidate = tl.load(gates_ptr + gates + 2 * HIDDEN, mask=mask, other=0.0).to(tl.float32)
+    output_gate = tl.load(gates_ptr + gates + 3 * HIDDEN, mask=mask, other=0.0).to(tl.float32)
+    cell_next = tl.load(cell_next_ptr + states, mask=mask, other=0.0).to(tl.float32)
+    cell = tl.zeros_like(cell_next)
+    if HAS_STATE:
+        cell += tl.load(cell_ptr + states, mask=mask, other=0.0)
+    grad_hidden = tl.load(grad_hidden_ptr + states, mask=mask, other=0.0).to(tl.float32)
+    grad_cell_next = tl.load(grad_cell_next_ptr + states, mask=mask, other=0.0).to(tl.float32)
+
+    grad_input_preact, grad_forget_preact, grad_cell_preact, grad_output_preact, grad_cell = differentiate(
+        input_gate, forget_gate, candidate, output_gate, cell, cell_next, grad_hidden, grad_cell_next
+    )
+    element = grad_gates_ptr.dtype.element_ty
+    tl.store(grad_gates_ptr + gates, grad_input_preact.to(element), mask=mask)
+    tl.store(grad_gates_ptr + gates + HIDDEN, grad_forget_preact.to(element), mask=mask)
+    tl.store(grad_gates_ptr + gates + 2 * HIDDEN, grad_cell_preact.to(element), mask=mask)
+    tl.store(grad_gates_ptr + gates + 3 * HIDDEN, grad_output_preact.to(element), mask=mask)
+    tl.store(grad_cell_ptr + states, grad_cell.to(element), mask=mask)
