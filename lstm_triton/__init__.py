@@ -12,9 +12,22 @@ a call first needs them.
 """
 
 from . import functional, reference
+from .accelerate import Acceleration, accelerate
 from .backend import backend, explain
+from .convert import Replacement, replace_lstm
 from .module import LSTM
 
 __version__ = "0.1.0"
 
-__all__ = ["LSTM", "__version__", "backend", "explain", "functional", "reference"]
+__all__ = [
+    "LSTM",
+    "Acceleration",
+    "Replacement",
+    "__version__",
+    "accelerate",
+    "backend",
+    "explain",
+    "functional",
+    "reference",
+    "replace_lstm",
+]

@@ -49,7 +49,7 @@ def layer(
             input, h_0, c_0, *weights, reverse=reverse, h_reset=h_reset, c_reset=c_reset, ragged=ragged,
             return_cells=True,
         )  # fmt: skip
-    given = [weight for weight in weights if weight is not None]
+    given = tuple(weight for weight in weights if weight is not None)  # no list, as in functional._call_aten
     options = (bias_ih is not None, 1, 0.0, torch.is_grad_enabled(), False)
     if ragged is not None:
         return _stretches(input, (h_0, c_0), (h_reset, c_reset), given, options, ragged, reverse)
@@ -63,7 +63,7 @@ def _stretches(
     input: Tensor,
     states: tuple[Tensor, Tensor],
     reset: tuple[Tensor | None, Tensor | None],
-    weights: list[Tensor],
+    weights: tuple[Tensor, ...],
     options: tuple[Any, ...],
     ragged: Ragged,
     reverse: bool,

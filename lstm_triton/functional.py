@@ -138,10 +138,10 @@ def lstm(
         reset_state=reset_state,
         return_cells=return_cells,
     )
-    scan_layer = _layer_function(choose(backend, call).path, call)
+    path = choose(backend, call).path
     if isinstance(input, PackedSequence) and call.states is not None:
         call = call._replace(states=_permuted(call.states, input.sorted_indices))
-    output, h_n, c_n, cells = _call_aten(call) if scan_layer is None else _stack(scan_layer, call)
+    output, h_n, c_n, cells = compute(path, call)
     results: tuple[Any, ...]
     if isinstance(input, PackedSequence):
         states = _permuted((h_n, c_n), input.unsorted_indices)
@@ -392,6 +392,12 @@ def _layer_function(path: str, call: Call) -> ScanLayer | None:
     return None
 
 
+def compute(path: str, call: Call) -> Results:
+    """All layers of a call, by the path chosen for it; the states are in the order of the data's sequences."""
+    scan_layer = _layer_function(path, call)
+    return _call_aten(call) if scan_layer is None else _stack(scan_layer, call)
+
+
 def _call_aten(call: Call) -> Results:
     """The call that `torch.nn.LSTM` makes."""
     states = call.states
@@ -401,10 +407,11 @@ def _call_aten(call: Call) -> Results:
         c_0 = call.data.new_zeros(layers, call.batch_size, call.hidden_size)
         states = (h_0, c_0)
     options = (call.bias, call.num_layers, call.dropout, call.training, call.directions == 2)
+    weights = tuple(call.weights)  # nn.LSTM gives a list, by which `accelerate` tells its calls from this one
     if call.batch_sizes is None:
-        results = torch._VF.lstm(call.data, states, call.weights, *options, call.batch_first)
+        results = torch._VF.lstm(call.data, states, weights, *options, call.batch_first)
     else:
-        results = torch._VF.lstm(call.data, call.batch_sizes, states, call.weights, *options)
+        results = torch._VF.lstm(call.data, call.batch_sizes, states, weights, *options)
     return *results, None
 
 
