@@ -1,48 +1,51 @@
 """Unchanged models: their calls of `torch._VF.lstm`, which is what `nn.LSTM` ends in, are taken over by the kernels."""
 
 from collections import Counter
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import TorchFunctionMode
 
 from .backend import choose
 from .functional import Call, check_arguments, compute
 
-ARGUMENTS = 9  # positional ones, with which nn.LSTM calls it
+# An attribute is set, and no TorchFunctionMode: that would pass every operation of the model through Python, and be off
+# in `Tensor.backward`, where activation checkpointing computes a forward pass again.
+
+ARGUMENTS = 9  # all of them positional, with which nn.LSTM calls it
+
+_lock = Lock()
+_active: list["Acceleration"] = []  # in the order of entering
+_original = torch._VF.lstm
 
 
-class Acceleration(TorchFunctionMode):
+class Acceleration:
     """What `accelerate` gives: the context, and a count of what happened in it; `print` it.
 
     Attributes:
-        taken_over: the calls that the kernels computed.
-        left: how many calls PyTorch's own function computed, by the reason.
+        taken_over: how many calls went to the kernels.
+        left: how many calls went to PyTorch's own function, by the reason.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.taken_over = 0
         self.left: Counter[str] = Counter()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # While this runs the mode is off, for this thread: what is called here does not come back.
-        if func is torch._VF.lstm and isinstance(_weights(args), list):
-            call = None if kwargs else _call_of(args)
-            if call is None:
-                self.left["the arguments are not those of nn.LSTM"] += 1
-            else:
-                choice = choose(None, call)
-                if choice.path == "triton":
-                    results = compute("triton", call)[:3]
-                    self.taken_over += 1
-                    return results
-                self.left[choice.reason] += 1
-        return func(*args, **(kwargs or {}))
+    def __enter__(self) -> "Acceleration":
+        global _original
+        with _lock:
+            if not _active:
+                _original, torch._VF.lstm = torch._VF.lstm, _lstm
+            _active.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            _active.remove(self)
+            if not _active:
+                torch._VF.lstm = _original
 
     def __str__(self) -> str:
         lines = [f"calls of torch._VF.lstm taken over by the kernels: {self.taken_over}"]
@@ -56,14 +59,15 @@ def accelerate() -> Acceleration:
     For models that cannot be changed, subclasses of `nn.LSTM`, and code that insists on `isinstance(m, nn.LSTM)`: it
     takes over the function in which `nn.LSTM` ends, `torch._VF.lstm`, and leaves the rest to the module. Where the
     kernels do not take a call PyTorch's own function computes it, as it would have; `lstm_triton.backend` chooses here
-    as well. Where the model can be changed, `lstm_triton.replace_lstm` costs less: here every PyTorch function called
-    inside passes through Python once more.
+    as well.
 
-    It holds for the thread that enters it, and for backward passes started in it. Call `backward` inside, too, where
-    activation checkpointing computes a forward pass again. Layers compiled by TorchScript do not pass through here.
+    It holds for all threads, as `lstm_triton.backend` does. Gradients may be computed inside or after it; only where
+    activation checkpointing computes a forward pass again, `backward` belongs inside. Layers compiled by TorchScript do
+    not pass through here, and `torch.jit.script` cannot compile an `nn.LSTM` inside.
 
     Returns:
-        The context. `with accelerate() as acceleration:` gives it a name, under which it tells what it did.
+        The context. `with accelerate() as acceleration:` gives it a name, under which it tells what it did; of nested
+        ones the inner one counts.
 
     >>> from torch import nn
     >>> with accelerate() as acceleration:
@@ -75,10 +79,19 @@ def accelerate() -> Acceleration:
     return Acceleration()
 
 
-def _weights(arguments: tuple[Any, ...]) -> Any:
-    """Of (input, hx, weights, ...), or of (data, batch_sizes, hx, weights, ...)."""
-    index = 3 if len(arguments) > 1 and isinstance(arguments[1], Tensor) else 2
-    return arguments[index] if len(arguments) > index else None
+def _lstm(*arguments: Any, **by_name: Any) -> Any:
+    """What `torch._VF.lstm` is while an acceleration is active."""
+    call = None if by_name else _call_of(arguments)
+    path, reason = ("aten", "the arguments are not those of nn.LSTM") if call is None else choose(None, call)
+    with _lock:
+        if _active:  # another thread may just have left the last one
+            if path == "triton":
+                _active[-1].taken_over += 1
+            else:
+                _active[-1].left[reason] += 1
+    if call is None or path == "aten":
+        return _original(*arguments, **by_name)
+    return compute(path, call)[:3]
 
 
 def _call_of(arguments: tuple[Any, ...]) -> Call | None:

@@ -49,13 +49,13 @@ def layer(
             input, h_0, c_0, *weights, reverse=reverse, h_reset=h_reset, c_reset=c_reset, ragged=ragged,
             return_cells=True,
         )  # fmt: skip
-    given = tuple(weight for weight in weights if weight is not None)  # no list, as in functional._call_aten
+    given = [weight for weight in weights if weight is not None]
     options = (bias_ih is not None, 1, 0.0, torch.is_grad_enabled(), False)
     if ragged is not None:
         return _stretches(input, (h_0, c_0), (h_reset, c_reset), given, options, ragged, reverse)
     input = input.flip(0) if reverse else input
     states = (h_0.unsqueeze(0), c_0.unsqueeze(0))
-    output, h_n, c_n = torch._VF.lstm(input, states, given, *options, False)
+    output, h_n, c_n = torch.lstm(input, states, given, *options, False)
     return output.flip(0) if reverse else output.contiguous(), h_n.squeeze(0), c_n.squeeze(0)
 
 
@@ -63,7 +63,7 @@ def _stretches(
     input: Tensor,
     states: tuple[Tensor, Tensor],
     reset: tuple[Tensor | None, Tensor | None],
-    weights: tuple[Tensor, ...],
+    weights: list[Tensor],
     options: tuple[Any, ...],
     ragged: Ragged,
     reverse: bool,
@@ -94,7 +94,7 @@ def _stretches(
         begun = state[sequences]
         begun = torch.where(anew, torch.zeros_like(begun) if other is None else other[sequences], begun)
         initial.append(begun[longest].unsqueeze(0))
-    found, *final = torch._VF.lstm(input[order], offset.bincount().cpu(), initial, weights, *options)
+    found, *final = torch.lstm(input[order], offset.bincount().cpu(), initial, weights, *options)
 
     output = output.index_copy(0, order, found)
     # A sequence ends with its last stretch; without one, as it began.

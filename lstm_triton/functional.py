@@ -407,11 +407,11 @@ def _call_aten(call: Call) -> Results:
         c_0 = call.data.new_zeros(layers, call.batch_size, call.hidden_size)
         states = (h_0, c_0)
     options = (call.bias, call.num_layers, call.dropout, call.training, call.directions == 2)
-    weights = tuple(call.weights)  # nn.LSTM gives a list, by which `accelerate` tells its calls from this one
+    # By the name that `lstm_triton.accelerate` does not take over.
     if call.batch_sizes is None:
-        results = torch._VF.lstm(call.data, states, weights, *options, call.batch_first)
+        results = torch.lstm(call.data, states, call.weights, *options, call.batch_first)
     else:
-        results = torch._VF.lstm(call.data, call.batch_sizes, states, weights, *options)
+        results = torch.lstm(call.data, call.batch_sizes, states, call.weights, *options)
     return *results, None
 
 
