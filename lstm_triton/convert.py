@@ -116,6 +116,8 @@ def replace_lstm(model: nn.Module) -> Replacement:
 def _reason_to_leave(module: nn.Module) -> str | None:
     """Why an LSTM cannot be replaced; None if it can, or is none."""
     if isinstance(module, nn.LSTM):
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+            return "it is sharded by fully_shard: replace it before"
         added = own_names(_plain(type(module)))
         if added:
             return f"its class defines {added}"
