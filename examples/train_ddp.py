@@ -107,9 +107,7 @@ def train(options: argparse.Namespace) -> None:
         sequences, sums = adding_problem(options.time_steps, 500, options.seed)
         with torch.inference_mode():
             error = nn.functional.mse_loss(model(sequences.to(device)), sums.to(device))
-        print(
-            f"mean squared error on 500 other sequences: {error.item():.4f} (of always answering 1: 0.1667)", flush=True
-        )
+        print(f"mean squared error on 500 other sequences: {error.item():.4f} (always answering 1: 0.1667)", flush=True)
 
 
 def main() -> None:
@@ -128,10 +126,9 @@ def main() -> None:
         parser.error("start it with torchrun: torchrun --nproc-per-node 2 examples/train_ddp.py")
 
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        train(options)
-    finally:
-        dist.destroy_process_group()
+    train(options)
+    dist.barrier()  # nobody leaves while others are at work
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
