@@ -116,7 +116,7 @@ def replace_lstm(model: nn.Module) -> Replacement:
 def _reason_to_leave(module: nn.Module) -> str | None:
     """Why an LSTM cannot be replaced; None if it can, or is none."""
     if isinstance(module, nn.LSTM):
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):  # whoever has it imported it
             return "it is sharded by fully_shard: replace it before"
         added = own_names(_plain(type(module)))
         if added:

@@ -275,3 +275,27 @@ def test_a_model_that_is_compiled() -> None:
         output = compiled(input)
     assert acceleration.taken_over == 1
     torch.testing.assert_close(output, model(input).detach())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    _, stock = twins(40, 96, num_layers=2, bidirectional=True, dtype=torch.float16, device="cuda")
+    input = torch.randn(25, 7, 40, device="cuda", dtype=torch.float16)
+    with lstm_triton.backend("triton"), lstm_triton.accelerate() as acceleration:
+        results = run(stock, input)
+    assert acceleration.taken_over == 1
+    assert_results_as_accurate(results, stock, input)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_on_a_gpu(use_reentrant: bool) -> None:
+    """What is computed again, is so by another thread, the GPU's own in autograd."""
+    model = Insistent(twins(40, 96, dtype=torch.float16, device="cuda")[1])
+    input = torch.randn(25, 7, 40, device="cuda", dtype=torch.float16, requires_grad=True)
+    with lstm_triton.accelerate() as acceleration:
+        model(input).sum().backward()
+        expected, input.grad = input.grad, None
+        checkpoint(model, input, use_reentrant=use_reentrant).sum().backward()
+    assert acceleration.taken_over == 3
+    assert_same(input.grad, expected)

@@ -342,6 +342,21 @@ def test_replaced_layers_run_in_the_kernels(seed: int) -> None:
     assert_results_as_accurate(results, stock[0], input)
 
 
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:RNN module weights are not part of single contiguous chunk")
+def test_moved_to_a_gpu_and_undone() -> None:
+    model = nn.ModuleList([nn.LSTM(40, 96, num_layers=2)])
+    stock = copy.deepcopy(model).half().cuda()
+    replacement = lstm_triton.replace_lstm(model)
+    model.half().cuda()
+    input = torch.randn(25, 7, 40, device="cuda", dtype=torch.float16)
+    with lstm_triton.backend("triton"):
+        results = run(model[0], input)
+    assert_results_as_accurate(results, stock[0], input)
+    replacement.undo()
+    assert_results_as_accurate(run(model[0], input), stock[0], input)
+
+
 # --- One layer, from nn.LSTM and to it ---
 
 
@@ -444,7 +459,8 @@ def test_onnx(options: dict[str, Any], dynamo: bool) -> None:
 
     Of time steps as well by the older of PyTorch's exporters: the newer one writes every step out.
     """
-    onnxruntime = pytest.importorskip("onnxruntime")
+    import onnxruntime
+
     ours, _ = twins(3, 4, **options)
     ours.eval()
     stock, buffer = ours.to_torch_lstm(), io.BytesIO()

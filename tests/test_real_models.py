@@ -44,7 +44,8 @@ class Subject:
 
 def encodec() -> Subject:
     """transformers' EnCodec: convolutions around an LSTM of two layers, in the encoder and in the decoder."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.EncodecConfig(
         num_filters=2,
         hidden_size=4,
@@ -73,7 +74,8 @@ WORDS = torch.tensor([[8, 1, 2, 3, 4], [8, 6, 5, 0, 1]])  # beginning with the t
 
 def parakeet() -> Subject:
     """transformers' Parakeet, speech recognition: a transducer whose prediction network is an LSTM of two layers."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     encoder = {
         "hidden_size": 8,
         "num_hidden_layers": 1,
@@ -106,7 +108,8 @@ def parakeet() -> Subject:
 
 def recurrent_ppo(seed: int = 0) -> Any:
     """sb3-contrib's RecurrentPPO, which balances a pole: an LSTM for the actor, and one for the critic."""
-    sb3_contrib = pytest.importorskip("sb3_contrib")
+    import sb3_contrib
+
     return sb3_contrib.RecurrentPPO(
         "MlpLstmPolicy",
         "CartPole-v1",

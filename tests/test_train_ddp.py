@@ -29,8 +29,8 @@ def example() -> ModuleType:
     return module
 
 
-def start(checkpoint: Path, processes: int = 2) -> subprocess.Popen[str]:
-    """A small run, which prints every step."""
+def start(checkpoint: Path, processes: int = 2, gpus: str = "") -> subprocess.Popen[str]:
+    """A small run, which prints every step; on the CPU unless told otherwise, where sums have one order."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     sizes = {"--steps": STEPS, "--time-steps": 6, "--hidden-size": 8, "--batch-size": 8, "--save-every": 7}
     options = [str(word) for option in sizes.items() for word in option]
@@ -39,8 +39,8 @@ def start(checkpoint: Path, processes: int = 2) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # The checkout, whatever is installed; and on machines with GPUs the CPU, where sums have one order.
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        # From the checkout, whatever is installed.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": gpus},
     )
 
 
@@ -86,6 +86,15 @@ def test_killed_and_resumed(tmp_path: Path) -> None:
     torch.testing.assert_close(
         torch.load(single_path, weights_only=True)["model"], whole["model"], rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path) -> None:
+    printed = finish(start(tmp_path / "checkpoint.pt", processes=1, gpus="0"))
+    assert "1 processes on cuda, from step 0 to 300" in printed
+    losses = [float(line.split()[-1]) for line in printed.splitlines() if line.startswith("step ")]
+    assert len(losses) == STEPS
+    assert sum(losses[-50:]) < sum(losses[:50])
 
 
 def test_a_checkpoint_is_whole_or_not_there(
