@@ -12,11 +12,26 @@ kernels are imported when a call first needs them.
 """
 
 from . import functional, reference
+from .accelerate import Acceleration, accelerate
 from .backend import backend, explain
 from .cell import LSTMCell
+from .convert import Replacement, replace_lstm
 from .module import LSTM
 from .trace import trace
 
 __version__ = "0.1.0"
 
-__all__ = ["LSTM", "LSTMCell", "__version__", "backend", "explain", "functional", "reference", "trace"]
+__all__ = [
+    "LSTM",
+    "Acceleration",
+    "LSTMCell",
+    "Replacement",
+    "__version__",
+    "accelerate",
+    "backend",
+    "explain",
+    "functional",
+    "reference",
+    "replace_lstm",
+    "trace",
+]

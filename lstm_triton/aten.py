@@ -60,7 +60,7 @@ def layer(
         return _stretches(input, (h_0, c_0), (h_reset, c_reset), given, options, ragged, reverse)
     input = input.flip(0) if reverse else input
     states = (h_0.unsqueeze(0), c_0.unsqueeze(0))
-    output, h_n, c_n = torch._VF.lstm(input, states, given, *options, False)
+    output, h_n, c_n = torch.lstm(input, states, given, *options, False)
     return output.flip(0) if reverse else output.contiguous(), h_n.squeeze(0), c_n.squeeze(0)
 
 
@@ -168,7 +168,7 @@ def _stretches(
         begun = state[sequences]
         begun = torch.where(anew, torch.zeros_like(begun) if other is None else other[sequences], begun)
         initial.append(begun[longest].unsqueeze(0))
-    found, *final = torch._VF.lstm(input[order], offset.bincount().cpu(), initial, weights, *options)
+    found, *final = torch.lstm(input[order], offset.bincount().cpu(), initial, weights, *options)
 
     output = output.index_copy(0, order, found)
     # A sequence ends with its last stretch; without one, as it began.

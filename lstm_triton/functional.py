@@ -405,6 +405,12 @@ def _layers_function(path: str, call: Call) -> ScanLayers | None:
     return None
 
 
+def compute(path: str, call: Call) -> Results:
+    """All layers of a call, by the path chosen for it; the states are in the order of the data's sequences."""
+    scan_layers = _layers_function(path, call)
+    return _call_aten(call) if scan_layers is None else _stack(scan_layers, call)
+
+
 def _call_aten(call: Call) -> Results:
     """The call that `torch.nn.LSTM` makes."""
     states = call.states
@@ -414,10 +420,11 @@ def _call_aten(call: Call) -> Results:
         c_0 = call.data.new_zeros(layers, call.batch_size, call.hidden_size)
         states = (h_0, c_0)
     options = (call.bias, call.num_layers, call.dropout, call.training, call.directions == 2)
+    # By the name that `lstm_triton.accelerate` does not take over.
     if call.batch_sizes is None:
-        results = torch._VF.lstm(call.data, states, call.weights, *options, call.batch_first)
+        results = torch.lstm(call.data, states, call.weights, *options, call.batch_first)
     else:
-        results = torch._VF.lstm(call.data, call.batch_sizes, states, call.weights, *options)
+        results = torch.lstm(call.data, call.batch_sizes, states, call.weights, *options)
     return *results, None
 
 

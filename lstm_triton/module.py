@@ -1,11 +1,14 @@
 """The layer with its parameters: what takes the place of `torch.nn.LSTM` in a model."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .functional import Sequences, States, lstm
+
+Layer = TypeVar("Layer", bound=nn.RNNBase)
 
 
 class LSTM(nn.RNNBase):
@@ -159,6 +162,59 @@ class LSTM(nn.RNNBase):
             "proj_size": self.proj_size,
         }
 
+    def to_torch_lstm(self) -> nn.LSTM:
+        """A `torch.nn.LSTM` that computes the same: for ONNX, TorchScript, and machines without this package.
+
+        It has the same `Parameter` objects, so training the one trains the other, and the same training flag. A weight
+        that is no parameter but computed from others (weight_norm, parametrizations) becomes a parameter of its own,
+        with the present value. Hooks stay behind: they are about this module.
+
+        >>> import torch
+        >>> stock = LSTM(10, 20).to_torch_lstm()
+        >>> stock
+        LSTM(10, 20)
+        >>> isinstance(stock, torch.nn.LSTM)
+        True
+        """
+        twin = _without_weights(nn.LSTM, self)
+        for name in self._flat_weights_names:
+            weight = self._parameters.get(name)
+            setattr(twin, name, nn.Parameter(getattr(self, name).detach().clone()) if weight is None else weight)
+        return twin
+
+    @classmethod
+    def from_torch_lstm(cls, module: nn.LSTM) -> "LSTM":
+        """An LSTM of this library with the same `Parameter` objects and the same training flag as an `nn.LSTM`.
+
+        Training the one trains the other; an optimizer made for the one serves both. Hooks stay behind.
+        `lstm_triton.replace_lstm` changes a module in place instead, and keeps hooks and parametrizations as well.
+
+        Raises:
+            TypeError: the module is no `nn.LSTM`, or of a subclass with methods or attributes of its own, which would
+                be lost.
+            ValueError: one of its weights is no parameter, but computed from others (weight_norm, parametrizations).
+
+        >>> import torch
+        >>> stock = torch.nn.LSTM(10, 20)
+        >>> LSTM.from_torch_lstm(stock).weight_hh_l0 is stock.weight_hh_l0
+        True
+        """
+        if not isinstance(module, nn.LSTM):
+            raise TypeError(f"module must be a torch.nn.LSTM, got {type(module).__name__}")
+        for name in module._flat_weights_names:
+            if module._parameters.get(name) is None:
+                raise ValueError(
+                    f"module.{name} must be a parameter, but is computed from others: "
+                    "lstm_triton.replace_lstm(module) keeps that"
+                )
+        lost = own_names(type(module))
+        if lost:
+            raise TypeError(f"module must be a plain torch.nn.LSTM, but {type(module).__name__} defines {lost}")
+        twin = _without_weights(cls, module)
+        for name in module._flat_weights_names:
+            setattr(twin, name, module._parameters[name])
+        return twin
+
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every parameter where it is."""
 
@@ -166,3 +222,27 @@ class LSTM(nn.RNNBase):
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+
+def _without_weights(cls: Callable[..., Layer], module: nn.RNNBase) -> Layer:
+    """A module of a class with the options of another, whose weights have sizes only, until they are set."""
+    twin = cls(
+        module.input_size,
+        module.hidden_size,
+        num_layers=module.num_layers,
+        bias=module.bias,
+        batch_first=module.batch_first,
+        bidirectional=module.bidirectional,
+        proj_size=module.proj_size,
+        device="meta",
+    )
+    twin.dropout = module.dropout  # set afterwards: what the constructor had to say about it was said once
+    return twin.train(module.training)
+
+
+def own_names(cls: type[nn.Module]) -> str:
+    """What a subclass of `nn.LSTM` defines beside a constructor, and an `lstm_triton.LSTM` would not have."""
+    of_every_class = {"__init__", "__module__", "__doc__", "__annotations__", "__orig_bases__", "__parameters__"}
+    of_every_class |= {"__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}
+    added = cls.__mro__[: cls.__mro__.index(nn.LSTM)]
+    return ", ".join(sorted({name for base in added for name in vars(base)} - of_every_class))

@@ -1,0 +1,124 @@
+"""Unchanged models: their calls of `torch._VF.lstm`, which is what `nn.LSTM` ends in, are taken over by the kernels."""
+
+from collections import Counter
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .backend import choose
+from .functional import Call, check_arguments, compute
+
+# An attribute is set, and no TorchFunctionMode: that would pass every operation of the model through Python, and be off
+# in `Tensor.backward`, where activation checkpointing computes a forward pass again.
+
+ARGUMENTS = 9  # all of them positional, with which nn.LSTM calls it
+
+_lock = Lock()
+_active: list["Acceleration"] = []  # in the order of entering
+_original = torch._VF.lstm
+
+
+class Acceleration:
+    """What `accelerate` gives: the context, and a count of what happened in it; `print` it.
+
+    Attributes:
+        taken_over: how many calls went to the kernels.
+        left: how many calls went to PyTorch's own function, by the reason.
+    """
+
+    def __init__(self) -> None:
+        self.taken_over = 0
+        self.left: Counter[str] = Counter()
+
+    def __enter__(self) -> "Acceleration":
+        global _original
+        with _lock:
+            if not _active:
+                _original, torch._VF.lstm = torch._VF.lstm, _lstm
+            _active.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _lock:
+            _active.remove(self)
+            if not _active:
+                torch._VF.lstm = _original
+
+    def __str__(self) -> str:
+        lines = [f"calls of torch._VF.lstm taken over by the kernels: {self.taken_over}"]
+        lines += [f"left to PyTorch: {count} ({reason})" for reason, count in self.left.items()]
+        return "\n".join(lines)
+
+
+def accelerate() -> Acceleration:
+    """Inside `with lstm_triton.accelerate():`, every `torch.nn.LSTM` runs in the Triton kernels where they can run.
+
+    For models that cannot be changed, subclasses of `nn.LSTM`, and code that insists on `isinstance(m, nn.LSTM)`: it
+    takes over the function in which `nn.LSTM` ends, `torch._VF.lstm`, and leaves the rest to the module. Where the
+    kernels do not take a call PyTorch's own function computes it, as it would have; `lstm_triton.backend` chooses here
+    as well.
+
+    It holds for all threads, as `lstm_triton.backend` does. Gradients may be computed inside or after it; only where
+    activation checkpointing computes a forward pass again, `backward` belongs inside. Layers compiled by TorchScript do
+    not pass through here, and `torch.jit.script` cannot compile an `nn.LSTM` inside.
+
+    Returns:
+        The context. `with accelerate() as acceleration:` gives it a name, under which it tells what it did; of nested
+        ones the inner one counts.
+
+    >>> from torch import nn
+    >>> with accelerate() as acceleration:
+    ...     output, _ = nn.LSTM(3, 4)(torch.randn(5, 2, 3))
+    >>> print(acceleration)
+    calls of torch._VF.lstm taken over by the kernels: 0
+    left to PyTorch: 1 (the kernels run on NVIDIA GPUs, not on 'cpu' tensors)
+    """
+    return Acceleration()
+
+
+def _lstm(*arguments: Any, **by_name: Any) -> Any:
+    """What `torch._VF.lstm` is while an acceleration is active."""
+    call = None if by_name else _call_of(arguments)
+    path, reason = ("aten", "the arguments are not those of nn.LSTM") if call is None else choose(None, call)
+    with _lock:
+        if _active:  # another thread may just have left the last one
+            if path == "triton":
+                _active[-1].taken_over += 1
+            else:
+                _active[-1].left[reason] += 1
+    if call is None or path == "aten":
+        return _original(*arguments, **by_name)
+    return compute(path, call)[:3]
+
+
+def _call_of(arguments: tuple[Any, ...]) -> Call | None:
+    """The checked call; None: the arguments are wrong, which PyTorch's function says best itself."""
+    if len(arguments) != ARGUMENTS:
+        return None
+    input, *others = arguments
+    batch_first, packed = False, isinstance(others[0], Tensor)
+    if packed:
+        batch_sizes, hx, weights, bias, num_layers, dropout, training, bidirectional = others
+    else:
+        hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first = others
+    try:
+        if input.dim() == 2 and not packed:  # nn.LSTM adds the dimension of the batch before
+            return None
+        output_size = weights[1].shape[1]
+        return check_arguments(
+            PackedSequence(input, batch_sizes) if packed else input,
+            hx,
+            weights,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            training=training,
+            bidirectional=bidirectional,
+            proj_size=output_size if output_size != weights[0].shape[0] // 4 else 0,
+        )
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return None
