@@ -1,15 +1,19 @@
-"""One layer by PyTorch's own LSTM function: `layer`; and `scan_layer`, the same as one operator.
+"""PyTorch's own LSTM function: `native`, that with derivatives of any order; `layer`, one layer by it; and
+`scan_layer`, the same as one operator.
 
-For torch.compile: left to itself, it unrolls that function over the time steps, compiles it again for every length, and
-on the CPU fails where the weights need a gradient and the input does not.
+That is for torch.compile: left to itself, it unrolls that function over the time steps, compiles it again for every
+length, and on the CPU fails where the weights need a gradient and the input does not.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import transforms
 from .ragged import Ragged
 from .reference import lstm_layer
 
@@ -50,13 +54,108 @@ def layer(
             return_cells=True,
         )  # fmt: skip
     given = [weight for weight in weights if weight is not None]
-    options = (bias_ih is not None, 1, 0.0, torch.is_grad_enabled(), False)
+    has_bias = bias_ih is not None
     if ragged is not None:
-        return _stretches(input, (h_0, c_0), (h_reset, c_reset), given, options, ragged, reverse)
+        return _stretches(input, (h_0, c_0), (h_reset, c_reset), given, has_bias, ragged, reverse)
     input = input.flip(0) if reverse else input
     states = (h_0.unsqueeze(0), c_0.unsqueeze(0))
-    output, h_n, c_n = torch._VF.lstm(input, states, given, *options, False)
+    output, h_n, c_n = native(input, None, states, given, bias=has_bias)
     return output.flip(0) if reverse else output.contiguous(), h_n.squeeze(0), c_n.squeeze(0)
+
+
+def native(
+    data: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    bias: bool,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+) -> Results:
+    """`torch._VF.lstm`, with gradients that can be differentiated again, and taken in evaluation mode, on GPUs as well.
+
+    There that function is cuDNN's, which refuses both. cuDNN goes on to compute results and first derivatives; for
+    second ones PyTorch's function without cuDNN computes the layers again.
+
+    Raises:
+        RuntimeError: when a second derivative is taken through cuDNN's dropout, whose mask is not known.
+    """
+
+    def lstm(*tensors: Tensor, training: bool = training, dropout: float = dropout) -> Results:
+        data, h_0, c_0, *weights = tensors
+        options = (bias, num_layers, dropout, training, bidirectional)
+        results: Results
+        if batch_sizes is None:
+            results = torch._VF.lstm(data, (h_0, c_0), weights, *options, batch_first)
+        else:
+            results = torch._VF.lstm(data, batch_sizes, (h_0, c_0), weights, *options)
+        return results
+
+    tensors = (data, *states, *weights)
+    if not _is_cudnns(data):
+        return lstm(*tensors)
+    if transforms.active():
+        with torch.backends.cudnn.flags(enabled=False):
+            return lstm(*tensors)
+    needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not needs_gradients or torch._C._get_tracing_state() is not None:
+        return lstm(*tensors)
+    dropout = dropout if training else 0.0
+    # cuDNN keeps what backward needs in training mode only.
+    differentiable = partial(lstm, training=True, dropout=dropout)
+    results: Results = _Native.apply(differentiable, dropout > 0, *tensors)  # type: ignore[no-untyped-call]
+    return results
+
+
+def _is_cudnns(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.backends.cudnn.enabled
+
+
+class _Native(torch.autograd.Function):
+    """cuDNN's layers with their own graph for first derivatives, and another one without cuDNN for second ones."""
+
+    @staticmethod
+    def forward(ctx: Any, lstm: Callable[..., Results], masked: bool, *tensors: Tensor) -> Results:
+        ctx.lstm, ctx.masked = lstm, masked
+        device = tensors[0].device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        with torch.enable_grad():
+            ctx.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+            ctx.results = lstm(*ctx.leaves)
+        return tuple(result.detach() for result in ctx.results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        tensors, results, again = ctx.leaves, ctx.results, torch.is_grad_enabled()
+        if again:
+            if ctx.masked:
+                raise RuntimeError(
+                    "second derivatives cannot be taken through the dropout of cuDNN's LSTM: make an LSTM of each "
+                    "layer with nn.Dropout between them, or turn cuDNN off by torch.backends.cudnn.flags(enabled=False)"
+                )
+            # Under new names: where one argument depends on another, that path is the engine's business.
+            tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+            with torch.backends.cudnn.flags(enabled=False), torch.autocast(*ctx.autocast):
+                results = ctx.lstm(*tensors)
+        wanted = [tensor for tensor, need in zip(tensors, ctx.needs_input_grad[2:], strict=True) if need]
+        used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+        found = iter(
+            torch.autograd.grad(
+                [result for result, _ in used],
+                wanted,
+                [grad for _, grad in used],
+                retain_graph=again or torch._C._autograd._get_current_graph_task_keep_graph(),
+                create_graph=again,
+                allow_unused=True,
+            )
+        )
+        return None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:])
 
 
 def _stretches(
@@ -64,7 +163,7 @@ def _stretches(
     states: tuple[Tensor, Tensor],
     reset: tuple[Tensor | None, Tensor | None],
     weights: list[Tensor],
-    options: tuple[Any, ...],
+    bias: bool,
     ragged: Ragged,
     reverse: bool,
 ) -> Results:
@@ -94,7 +193,7 @@ def _stretches(
         begun = state[sequences]
         begun = torch.where(anew, torch.zeros_like(begun) if other is None else other[sequences], begun)
         initial.append(begun[longest].unsqueeze(0))
-    found, *final = torch._VF.lstm(input[order], offset.bincount().cpu(), initial, weights, *options)
+    found, *final = native(input[order], offset.bincount().cpu(), initial, weights, bias=bias)
 
     output = output.index_copy(0, order, found)
     # A sequence ends with its last stretch; without one, as it began.

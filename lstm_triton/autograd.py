@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, transforms, vmap  # noqa: F401 (vmap: its rules)
 from .ragged import Ragged
 from .reference import lstm_layer
 
@@ -45,11 +45,17 @@ def scan_layer(
 
     All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
     lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any
-    order: those above the first come from the step-by-step formula (reference.py), in the same dtype.
+    order: those above the first, and forward-mode ones, come from the step-by-step formula (reference.py), in the same
+    dtype.
     """
     arguments = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, h_reset, c_reset)
     tables = () if ragged is None else tuple(ragged)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments):
+    if transforms.in_forward_mode():
+        return lstm_layer(
+            *arguments[:7], reverse=reverse, h_reset=h_reset, c_reset=c_reset, ragged=ragged, return_cells=return_cells
+        )
+    needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in arguments)
+    if torch.is_grad_enabled() and (needs_gradients or transforms.active()):
         results = _Scan.apply(*arguments, reverse, return_cells, *tables)  # type: ignore[no-untyped-call]
         return tuple(results[: 4 if return_cells else 3])
     hidden, cell, _ = ops.scan_forward(*arguments[:7], reverse, return_cells, False, tables, h_reset, c_reset)
@@ -82,6 +88,8 @@ def _results(
 
 
 class _Scan(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         input: Tensor,
@@ -120,9 +128,57 @@ class _Scan(torch.autograd.Function):
         needed = ctx.needs_input_grad[:TENSORS]
         # Autocast that is on where backward is called was not asked for by the layer.
         with torch.autocast(saved[0].device.type, enabled=False):
-            gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
-            found = gradients(saved[: TENSORS + 3], needed, ctx.reverse, ragged, grads[:4])
+            if torch.is_grad_enabled():
+                found = _Gradients.apply(  # type: ignore[no-untyped-call]
+                    needed, ctx.reverse, *saved[: TENSORS + 3], *grads[:4], *tables
+                )
+            else:
+                found = _gradients(saved[: TENSORS + 3], needed, ctx.reverse, ragged, grads[:4])
         return *found, None, None, *(None for _ in tables)
+
+
+class _Gradients(torch.autograd.Function):
+    """`_gradients`, to be differentiated again: through the step-by-step formula."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(needed: tuple[bool, ...], reverse: bool, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved, grads, tables = tensors[: TENSORS + 3], tensors[TENSORS + 3 : TENSORS + 7], tensors[TENSORS + 7 :]
+        ragged = Ragged(*tables) if tables else None  # type: ignore[arg-type]
+        return tuple(_gradients(saved, needed, reverse, ragged, grads))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.needed, ctx.reverse, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:TENSORS], *tensors[TENSORS + 3 :])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
+        tables = saved[TENSORS + 4 :]
+        given = {at: tensor for at, tensor in enumerate(saved[: TENSORS + 4]) if tensor is not None}
+
+        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+            every: dict[int, Tensor] = dict(zip(given, tensors, strict=True))
+            arguments = [every.get(at) for at in range(TENSORS)]
+            results_grads = [every.get(at) for at in range(TENSORS, TENSORS + 4)]
+            return _gradients_by_formula(
+                arguments, results_grads, ctx.needed, ctx.reverse, Ragged(*tables) if tables else None
+            )
+
+        with torch.autocast(saved[0].device.type, enabled=False):
+            results, pull_back = torch.func.vjp(gradients, *given.values())[:2]
+            present = [grad for grad, need in zip(grads, ctx.needed, strict=True) if need]
+            cotangents = (
+                torch.zeros_like(result) if grad is None else grad
+                for result, grad in zip(results, present, strict=True)
+            )
+            found = dict(zip(given, pull_back(tuple(cotangents)), strict=True))
+        arguments = (found.get(at) for at in range(TENSORS))
+        results_grads = (found.get(at) for at in range(TENSORS, TENSORS + 4))
+        return None, None, *arguments, None, None, None, *results_grads, *(None for _ in tables)
 
 
 def _gradients(
@@ -200,32 +256,31 @@ def _regrouped(weight: Tensor, groups: tuple[int, int]) -> Tensor:
     return result
 
 
-def _differentiable_gradients(
-    saved: tuple[Any, ...],
+def _gradients_by_formula(
+    arguments: list[Tensor | None],
+    grads: list[Tensor | None],
     needed: tuple[bool, ...],
     reverse: bool,
     ragged: Ragged | None,
-    grads: tuple[Tensor | None, ...],
-) -> list[Tensor | None]:
-    """The gradients as functions that can be differentiated again: through the step-by-step formula."""
-    # Under new names: where one argument depends on another, that path is the engine's business, not this formula's.
-    arguments: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:TENSORS]]
-    wanted = [tensor for tensor, need in zip(arguments, needed, strict=True) if need and tensor is not None]
-    *arguments, h_reset, c_reset = arguments
-    results = lstm_layer(
-        *arguments, reverse=reverse, h_reset=h_reset, c_reset=c_reset, ragged=ragged, return_cells=True
-    )
-    used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
-    found = iter(
-        torch.autograd.grad(
-            [result for result, _ in used],
-            wanted,
-            [grad for _, grad in used],
-            create_graph=True,
-            allow_unused=True,
+) -> tuple[Tensor, ...]:
+    """The needed ones of scan_layer's gradients, in operations that can be differentiated again."""
+    wanted = [at for at, need in enumerate(needed) if need]
+
+    def layer(*tensors: Tensor) -> list[Tensor]:
+        every = list(arguments)
+        for at, tensor in zip(wanted, tensors, strict=True):
+            every[at] = tensor
+        *layer_arguments, h_reset, c_reset = every
+        results = lstm_layer(
+            *layer_arguments,  # type: ignore[arg-type]
+            reverse=reverse,
+            h_reset=h_reset,
+            c_reset=c_reset,
+            ragged=ragged,
+            return_cells=True,
         )
-    )
-    return [
-        next(found) if need and tensor is not None else None
-        for tensor, need in zip(saved[:TENSORS], needed, strict=True)
-    ]
+        return [result for result, grad in zip(results, grads, strict=True) if grad is not None]
+
+    pull_back = torch.func.vjp(layer, *(arguments[at] for at in wanted))[1]
+    found: tuple[Tensor, ...] = pull_back([grad for grad in grads if grad is not None])
+    return found

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from . import ragged
+from . import ragged, transforms
 from .backend import autocast_dtype, choose
+from .reference import lstm_layer
 
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
 States = tuple[Tensor, Tensor]  # h and c, of all layers and directions
@@ -301,8 +302,8 @@ def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], d
     fits = ((lengths >= 0) & (lengths <= time_steps)).all()
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
         torch._assert_async(fits, bounds)  # raising an exception would wait for the device
-    elif not fits:
-        raise ValueError(f"{bounds}, got {lengths.tolist()}")
+    elif not transforms.plain(fits).all():
+        raise ValueError(f"{bounds}, got {transforms.plain(lengths).tolist()}")
     return lengths.reshape(-1)
 
 
@@ -383,29 +384,47 @@ def _layer_function(path: str, call: Call) -> ScanLayer | None:
         from . import autograd
 
         return autograd.scan_layer
-    # Not for torch.export: programs that keep PyTorch's own function can be run without lstm_triton.
-    compiled = torch.compiler.is_dynamo_compiling() and call.batch_sizes is None
-    if compiled or call.lengths is not None or call.resets is not None or call.return_cells:
-        from . import aten
+    dense = call.batch_sizes is None
+    interrupted = call.lengths is not None or call.resets is not None
+    if transforms.need_formula() or (transforms.active() and (interrupted or not dense)):
+        return lstm_layer
+    if torch.compiler.is_exporting() and dense:
+        fixed = not torch.compiler.is_dynamo_compiling() and isinstance(call.time_steps, int)
+        if fixed and not interrupted and not call.return_cells:
+            return None  # one call of PyTorch's own function, for this number of time steps
+        from . import exported
 
-        return aten.scan_layer if compiled else aten.layer
-    return None
+        return exported.layer
+    from . import aten
+
+    if torch.compiler.is_dynamo_compiling() and dense:
+        return aten.scan_layer
+    return aten.layer if interrupted or call.return_cells else None
 
 
 def _call_aten(call: Call) -> Results:
     """The call that `torch.nn.LSTM` makes."""
+    from .aten import native
+
     states = call.states
     if states is None:
         layers = call.num_layers * call.directions
         h_0 = call.data.new_zeros(layers, call.batch_size, call.output_size)
         c_0 = call.data.new_zeros(layers, call.batch_size, call.hidden_size)
         states = (h_0, c_0)
-    options = (call.bias, call.num_layers, call.dropout, call.training, call.directions == 2)
-    if call.batch_sizes is None:
-        results = torch._VF.lstm(call.data, states, call.weights, *options, call.batch_first)
-    else:
-        results = torch._VF.lstm(call.data, call.batch_sizes, states, call.weights, *options)
-    return *results, None
+    results = native(
+        call.data,
+        call.batch_sizes,
+        states,
+        call.weights,
+        bias=call.bias,
+        num_layers=call.num_layers,
+        dropout=call.dropout,
+        training=call.training,
+        bidirectional=call.directions == 2,
+        batch_first=call.batch_first,
+    )
+    return results[0], results[1], results[2], None
 
 
 def _stack(scan_layer: ScanLayer, call: Call) -> Results:

@@ -325,13 +325,18 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 @torch.library.custom_op("lstm_triton::matmul", mutates_args=())
 def _cuda_matmul(left: Tensor, right: Tensor) -> Tensor:
     # An operator, because torch.compile cannot change the setting within a graph.
-    with _matmul_precision("tf32" if allows_tf32() else "ieee"):
-        return left @ right
+    return batched_matmul(left, right)
 
 
 @_cuda_matmul.register_fake
 def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty((left.shape[0], right.shape[1]))
+
+
+def batched_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """`matmul` on a GPU, of any batch of matrices."""
+    with _matmul_precision("tf32" if allows_tf32() else "ieee"):
+        return left @ right
 
 
 _matmul_precision_lock = threading.Lock()
