@@ -298,12 +298,13 @@ def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], d
         raise ValueError(f"lengths must have one number for each sequence, shape {shape}, got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"lengths must be on the input's device, {device}, got {lengths.device}")
-    bounds = f"lengths must be from 0 to {time_steps}, the number of time steps"
     fits = ((lengths >= 0) & (lengths <= time_steps)).all()
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(fits, bounds)  # raising an exception would wait for the device
+        # Raising an exception would wait for the device; a number in the message would be one graph for each number.
+        torch._assert_async(fits, "lengths must be from 0 to T, the number of time steps")
     elif not transforms.plain(fits).all():
-        raise ValueError(f"{bounds}, got {transforms.plain(lengths).tolist()}")
+        given = transforms.plain(lengths).tolist()
+        raise ValueError(f"lengths must be from 0 to {time_steps}, the number of time steps, got {given}")
     return lengths.reshape(-1)
 
 
