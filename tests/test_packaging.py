@@ -75,7 +75,7 @@ def test_the_metadata_say_what_is_needed(wheel):
     assert f"{dist_info}/licenses/LICENSE" in files_in(wheel)
     required = [requirement for requirement in metadata.get_all("Requires-Dist") if "extra ==" not in requirement]
     assert sorted(required) == ["torch>=2.9", 'triton>=3.5; platform_system == "Linux"']
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "examples", "test"}
 
 
 def test_the_source_distribution_gives_the_same_wheel_and_has_its_tests(built, wheel, tmp_path):
@@ -85,7 +85,12 @@ def test_the_source_distribution_gives_the_same_wheel_and_has_its_tests(built, w
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
     [unpacked] = tmp_path.iterdir()
-    for path in (*ROOT.glob("tests/*.py"), *ROOT.glob("bench/*.py"), *ROOT.glob("lstm_triton/kernels/*.py")):
+    for path in (
+        *ROOT.glob("tests/*.py"),
+        *ROOT.glob("bench/*.py"),
+        *ROOT.glob("examples/*.py"),
+        *ROOT.glob("lstm_triton/kernels/*.py"),
+    ):
         assert (unpacked / path.relative_to(ROOT)).is_file(), path
     for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"):
         assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes()
@@ -180,3 +185,17 @@ class TestReadme:
         missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
         assert targets
         assert missing == []
+
+    def test_named_tests_exist(self):
+        """The table of what the library works with names a test in every row."""
+        table = self.text.split("## Works with")[1].split("\n## ")[0]
+        rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+        assert rows
+        for row in rows:
+            named = re.findall(r"`([\w./]+\.py)?(?:::)?(test_\w+)?`", row.split("|")[-2])
+            assert named, row
+            file = ""
+            for path, test in named:
+                file = path or file
+                source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+                assert not test or f"def {test}(" in source, (file, test)

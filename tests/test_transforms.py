@@ -1,8 +1,10 @@
 """Derivatives of any order and in either mode, and torch.func's transforms, on both paths."""
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
 from lstm_triton import aten, interpreter, ops
+from lstm_triton.reference import lstm_layer
 from tests.comparing import assert_as_accurate, assert_same, floor_of, nudged, run, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
@@ -376,3 +379,50 @@ def test_matrix_product_of_gpus_under_vmap() -> None:
     product = torch.ops.lstm_triton.matmul
     torch.testing.assert_close(vmap(product, in_dims=(0, 1))(left, right), left @ right.movedim(1, 0))
     torch.testing.assert_close(vmap(product, in_dims=(0, None))(left, right[:, 0]), left @ right[:, 0])
+
+
+# --- Examples ---
+
+
+def example(name: str) -> Any:
+    """A file of examples/ as a module."""
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"examples_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gradient_penalty_example() -> None:
+    """It runs, and its penalty has the gradients of one computed in PyTorch's plain operations."""
+    found = example("gradient_penalty")
+    assert len(found.train(steps=2, batch_size=4)) == 2
+    critic = found.Critic(4).double()
+    real, fake = torch.randn(2, 5, 3, 1, dtype=torch.float64).unbind()
+
+    def gradients() -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        return torch.autograd.grad(found.gradient_penalty(critic, real, fake), list(critic.lstm.parameters()))
+
+    expected = gradients()
+    weights = list(critic.lstm.parameters())
+    critic.lstm.forward = lambda input: (None, (lstm_layer(input, None, None, *weights)[1].unsqueeze(0), None))
+    torch.testing.assert_close(gradients(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+@pytest.mark.parametrize("path", PATHS)
+def test_per_sample_gradients_example(path: Any) -> None:
+    """The same as Opacus', and as a loop's."""
+    pytest.importorskip("opacus", reason="needs Opacus, of the extra 'examples'")
+    found = example("per_sample_gradients")
+    lstm, inputs = lstm_triton.LSTM(3, 8, num_layers=2, batch_first=True), torch.randn(4, 5, 3)
+    expected, of_opacus = found.by_loop(lstm, inputs), found.by_opacus(lstm, inputs)
+    with path():
+        actual = found.by_vmap(lstm, inputs)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual, of_opacus)
+    norms = found.clipped_sum({"only": torch.tensor([[3.0, 4.0], [0.3, 0.4]])}, 1.0)
+    torch.testing.assert_close(norms, {"only": torch.tensor([0.9, 1.2])})
