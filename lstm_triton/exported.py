@@ -32,13 +32,14 @@ def layer(
     shape = input.shape[:2] if ragged is None else (ragged.offsets.shape[0] - 1, ragged.batch_size)
     h_0 = input.new_zeros(shape[1], weight_hh.shape[1]) if h_0 is None else h_0.clone()
     c_0 = input.new_zeros(shape[1], weight_hh.shape[0] // 4) if c_0 is None else c_0.clone()
-    gates = F.linear(input, weight_ih, bias_ih)
+    h_anew = torch.zeros_like(h_0) if h_reset is None else h_reset
+    c_anew = torch.zeros_like(c_0) if c_reset is None else c_reset
     masks: list[Tensor] = []
     if ragged is not None:
-        gates = gates.unflatten(0, shape)
-        h_reset = torch.zeros_like(h_0) if h_reset is None else h_reset
-        c_reset = torch.zeros_like(c_0) if c_reset is None else c_reset
         masks = [mask.view(*shape, 1) for mask in (ragged.is_step(), ragged.starts_anew(reverse))]
+        input = torch.where(ragged.is_step().unsqueeze(1), input, 0)  # there may be anything where no step is
+    gates = F.linear(input, weight_ih, bias_ih)
+    gates = gates if ragged is None else gates.unflatten(0, shape)
 
     def step(
         states: tuple[Tensor, Tensor], given: tuple[Tensor, ...]
@@ -47,7 +48,7 @@ def layer(
         h, c = h_before, c_before
         if masks:
             is_step, anew = masks
-            h, c = torch.where(anew, h_reset, h), torch.where(anew, c_reset, c)
+            h, c = torch.where(anew, h_anew, h), torch.where(anew, c_anew, c)
         i, f, g, o = (gates + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=-1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
