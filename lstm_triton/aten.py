@@ -102,7 +102,8 @@ def native(
         with torch.backends.cudnn.flags(enabled=False):
             return lstm(*tensors)
     needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if not needs_gradients or torch._C._get_tracing_state() is not None:
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if not needs_gradients or traced:  # what is traced contains the function itself
         return lstm(*tensors)
     dropout = dropout if training else 0.0
     # cuDNN keeps what backward needs in training mode only.

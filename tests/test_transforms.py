@@ -203,6 +203,13 @@ def test_cudnn_and_what_pytorch_does_to_a_graph(cudnn: list[bool]) -> None:
     torch.testing.assert_close(grad(lambda x: module(x)[0].sum())(input.detach()), first[0])
 
 
+def test_exported_program_contains_the_function_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aten, "_is_cudnns", lambda tensor: True)
+    program = torch.export.export(lstm_triton.LSTM(3, 4).eval(), (torch.randn(3, 2, 3),))
+    (node,) = (node for node in program.graph.nodes if str(node.target) == "aten.lstm.input")
+    assert node.args[6] is False  # training
+
+
 def test_output_changed_in_place_where_it_is_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aten, "_is_cudnns", lambda tensor: True)
     output, _ = lstm_triton.LSTM(3, 4)(torch.randn(3, 2, 3, requires_grad=True))
@@ -333,6 +340,20 @@ def test_vmap_over_inputs_and_states(path: Any) -> None:
     torch.testing.assert_close(output, torch.stack([each[0] for each in expected], 1))
     torch.testing.assert_close(h_n, torch.stack([each[1][0] for each in expected], 1))
     torch.testing.assert_close(c_n, torch.stack([each[1][1] for each in expected], 1))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gradient_of_a_vmap_over_inputs(path: Any) -> None:
+    """Inside, the inputs do not tell that they require a gradient."""
+    loss, weights = per_sample({})
+    inputs = torch.randn(5, 4, 3)
+
+    def total(inputs: Tensor) -> Tensor:
+        return vmap(loss, in_dims=(None, 0))(weights, inputs).sum()
+
+    expected = torch.stack([grad(loss, argnums=1)(weights, input) for input in inputs])
+    with path():
+        torch.testing.assert_close(grad(total)(inputs), expected)
 
 
 @pytest.mark.interpreted
