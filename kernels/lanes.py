@@ -37,16 +37,17 @@ def dropout_scale(seed_ptr, lane, elements, probability):
     return tl.where(kept, 1.0 / (1.0 - tl.minimum(probability, 0.9999999)), 0.0)
 
 
-@triton.jit(do_not_specialize=["lane", "elements"])
+@triton.jit(do_not_specialize=["lane", "elements", "first_element"])
 def dropout_scales(
     seed_ptr,  # (1,) int64
     lane,
     probability,
     scale_ptr,  # (elements,)
     elements,
+    first_element,  # of the lane's
     BLOCK: tl.constexpr,
 ):
     """`dropout_scale` of all elements of a lane, for what is computed outside the scans."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    scale = dropout_scale(seed_ptr, tl.cast(lane, tl.int32), places, probability)
+    scale = dropout_scale(seed_ptr, tl.cast(lane, tl.int32), first_element + places, probability)
     tl.store(scale_ptr + places, scale.to(scale_ptr.dtype.element_ty), mask=places < elements)

@@ -1,10 +1,12 @@
-"""One layer by PyTorch's own LSTM function: `layer`; and `scan_layer`, the same as one operator.
+"""PyTorch's own LSTM function: `native`, that with derivatives of any order; `layer`, one layer by it; and
+`scan_layer`, the same as one operator.
 
-For torch.compile: left to itself, it unrolls that function over the time steps, compiles it again for every length, and
-on the CPU fails where the weights need a gradient and the input does not.
+That is for torch.compile: left to itself, it unrolls that function over the time steps, compiles it again for every
+length, and on the CPU fails where the weights need a gradient and the input does not.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import transforms
 from .ragged import Ragged
 from .reference import lstm_layer
 
@@ -53,15 +56,112 @@ def layer(
             return_cells=return_cells,
         )  # fmt: skip
     given = [weight for weight in weights if weight is not None]
-    options = (bias_ih is not None, 1, 0.0, torch.is_grad_enabled(), False)
+    has_bias = bias_ih is not None
     if ragged is not None and bool((ragged.lengths == ragged.offsets.shape[0] - 1).all()):
-        return _segments(input, (h_0, c_0), (h_reset, c_reset), given, options, ragged, reverse)
+        return _segments(input, (h_0, c_0), (h_reset, c_reset), given, has_bias, ragged, reverse)
     if ragged is not None:
-        return _stretches(input, (h_0, c_0), (h_reset, c_reset), given, options, ragged, reverse)
+        return _stretches(input, (h_0, c_0), (h_reset, c_reset), given, has_bias, ragged, reverse)
     input = input.flip(0) if reverse else input
     states = (h_0.unsqueeze(0), c_0.unsqueeze(0))
-    output, h_n, c_n = torch.lstm(input, states, given, *options, False)
+    output, h_n, c_n = native(input, None, states, given, bias=has_bias)
     return output.flip(0) if reverse else output.contiguous(), h_n.squeeze(0), c_n.squeeze(0)
+
+
+def native(
+    data: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    bias: bool,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+) -> Results:
+    """`torch._VF.lstm`, with gradients that can be differentiated again, and taken in evaluation mode, on GPUs as well.
+
+    There that function is cuDNN's, which refuses both. cuDNN goes on to compute results and first derivatives; for
+    second ones PyTorch's function without cuDNN computes the layers again.
+
+    Raises:
+        RuntimeError: when a second derivative is taken through cuDNN's dropout, whose mask is not known.
+    """
+
+    def lstm(*tensors: Tensor, training: bool = training, dropout: float = dropout) -> Results:
+        data, h_0, c_0, *weights = tensors
+        options = (bias, num_layers, dropout, training, bidirectional)
+        results: Results
+        # By the name that `lstm_triton.accelerate` does not take over.
+        if batch_sizes is None:
+            results = torch.lstm(data, (h_0, c_0), weights, *options, batch_first)
+        else:
+            results = torch.lstm(data, batch_sizes, (h_0, c_0), weights, *options)
+        return results
+
+    tensors = (data, *states, *weights)
+    if not _is_cudnns(data):
+        return lstm(*tensors)
+    if transforms.active():
+        with torch.backends.cudnn.flags(enabled=False):
+            return lstm(*tensors)
+    needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if not needs_gradients or traced:  # what is traced contains the function itself
+        return lstm(*tensors)
+    dropout = dropout if training else 0.0
+    # cuDNN keeps what backward needs in training mode only.
+    differentiable = partial(lstm, training=True, dropout=dropout)
+    results: Results = _Native.apply(differentiable, dropout > 0, *tensors)  # type: ignore[no-untyped-call]
+    return results
+
+
+def _is_cudnns(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.backends.cudnn.enabled
+
+
+class _Native(torch.autograd.Function):
+    """cuDNN's layers with their own graph for first derivatives, and another one without cuDNN for second ones."""
+
+    @staticmethod
+    def forward(ctx: Any, lstm: Callable[..., Results], masked: bool, *tensors: Tensor) -> Results:
+        ctx.lstm, ctx.masked = lstm, masked
+        device = tensors[0].device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        with torch.enable_grad():
+            ctx.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+            ctx.results = lstm(*ctx.leaves)
+        return tuple(result.detach() for result in ctx.results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        tensors, results, again = ctx.leaves, ctx.results, torch.is_grad_enabled()
+        if again:
+            if ctx.masked:
+                raise RuntimeError(
+                    "second derivatives cannot be taken through the dropout of cuDNN's LSTM: make an LSTM of each "
+                    "layer with nn.Dropout between them, or turn cuDNN off by torch.backends.cudnn.flags(enabled=False)"
+                )
+            # Under new names: where one argument depends on another, that path is the engine's business.
+            tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+            with torch.backends.cudnn.flags(enabled=False), torch.autocast(*ctx.autocast):
+                results = ctx.lstm(*tensors)
+        wanted = [tensor for tensor, need in zip(tensors, ctx.needs_input_grad[2:], strict=True) if need]
+        used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+        found = iter(
+            torch.autograd.grad(
+                [result for result, _ in used],
+                wanted,
+                [grad for _, grad in used],
+                retain_graph=again or torch._C._autograd._get_current_graph_task_keep_graph(),
+                create_graph=again,
+                allow_unused=True,
+            )
+        )
+        return None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:])
 
 
 def scan_layers(
@@ -78,11 +178,13 @@ def scan_layers(
     c_reset: Tensor | None = None,
     ragged: Ragged | None = None,
     dropout: float = 0.0,
+    low_memory: bool = False,
     return_cells: bool = False,
 ) -> Results:
     """What `lstm_triton.autograd.scan_layers` computes, lane after lane, by `layer` or `scan_layer`.
 
-    With `projected`, the weights of a lane end with its weight_hr.
+    With `projected`, the weights of a lane end with its weight_hr. `low_memory` changes nothing: what PyTorch's own
+    function keeps for backward is its own choice.
     """
     size = (4 if bias else 2) + projected
     lanes = len(weights) // size
@@ -110,7 +212,7 @@ def _segments(
     states: tuple[Tensor, Tensor],
     reset: tuple[Tensor | None, Tensor | None],
     weights: list[Tensor],
-    options: tuple[bool, int, float, bool, bool],
+    bias: bool,
     ragged: Ragged,
     reverse: bool,
 ) -> Results:
@@ -128,7 +230,7 @@ def _segments(
         begins = anew[first].unsqueeze(1)
         h, c = torch.where(begins, h_reset, h), torch.where(begins, c_reset, c)
         hx = (h.unsqueeze(0), c.unsqueeze(0))
-        output, h, c = torch._VF.lstm(segment, hx, weights, *options, False)
+        output, h, c = native(segment, None, hx, weights, bias=bias)
         h, c = h.squeeze(0), c.squeeze(0)
         outputs.append(output)
     result = torch.cat(outputs)
@@ -140,7 +242,7 @@ def _stretches(
     states: tuple[Tensor, Tensor],
     reset: tuple[Tensor | None, Tensor | None],
     weights: list[Tensor],
-    options: tuple[Any, ...],
+    bias: bool,
     ragged: Ragged,
     reverse: bool,
 ) -> Results:
@@ -168,7 +270,7 @@ def _stretches(
         begun = state[sequences]
         begun = torch.where(anew, torch.zeros_like(begun) if other is None else other[sequences], begun)
         initial.append(begun[longest].unsqueeze(0))
-    found, *final = torch.lstm(input[order], offset.bincount().cpu(), initial, weights, *options)
+    found, *final = native(input[order], offset.bincount().cpu(), initial, weights, bias=bias)
 
     output = output.index_copy(0, order, found)
     # A sequence ends with its last stretch; without one, as it began.

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import cell_ops, ops
+from . import cell_ops, ops, transforms, vmap  # noqa: F401 (vmap: its rules)
+from . import low_memory as low
 from .ops import Layout, Stack, gate_major, gate_minor
 from .ragged import Ragged
 from .reference import lstm_layer
@@ -29,6 +30,7 @@ def scan_layers(
     preact_reset: Tensor | None = None,
     ragged: Ragged | None = None,
     dropout: float = 0.0,
+    low_memory: bool = False,
     return_cells: bool = False,
 ) -> tuple[Tensor, ...]:
     """All steps of a stack of layers, through the Triton kernels.
@@ -45,6 +47,8 @@ def scan_layers(
             have in the pre-activations, where they are no h of this layer. For a single layer.
         ragged: which step follows on which; None: all steps of all sequences in turn.
         dropout: the probability of dropout on the output of every layer but the last.
+        low_memory: keep little for backward, which then takes longer (low_memory.py); not with `return_cells`, which
+            asks for what would not be kept.
         return_cells: whether every c_t is asked for.
 
     Returns:
@@ -54,15 +58,21 @@ def scan_layers(
 
     All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
     lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any
-    order: those above the first come from the step-by-step formula (reference.py), in the same dtype.
+    order: those above the first, and forward-mode ones, come from the step-by-step formula (reference.py), in the same
+    dtype.
     """
     stack = Stack(weights, directions, bias, reverse)
     states = (input, h_0, c_0, h_reset, c_reset, preact_0, preact_reset)
     tables = () if ragged is None else tuple(ragged)
     dropout = dropout if stack.num_layers > 1 else 0.0
     seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*states, *weights)):
-        options = (directions, bias, reverse, dropout, return_cells, len(tables))
+    options = _Options(directions, bias, reverse, dropout, low_memory and not return_cells, return_cells, len(tables))
+    if transforms.in_forward_mode():
+        unkept = (input,) * 4  # of no use to the formula
+        results = _formula(_Saved(options, states, seed, *unkept, tables, weights))
+        return results if return_cells else results[:3]
+    needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in (*states, *weights))
+    if torch.is_grad_enabled() and (needs_gradients or transforms.active()):
         results = _Scan.apply(*states, seed, *options, *tables, *weights)  # type: ignore[no-untyped-call]
         return tuple(results[: 4 if return_cells else 3])
     if ragged is None and input.shape[0] == 1 and preact_0 is None and dropout == 0:
@@ -103,6 +113,7 @@ def scan_projected_layers(
     c_reset: Tensor | None = None,
     ragged: Ragged | None = None,
     dropout: float = 0.0,
+    low_memory: bool = False,
     return_cells: bool = False,
 ) -> tuple[Tensor, ...]:
     """`scan_layers` with projections: the last weight of a lane is its weight_hr (P, H), and h has P elements.
@@ -133,6 +144,7 @@ def scan_projected_layers(
             preact_0=preact_0,
             preact_reset=preact_reset,
             ragged=ragged,
+            low_memory=low_memory,
             return_cells=return_cells,
         )
         projections = [weights[size * lane + size - 1].t() for lane in of_lanes]
@@ -192,99 +204,167 @@ def _cells(cell: Tensor, stack: Stack, input: Tensor, ragged: Ragged | None) -> 
     return cells.view(-1, *input.shape[:-1], stack.hidden_size)
 
 
-class _Scan(torch.autograd.Function):
-    """Tensors first, then the options, the tables of a ragged batch, and the weights."""
+class _Options(NamedTuple):
+    """The arguments of _Scan that are no tensors."""
 
-    @staticmethod
-    def forward(
-        input: Tensor,
-        h_0: Tensor | None,
-        c_0: Tensor | None,
-        h_reset: Tensor | None,
-        c_reset: Tensor | None,
-        preact_0: Tensor | None,
-        preact_reset: Tensor | None,
-        seed: Tensor | None,
-        directions: int,
-        bias: bool,
-        reverse: bool,
-        dropout: float,
-        return_cells: bool,
-        table_count: int,
-        *tables_and_weights: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        tables, weights = tables_and_weights[:table_count], tables_and_weights[table_count:]
-        hidden, passed, cell, gates, h_n, c_n = ops.scan_forward(
-            input, h_0, c_0, weights, directions, bias, reverse, True, True, tables, h_reset, c_reset, dropout, seed,
-            preact_0, preact_reset,
-        )  # fmt: skip
-        ragged, stack = Ragged(*tables) if tables else None, Stack(weights, directions, bias, reverse)
-        cells = _cells(cell, stack, input, ragged) if return_cells else None
-        return _output(hidden, stack, input, ragged), h_n, c_n, cells, hidden, passed, cell, gates
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        states, (seed, *ctx.options, table_count), others = (
-            inputs[:STATES],
-            inputs[STATES : STATES + 7],
-            inputs[STATES + 7 :],
-        )
-        buffers = output[4:]
-        ctx.table_count = table_count
-        ctx.mark_non_differentiable(*buffers)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*states, seed, *buffers, *others)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        states, (seed, *buffers), others = (
-            ctx.saved_tensors[:STATES],
-            ctx.saved_tensors[STATES : STATES + 5],
-            ctx.saved_tensors[STATES + 5 :],
-        )
-        tables, weights = others[: ctx.table_count], others[ctx.table_count :]
-        directions, bias, reverse, dropout, _ = ctx.options
-        needed = [*ctx.needs_input_grad[:STATES], *ctx.needs_input_grad[STATES + 7 + ctx.table_count :]]
-        saved = _Saved(
-            states,
-            Stack(weights, directions, bias, reverse),
-            Ragged(*tables) if tables else None,
-            dropout,
-            seed,
-            *buffers,
-        )
-        # Autocast that is on where backward is called was not asked for by the layer.
-        with torch.autocast(states[0].device.type, enabled=False):
-            gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
-            found = gradients(saved, needed, grads[:4])
-        return *found[:STATES], *(None for _ in range(7 + ctx.table_count)), *found[STATES:]
+    directions: int
+    bias: bool
+    reverse: bool
+    dropout: float
+    low_memory: bool
+    return_cells: bool
+    table_count: int
 
 
 class _Saved(NamedTuple):
     """What backward has of forward."""
 
+    options: _Options
     states: Sequence[Tensor | None]  # the first arguments of _Scan
-    stack: Stack
-    ragged: Ragged | None
-    dropout: float
     seed: Tensor | None
     hidden: Tensor
     passed: Tensor
     cell: Tensor
     gates: Tensor
+    tables: Sequence[Tensor]
+    weights: Sequence[Tensor]
+
+    @staticmethod
+    def of(options: _Options, tensors: Sequence[Any]) -> "_Saved":
+        states, buffers = tensors[:STATES], tensors[STATES : STATES + 5]
+        tables_and_weights, count = tensors[STATES + 5 :], options.table_count
+        return _Saved(options, states, *buffers, tables_and_weights[:count], tables_and_weights[count:])  # type: ignore[call-arg]
+
+    def tensors(self) -> list[Tensor | None]:
+        buffers = (self.seed, self.hidden, self.passed, self.cell, self.gates)
+        return [*self.states, *buffers, *self.tables, *self.weights]
+
+    @property
+    def stack(self) -> Stack:
+        return Stack(self.weights, self.options.directions, self.options.bias, self.options.reverse)
+
+    @property
+    def ragged(self) -> Ragged | None:
+        return Ragged(*self.tables) if self.tables else None
+
+    @property
+    def input(self) -> Tensor:
+        input = self.states[0]
+        assert input is not None
+        return input
+
+
+class _Scan(torch.autograd.Function):
+    """The states first, then the seed, the options, the tables of a ragged batch, and the weights."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
+        (input, h_0, c_0, h_reset, c_reset, preact_0, preact_reset), seed, options, tables, weights = _sorted(arguments)
+        keep = not options.low_memory
+        stack = Stack(weights, options.directions, options.bias, options.reverse)
+        hidden, passed, cell, gates, h_n, c_n = ops.scan_forward(
+            input, h_0, c_0, *stack, keep, keep, tables, h_reset, c_reset, options.dropout, seed, preact_0,
+            preact_reset, options.low_memory,
+        )  # fmt: skip
+        ragged = Ragged(*tables) if tables else None
+        cells = _cells(cell, stack, input, ragged) if options.return_cells else None
+        return _output(hidden, stack, input, ragged), h_n, c_n, cells, hidden, passed, cell, gates
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        states, seed, options, tables, weights = _sorted(inputs)
+        buffers = output[4:]
+        ctx.options = tuple(options)
+        ctx.mark_non_differentiable(*buffers)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*states, seed, *buffers, *tables, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = _Saved.of(_Options(*ctx.options), ctx.saved_tensors)
+        others = len(_Options._fields) + 1 + len(saved.tables)
+        needed = (*ctx.needs_input_grad[:STATES], *ctx.needs_input_grad[STATES + others :])
+        # Autocast that is on where backward is called was not asked for by the layer.
+        with torch.autocast(saved.input.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                found = _Gradients.apply(  # type: ignore[no-untyped-call]
+                    needed, ctx.options, *grads[:4], *saved.tensors()
+                )
+            else:
+                found = _gradients(saved, needed, grads[:4])
+        return *found[:STATES], *(None for _ in range(others)), *found[STATES:]
+
+
+def _sorted(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """_Scan's arguments: states, seed, options, tables and weights."""
+    last_option = STATES + 1 + len(_Options._fields)
+    options = _Options(*arguments[STATES + 1 : last_option])
+    others = arguments[last_option:]
+    return arguments[:STATES], arguments[STATES], options, others[: options.table_count], others[options.table_count :]
+
+
+class _Gradients(torch.autograd.Function):
+    """`_gradients`, to be differentiated again: through the step-by-step formula."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        needed: tuple[bool, ...], options: tuple[Any, ...], *grads_and_saved: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        saved = _Saved.of(_Options(*options), grads_and_saved[4:])
+        return tuple(_gradients(saved, needed, grads_and_saved[:4]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.needed, ctx.options, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        every = ctx.saved_tensors
+        saved = _Saved.of(_Options(*ctx.options), every[4:])
+        first_weight = len(every) - len(saved.weights)
+        # The gradients of the results, the states and the weights, as far as there are any.
+        places = [*range(4 + STATES), *range(first_weight, len(every))]
+        places = [place for place in places if every[place] is not None]
+
+        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+            renewed = list(every)
+            for place, tensor in zip(places, tensors, strict=True):
+                renewed[place] = tensor
+            return _gradients_by_formula(_Saved.of(saved.options, renewed[4:]), ctx.needed, renewed[:4])
+
+        with torch.autocast(saved.input.device.type, enabled=False):
+            results, pull_back = torch.func.vjp(gradients, *(every[place] for place in places))[:2]
+            present = [grad for grad, need in zip(grads, ctx.needed, strict=True) if need]
+            cotangents = (
+                torch.zeros_like(result) if grad is None else grad
+                for result, grad in zip(results, present, strict=True)
+            )
+            found = dict(zip(places, pull_back(tuple(cotangents)), strict=True))
+        return None, None, *(found.get(place) for place in range(len(every)))
 
 
 def _gradients(saved: _Saved, needed: Sequence[bool], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     """The gradients of states and weights, as far as needed: the backward scan, and products over what it leaves."""
-    input, stack, ragged = saved.states[0], saved.stack, saved.ragged
-    assert input is not None
-    tables = () if ragged is None else tuple(ragged)
+    input, stack, ragged, dropout, tables = saved.input, saved.stack, saved.ragged, saved.options.dropout, saved.tables
+    if saved.options.low_memory:
+        _, _, _, _, c_reset, preact_0, preact_reset = saved.states
+        every = low.gradients(
+            *grads[:3], input, c_reset, preact_0, preact_reset, *stack, saved.hidden, saved.cell, tables, dropout,
+            saved.seed,
+        )  # fmt: skip
+        return [grad if need else None for grad, need in zip(every, needed, strict=True)]
     layout = Layout.of(input, stack.hidden_size, tables)
     hidden_size, batch_size = stack.hidden_size, layout.batch_size
     grad_output, grad_h_n, grad_c_n, grad_cells = grads
     grad_gates, grad_cell = ops.scan_backward(
-        grad_output, grad_h_n, grad_c_n, stack.weights, stack.directions, stack.bias, stack.reverse, saved.cell,
-        saved.gates, tables, batch_size, grad_cells, saved.dropout, saved.seed,
+        grad_output, grad_h_n, grad_c_n, *stack, saved.cell, saved.gates, tables, batch_size, grad_cells, dropout,
+        saved.seed,
     )  # fmt: skip
     grad_cell = grad_cell[..., :hidden_size].to(input.dtype)
 
@@ -349,47 +429,38 @@ def _gradients(saved: _Saved, needed: Sequence[bool], grads: tuple[Tensor | None
 def _inputs(saved: _Saved, layer: int, layout: Layout) -> list[Tensor]:
     """What a layer has read: (rows, K) tensors, side by side."""
     if layer > 0:
-        buffer = saved.passed if saved.dropout > 0 else saved.hidden
+        buffer = saved.passed if saved.options.dropout > 0 else saved.hidden
         below = buffer[saved.stack.layer(layer - 1), layout.steps, : layout.hidden_size]
         return list(below.unbind())
-    input = saved.states[0]
-    assert input is not None
-    rows = input.reshape(layout.rows, -1)
+    rows = saved.input.reshape(layout.rows, -1)
     # There may be anything where no step is.
     return [rows if saved.ragged is None else torch.where(saved.ragged.is_step().unsqueeze(1), rows, 0)]
 
 
-def _differentiable_gradients(
-    saved: _Saved, needed: Sequence[bool], grads: tuple[Tensor | None, ...]
-) -> list[Tensor | None]:
-    """The gradients as functions that can be differentiated again: through the step-by-step formula."""
-    # Under new names: where one argument depends on another, that path is the engine's business, not this formula's.
-    originals = [*saved.states, *saved.stack.weights]
-    arguments: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in originals]
-    wanted = [tensor for tensor, need in zip(arguments, needed, strict=True) if need and tensor is not None]
-    results = _formula(arguments[:STATES], saved._replace(stack=saved.stack._replace(weights=arguments[STATES:])))
-    used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
-    found = iter(
-        torch.autograd.grad(
-            [result for result, _ in used],
-            wanted,
-            [grad for _, grad in used],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
-    return [
-        next(found) if need and tensor is not None else None for tensor, need in zip(originals, needed, strict=True)
-    ]
+def _gradients_by_formula(
+    saved: _Saved, needed: tuple[bool, ...], grads: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The needed ones of the gradients, in operations that can be differentiated again."""
+    arguments = [*saved.states, *saved.weights]
+    wanted = [place for place, need in enumerate(needed) if need]
+
+    def results(*tensors: Tensor) -> list[Tensor]:
+        renewed = list(arguments)
+        for place, tensor in zip(wanted, tensors, strict=True):
+            renewed[place] = tensor
+        results = _formula(saved._replace(states=renewed[:STATES], weights=renewed[STATES:]))  # type: ignore[arg-type]
+        return [result for result, grad in zip(results, grads, strict=True) if grad is not None]
+
+    pull_back = torch.func.vjp(results, *(arguments[place] for place in wanted))[1]
+    found: tuple[Tensor, ...] = pull_back([grad for grad in grads if grad is not None])
+    return found
 
 
-def _formula(states: Sequence[Tensor | None], saved: _Saved) -> tuple[Tensor, ...]:
+def _formula(saved: _Saved) -> tuple[Tensor, ...]:
     """What `scan_layers` returns, step by step."""
-    stack = saved.stack
-    input, *others = states
-    assert input is not None
+    stack, dropout = saved.stack, saved.options.dropout
+    below, size, others = saved.input, stack.weights_per_lane, saved.states[1:]
     h_n, c_n, cells, outputs = [], [], [], []
-    below, size = input, 4 if stack.bias else 2
     for lane in range(stack.lanes):
         h_0, c_0, h_reset, c_reset, *preacts = (None if each is None else each[lane] for each in others)
         weight_ih, weight_hh, *biases = stack.weights[size * lane : size * (lane + 1)]
@@ -406,9 +477,9 @@ def _formula(states: Sequence[Tensor | None], saved: _Saved) -> tuple[Tensor, ..
         h_n.append(h)
         c_n.append(c)
         cells.append(every_c)
-        if saved.dropout > 0 and lane < stack.lanes - stack.directions:
+        if dropout > 0 and lane < stack.lanes - stack.directions:
             assert saved.seed is not None
-            output = output * ops.dropout_scale(saved.seed, lane, saved.dropout, output)
+            output = output * ops.dropout_scale(saved.seed, lane, dropout, output)
         outputs.append(output)
         if len(outputs) == stack.directions:
             below, outputs = torch.cat(outputs, dim=-1), []

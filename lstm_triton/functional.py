@@ -2,18 +2,21 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import ragged
+from . import ragged, transforms
 from .backend import autocast_dtype, choose
+from .reference import lstm_layer
 
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
 States = tuple[Tensor, Tensor]  # h and c, of all layers and directions
 Results = tuple[Tensor, Tensor, Tensor, Tensor | None]  # output, h_n, c_n, and the cells if asked for
+Memory = Literal["full", "low"]
+MEMORY: tuple[str, ...] = get_args(Memory)
 ScanLayers = Callable[..., tuple[Tensor, ...]]  # with the parameters of autograd.scan_layers
 
 
@@ -34,6 +37,7 @@ def lstm(
     resets: Tensor | None = ...,
     reset_state: States | list[Tensor] | None = ...,
     return_cells: Literal[False] = ...,
+    memory: Memory = ...,
     backend: str | None = ...,
 ) -> tuple[Sequences, States]: ...
 
@@ -55,6 +59,7 @@ def lstm(
     resets: Tensor | None = ...,
     reset_state: States | list[Tensor] | None = ...,
     return_cells: Literal[True],
+    memory: Memory = ...,
     backend: str | None = ...,
 ) -> tuple[Sequences, States, Tensor]: ...
 
@@ -75,6 +80,7 @@ def lstm(
     resets: Tensor | None = None,
     reset_state: States | list[Tensor] | None = None,
     return_cells: bool = False,
+    memory: Memory = "full",
     backend: str | None = None,
 ) -> tuple[Any, ...]:
     """What `lstm_triton.LSTM` computes, with the weights as an argument.
@@ -99,6 +105,9 @@ def lstm(
             the step before starts from `reset_state`.
         reset_state: (h, c), shaped like `hx`; None: zeros.
         return_cells: whether to return every c_t.
+        memory: "low" keeps little between forward and backward: every h_t (the output is one of them), and the c_t of a
+            few steps. Backward computes the gates again, window of time by window, which takes longer: two large
+            products more. On the Triton path only; with `return_cells` all is kept.
         backend: "auto", "triton" or "aten"; None: what `lstm_triton.backend` says, "auto" unless told otherwise.
 
     All tensors are of one floating-point dtype and on one device; under autocast, they are converted to its dtype.
@@ -137,6 +146,7 @@ def lstm(
         resets=resets,
         reset_state=reset_state,
         return_cells=return_cells,
+        memory=memory,
     )
     results = run(call, input, _layers_function(choose(backend, call).path, call))
     return results if return_cells else results[:2]
@@ -182,6 +192,7 @@ class Call(NamedTuple):
     resets: Tensor | None = None  # (T, B)
     reset_state: States | None = None
     return_cells: bool = False
+    low_memory: bool = False
     cell: bool = False  # a single step, of `LSTMCell`: data is (B, I), states are (B, H)
 
 
@@ -201,6 +212,7 @@ def check_arguments(
     resets: Tensor | None = None,
     reset_state: States | list[Tensor] | None = None,
     return_cells: bool = False,
+    memory: str = "full",
 ) -> Call:
     """Refuse what `torch.nn.LSTM` refuses, in its words and order, and wrong states of packed sequences as well."""
     directions = 2 if bidirectional else 1
@@ -286,7 +298,14 @@ def check_arguments(
         resets.t() if resets is not None and batch_first else resets,
         reset_state,
         return_cells,
+        low_memory=checked_memory(memory) == "low",
     )
+
+
+def checked_memory(memory: str) -> str:
+    if memory not in MEMORY:
+        raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
+    return memory
 
 
 def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -305,10 +324,11 @@ def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], d
         raise ValueError(f"lengths must be on the input's device, {device}, got {lengths.device}")
     fits = ((lengths >= 0) & (lengths <= time_steps)).all()
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
-        # Raising an exception would wait for the device, and the number in the text would be compiled in.
-        torch._assert_async(fits, "lengths must be from 0 to the number of time steps")
-    elif not fits:
-        raise ValueError(f"lengths must be from 0 to {time_steps}, the number of time steps, got {lengths.tolist()}")
+        # Raising an exception would wait for the device; a number in the message would be one graph for each number.
+        torch._assert_async(fits, "lengths must be from 0 to T, the number of time steps")
+    elif not transforms.plain(fits).all():
+        given = transforms.plain(lengths).tolist()
+        raise ValueError(f"lengths must be from 0 to {time_steps}, the number of time steps, got {given}")
     return lengths.reshape(-1)
 
 
@@ -396,13 +416,30 @@ def _layers_function(path: str, call: Call) -> ScanLayers | None:
         from . import autograd
 
         return autograd.scan_projected_layers if projected else autograd.scan_layers
-    # Not for torch.export: programs that keep PyTorch's own function can be run without lstm_triton.
-    compiled = torch.compiler.is_dynamo_compiling() and call.batch_sizes is None
-    if compiled or call.lengths is not None or call.resets is not None or call.return_cells:
-        from . import aten
+    from . import aten
 
-        return partial(aten.scan_layers, aten.scan_layer if compiled else aten.layer, projected)
-    return None
+    one_layer = _layer_function(call)
+    return None if one_layer is None else partial(aten.scan_layers, one_layer, projected)
+
+
+def _layer_function(call: Call) -> Callable[..., tuple[Tensor, ...]] | None:
+    """What computes one layer in one direction, off the Triton path."""
+    dense = call.batch_sizes is None
+    interrupted = call.lengths is not None or call.resets is not None
+    if transforms.need_formula() or (transforms.active() and (interrupted or not dense)):
+        return lstm_layer
+    if torch.compiler.is_exporting() and dense:
+        fixed = not torch.compiler.is_dynamo_compiling() and isinstance(call.time_steps, int)
+        if fixed and not interrupted and not call.return_cells:
+            return None  # one call of PyTorch's own function, for this number of time steps
+        from . import exported
+
+        return exported.layer
+    from . import aten
+
+    if torch.compiler.is_dynamo_compiling() and dense:
+        return aten.scan_layer
+    return aten.layer if interrupted or call.return_cells else None
 
 
 def compute(path: str, call: Call) -> Results:
@@ -413,19 +450,27 @@ def compute(path: str, call: Call) -> Results:
 
 def _call_aten(call: Call) -> Results:
     """The call that `torch.nn.LSTM` makes."""
+    from .aten import native
+
     states = call.states
     if states is None:
         layers = call.num_layers * call.directions
         h_0 = call.data.new_zeros(layers, call.batch_size, call.output_size)
         c_0 = call.data.new_zeros(layers, call.batch_size, call.hidden_size)
         states = (h_0, c_0)
-    options = (call.bias, call.num_layers, call.dropout, call.training, call.directions == 2)
-    # By the name that `lstm_triton.accelerate` does not take over.
-    if call.batch_sizes is None:
-        results = torch.lstm(call.data, states, call.weights, *options, call.batch_first)
-    else:
-        results = torch.lstm(call.data, call.batch_sizes, states, call.weights, *options)
-    return *results, None
+    results = native(
+        call.data,
+        call.batch_sizes,
+        states,
+        call.weights,
+        bias=call.bias,
+        num_layers=call.num_layers,
+        dropout=call.dropout,
+        training=call.training,
+        bidirectional=call.directions == 2,
+        batch_first=call.batch_first,
+    )
+    return results[0], results[1], results[2], None
 
 
 def _stack(scan_layers: ScanLayers, call: Call) -> Results:
@@ -453,6 +498,7 @@ def _stack(scan_layers: ScanLayers, call: Call) -> Results:
         c_reset=c_reset,
         ragged=tables,
         dropout=call.dropout if call.training else 0.0,
+        low_memory=call.low_memory,
         return_cells=call.return_cells,
     )
     if call.batch_sizes is None:

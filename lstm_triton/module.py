@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .functional import Sequences, States, lstm
+from .functional import Memory, Sequences, States, checked_memory, lstm
 
 Layer = TypeVar("Layer", bound=nn.RNNBase)
 
@@ -45,6 +45,9 @@ class LSTM(nn.RNNBase):
             directions are concatenated (D = 2, otherwise 1). Default: False
         proj_size (int): the size P of projected hidden states, 0 for none (P = H). Default: 0
         device, dtype: of the parameters.
+        memory (str): by name only: "full", or "low" to keep little between forward and backward: every :math:`h_t`,
+            which the output is, and a few :math:`c_t`, in place of all gates. Backward, which computes them again,
+            takes longer. It makes a difference in the Triton kernels only.
 
     Inputs:
         * **input**: (T, B, I), (B, T, I) with `batch_first`, (T, I) for one sequence without a batch, or a
@@ -76,6 +79,8 @@ class LSTM(nn.RNNBase):
     (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
     """
 
+    memory: Memory = "full"  # also of modules that were made as an nn.LSTM
+
     def __init__(
         self,
         input_size: int,
@@ -88,7 +93,10 @@ class LSTM(nn.RNNBase):
         proj_size: int = 0,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        memory: Memory = "full",
     ) -> None:
+        checked_memory(memory)
         super().__init__(
             "LSTM",
             input_size,
@@ -102,6 +110,10 @@ class LSTM(nn.RNNBase):
             device,
             dtype,
         )
+        self.memory = memory
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", memory={self.memory!r}" if self.memory != "full" else "")
 
     def forward(
         self,
@@ -160,6 +172,7 @@ class LSTM(nn.RNNBase):
             "training": self.training,
             "bidirectional": self.bidirectional,
             "proj_size": self.proj_size,
+            "memory": self.memory,
         }
 
     def to_torch_lstm(self) -> nn.LSTM:

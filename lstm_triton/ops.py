@@ -20,7 +20,8 @@ from .planner import MIN_DOT_DEPTH, Device, Kind, Launch, Plan, state_stride
 from .ragged import Ragged
 
 PREACTIVATION_BYTES = 2**30  # of input projections at a time, where they are not kept
-
+LOW_MEMORY_WINDOWS = 16  # with low_memory, forward and backward take the steps in as many windows at the most,
+LOW_MEMORY_STEPS = 32  # of as many steps at the least
 
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -186,6 +187,7 @@ def scan_forward(
     seed: Tensor | None = None,
     preact_0: Tensor | None = None,
     preact_reset: Tensor | None = None,
+    low_memory: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All steps of a stack of layers.
 
@@ -200,12 +202,14 @@ def scan_forward(
         seed: (1,) int64 on the input's device, of dropout; needed where there is any.
         preact_0, preact_reset: (lanes, B, 4H), or None: added to the pre-activations of steps that start from the
             initial state, or anew: the share of states that are no h of this stack. For a single layer.
+        low_memory: keep, instead of cells and gates, what `low_memory.gradients` needs.
 
     Returns:
         hidden: (lanes, state rows, state_stride(H)) h in the input's dtype; of a ragged batch, zeros where there is no
-            step. Unless `keep_cells`, of the last layer's lanes only.
+            step. Unless `keep_cells` or `low_memory`, of the last layer's lanes only.
         passed: `hidden` after dropout, of all layers but the last, if `keep_cells` and there is any.
-        cell: float32 c, shaped as `hidden`, if `keep_cells`.
+        cell: float32 c, shaped as `hidden`, if `keep_cells`; with `low_memory` (lanes, LOW_MEMORY_WINDOWS, B,
+            state_stride(H)), the c from which each window starts.
         gates: (lanes, rows, 4H) activated gates in the input's dtype, if `keep_gates`.
         h_n, c_n: (lanes, B, H) the final states.
 
@@ -224,7 +228,9 @@ def scan_forward(
         gates = input.new_empty((lanes if keep_gates else 0, layout.rows, 4 * stack.hidden_size))
         return _Buffers(hidden, passed, cell, gates)
 
-    kept = new_buffers(stack.lanes if keep_cells else 0, dropout > 0)
+    kept = new_buffers(stack.lanes if keep_cells or low_memory else 0, dropout > 0 and not low_memory)
+    if low_memory:
+        kept = kept._replace(cell=cell_starts_of(input, layout, stack.lanes))
     h_n, c_n = (input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size) for _ in range(2))
     below = input if ragged is None else input.contiguous()
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
@@ -233,12 +239,16 @@ def scan_forward(
         lanes = slice(launch.lanes.start, launch.lanes.stop)
         dropped = _dropped_lanes(launch, stack, dropout)
         buffers = kept.of(lanes) if keep_cells else new_buffers(launch.plan.lanes, dropped > 0)
+        if low_memory:
+            buffers = buffers._replace(hidden=kept.hidden[lanes])
+        cell_starts = kept.cell[lanes] if low_memory else None
         starts = [None if each is None else each[lanes] for each in (h_0, c_0, h_reset, c_reset)]
         _start(buffers, layout, ragged, stack.of(lanes), starts)
         preacts = [None if each is None else each[lanes] for each in (preact_0, preact_reset)]
         _run_forward(
-            launch, stack.of(lanes), buffers, layout, ragged, below, preacts, keep_cells, dropped, dropout, seed
-        )
+            launch, stack.of(lanes), buffers, layout, ragged, below, preacts, keep_cells, cell_starts, dropped, dropout,
+            seed,
+        )  # fmt: skip
         for at, lane in enumerate(launch.lanes):
             if ragged is None:
                 last = layout.last(stack.is_reverse(lane))
@@ -254,7 +264,7 @@ def scan_forward(
             outputs.append(source[at, layout.steps, : stack.hidden_size])
         if len(outputs) == directions:
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
-    if keep_cells:
+    if keep_cells or low_memory:
         return *kept, h_n, c_n
     hidden, passed, cell, gates = kept
     # A copy of the last layer, where it has no buffer of its own: a view would keep the layers below in memory.
@@ -280,16 +290,21 @@ def _(
     seed: Tensor | None = None,
     preact_0: Tensor | None = None,
     preact_reset: Tensor | None = None,
+    low_memory: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     stack = Stack(weights, directions, bias, reverse)
     layout = Layout.of(input, stack.hidden_size, tables)
     h_n, c_n = (input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size) for _ in range(2))
+    gates = input.new_empty(stack.lanes if keep_gates else 0, layout.rows, 4 * stack.hidden_size)
+    if low_memory:
+        hidden = input.new_empty(stack.lanes, layout.state_rows, layout.stride)
+        passed = input.new_empty(0, layout.state_rows, layout.stride)
+        return hidden, passed, cell_starts_of(input, layout, stack.lanes), gates, h_n, c_n
     kept = stack.lanes if keep_cells else 0
     hidden = input.new_empty(kept or directions, layout.state_rows, layout.stride)
     passed = input.new_empty(kept if dropout > 0 else 0, layout.state_rows, layout.stride)
     rows_of_cells = layout.state_rows if keep_cells else (2 if layout.ragged else 1) * layout.batch_size
     cell = input.new_empty(kept, rows_of_cells, layout.stride, dtype=torch.float32)
-    gates = input.new_empty(stack.lanes if keep_gates else 0, layout.rows, 4 * stack.hidden_size)
     return hidden, passed, cell, gates, h_n, c_n
 
 
@@ -305,8 +320,8 @@ class _Buffers(NamedTuple):
         return _Buffers(*(buffer[lanes] for buffer in self))
 
 
-class _Window(NamedTuple):
-    """Steps that one launch takes."""
+class Window(NamedTuple):
+    """Steps that one launch takes, and their rows."""
 
     steps: slice
     rows: slice
@@ -321,27 +336,38 @@ def _run_forward(
     below: Tensor,
     preacts: list[Tensor | None],
     keep_cells: bool,
+    cell_starts: Tensor | None,
     dropped: int,
     dropout: float,
     seed: Tensor | None,
 ) -> None:
-    """The scan of a launch's lanes, whose weights `stack` are: at once, or window after window of steps."""
+    """The scan of a launch's lanes, whose weights `stack` are: at once, or window after window of steps.
+
+    Whatever c a window starts from is written to `cell_starts`, if there are any.
+    """
     from .kernels.forward import forward_scan
 
     plan = launch.plan
     keep_gates = len(buffers.gates) > 0
     projected_lanes = 1 if plan.chained else plan.lanes
     time_steps = below.shape[0] if ragged is None else ragged.offsets.shape[0] - 1
-    windows = [_Window(slice(0, time_steps), slice(0, layout.rows))]
+    steps = time_steps
+    if cell_starts is not None:
+        steps = low_memory_steps(time_steps)
     if not plan.fuse_input and not keep_gates:
-        windows = _windows(layout, ragged, time_steps, projected_lanes * 4 * stack.hidden_size * below.itemsize)
+        step_bytes = projected_lanes * 4 * stack.hidden_size * below.itemsize * layout.batch_size
+        steps = min(steps, max(1, PREACTIVATION_BYTES // step_bytes)) if cell_starts is None else steps
+    windows = windows_of(layout, ragged, time_steps, steps)
     # Directions meet different windows: then each has launches of its own.
     whole = plan.chained or len(windows) == 1
     parts = [slice(0, plan.lanes)] if whole else [slice(at, at + 1) for at in range(plan.lanes)]
     for part in parts:
         part_plan = replace(plan, lanes=part.stop - part.start)
         part_stack, hidden = stack.of(part), buffers.hidden[part]
-        for window in reversed(windows) if part_stack.reverse else windows:
+        for number in range(len(windows))[:: -1 if part_stack.reverse else 1]:
+            window = windows[number]
+            if cell_starts is not None:
+                cell_starts[part, number] = buffers.cell[part, : layout.batch_size]
             first, last = window.rows.start, window.rows.stop
             gates = buffers.gates[part]
             input, stride_unit = below, 1
@@ -352,9 +378,9 @@ def _run_forward(
                     gates = below.new_empty((part_plan.lanes, last - first, 4 * stack.hidden_size))
                 rows = below.reshape(layout.rows, -1)[window.rows]
                 for at in range(1 if plan.chained else part_plan.lanes):
-                    _project(rows, part_stack.named("weight_ih")[at], gates[at])
+                    project(rows, part_stack.named("weight_ih")[at], gates[at])
                     own = [None if each is None else each[part][at] for each in preacts]
-                    _add_starts(gates[at], own, window, layout, ragged, part_stack.is_reverse(at))
+                    add_starts(gates[at], own, window, layout, ragged, part_stack.is_reverse(at))
             _launch(
                 forward_scan,
                 part_plan,
@@ -394,18 +420,27 @@ def _run_forward(
             )
 
 
-def _windows(layout: Layout, ragged: Ragged | None, time_steps: int, row_bytes: int) -> list[_Window]:
-    """All steps, in windows whose input projections take PREACTIVATION_BYTES at most."""
-    steps = max(1, PREACTIVATION_BYTES // (row_bytes * layout.batch_size))
+def low_memory_steps(time_steps: int) -> int:
+    """The steps of a window, with low_memory."""
+    return max(-(-time_steps // LOW_MEMORY_WINDOWS), LOW_MEMORY_STEPS)
+
+
+def cell_starts_of(input: Tensor, layout: Layout, lanes: int) -> Tensor:
+    """Memory for the c from which windows start."""
+    return input.new_empty(lanes, LOW_MEMORY_WINDOWS, layout.batch_size, layout.stride, dtype=torch.float32)
+
+
+def windows_of(layout: Layout, ragged: Ragged | None, time_steps: int, steps: int) -> list[Window]:
+    """All steps, in windows of so many."""
     if steps >= time_steps:
-        return [_Window(slice(0, time_steps), slice(0, layout.rows))]
+        return [Window(slice(0, time_steps), slice(0, layout.rows))]
     bounds = [*range(0, time_steps, steps), time_steps]
     if layout.rows == time_steps * layout.batch_size:
         rows = [step * layout.batch_size for step in bounds]
     else:  # packed: the only place where the host waits for the device
         assert ragged is not None
         rows = ragged.offsets[torch.tensor(bounds, device=ragged.offsets.device)].tolist()
-    return [_Window(slice(*at), slice(*of)) for at, of in zip(_neighbours(bounds), _neighbours(rows), strict=True)]
+    return [Window(slice(*at), slice(*of)) for at, of in zip(_neighbours(bounds), _neighbours(rows), strict=True)]
 
 
 def _neighbours(values: list[int]) -> list[tuple[int, int]]:
@@ -433,10 +468,10 @@ def _start(buffers: _Buffers, layout: Layout, ragged: Ragged | None, stack: Stac
         buffers.passed[at : at + 1, : layout.batch_size].zero_()
 
 
-def _add_starts(
+def add_starts(
     projected: Tensor,
     preacts: list[Tensor | None],
-    window: _Window,
+    window: Window,
     layout: Layout,
     ragged: Ragged | None,
     reverse: bool,
@@ -504,7 +539,7 @@ def scan_backward(
     layout = Layout(gates.shape[1], batch_size, hidden_size, len(tables) > 0)
     ragged = Ragged(*tables) if tables else None
     time_steps = layout.rows // batch_size if ragged is None else ragged.offsets.shape[0] - 1
-    window = _Window(slice(0, time_steps), slice(0, layout.rows))
+    window = Window(slice(0, time_steps), slice(0, layout.rows))
     shape = (time_steps, batch_size) if ragged is None else (layout.rows,)
 
     grad_gates = sentinels((stack.lanes, layout.state_rows, 4 * layout.stride), gates)
@@ -592,21 +627,56 @@ def _(
 
 
 @torch.library.custom_op("lstm_triton::dropout_scale", mutates_args=())
-def dropout_scale(seed: Tensor, lane: int, dropout: float, like: Tensor) -> Tensor:
-    """What the scans multiply a lane's outputs (T, B, H) or (rows, H) with: 0 or 1 / (1 - dropout)."""
+def dropout_scale(seed: Tensor, lane: int, dropout: float, like: Tensor, first_row: int = 0) -> Tensor:
+    """What the scans multiply a lane's outputs (T, B, H) or (rows, H) with, from a row on: 0 or 1 / (1 - dropout)."""
     from .kernels.lanes import dropout_scales
 
     scale = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     elements, block = scale.numel(), 1024
     grid = (-(-elements // block),)
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-        dropout_scales[grid](seed, lane, dropout, scale, elements, BLOCK=block)
+        dropout_scales[grid](seed, lane, dropout, scale, elements, first_row * like.shape[-1], BLOCK=block)
     return scale
 
 
 @dropout_scale.register_fake
-def _(seed: Tensor, lane: int, dropout: float, like: Tensor) -> Tensor:
+def _(seed: Tensor, lane: int, dropout: float, like: Tensor, first_row: int = 0) -> Tensor:
     return like.new_empty(like.shape)
+
+
+def gates_again(gates: Tensor, cell: Tensor, stack: Stack, tables: Sequence[Tensor], batch_size: int) -> None:
+    """Complete what `scan_backward` needs of a single lane, in place.
+
+    Args:
+        gates: (1, rows, 4H), pre-activations without biases on entry, activated gates on return.
+        cell: (1, state rows, state_stride(H)), c of the states that sequences start from on entry, of all on return.
+    """
+    from .kernels.again import gates_again as kernel
+
+    ragged = Ragged(*tables) if tables else None
+    block_batch, block_hidden = planner.AGAIN_BLOCK
+    grid = (-(-batch_size // block_batch), -(-stack.hidden_size // block_hidden))
+    options = {} if gates.device.type == "cpu" else {"num_warps": planner.AGAIN_WARPS}
+    biases = [*stack.named("bias_ih"), *stack.named("bias_hh")] if stack.bias else [gates, gates]
+    with torch.cuda.device(gates.device) if gates.is_cuda else contextlib.nullcontext():
+        kernel[grid](
+            gates,
+            *_contiguous(biases),
+            cell,
+            gates if ragged is None else ragged.before,
+            gates if ragged is None else ragged.after,
+            gates if ragged is None else ragged.offsets,
+            gates.shape[1] // batch_size if ragged is None else ragged.offsets.shape[0] - 1,
+            batch_size,
+            int(stack.reverse),
+            HIDDEN=stack.hidden_size,
+            STATE_STRIDE=cell.shape[2],
+            HAS_BIAS=stack.bias,
+            RAGGED=ragged is not None,
+            BLOCK_BATCH=block_batch,
+            BLOCK_HIDDEN=block_hidden,
+            **options,
+        )
 
 
 def input_gradient(grad_gates: Tensor, weights_ih: Sequence[Tensor], layout: Layout) -> Tensor:
@@ -647,7 +717,7 @@ def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
-def _lookups(ragged: Ragged | None, plan: Plan, window: _Window, unused: Tensor) -> dict[str, object]:
+def _lookups(ragged: Ragged | None, plan: Plan, window: Window, unused: Tensor) -> dict[str, object]:
     """What both kernels need to find the rows of a window's steps."""
     time_steps = window.steps.stop - window.steps.start
     if ragged is None:
@@ -672,8 +742,7 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
 @torch.library.custom_op("lstm_triton::matmul", mutates_args=())
 def _cuda_matmul(left: Tensor, right: Tensor) -> Tensor:
     # An operator, because torch.compile cannot change the setting within a graph.
-    with _matmul_precision("tf32" if allows_tf32() else "ieee"):
-        return left @ right
+    return batched_matmul(left, right)
 
 
 @_cuda_matmul.register_fake
@@ -681,11 +750,17 @@ def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty((left.shape[0], right.shape[1]))
 
 
-def _project(rows: Tensor, weight_ih: Tensor, projected: Tensor) -> None:
+def project(rows: Tensor, weight_ih: Tensor, projected: Tensor) -> None:
     """Write rows @ weight_ih^T."""
     precision = "tf32" if allows_tf32() else "ieee"
     with torch.autocast(rows.device.type, enabled=False), _matmul_precision(precision):
         torch.mm(rows, weight_ih.t(), out=projected)
+
+
+def batched_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """`matmul` on a GPU, of any batch of matrices."""
+    with _matmul_precision("tf32" if allows_tf32() else "ieee"):
+        return left @ right
 
 
 _matmul_precision_lock = threading.Lock()

@@ -79,6 +79,29 @@ class Ragged(NamedTuple):
         """(B,) the state row of the first step in one direction; of a sequence without steps, one of no step."""
         return self.ends(not reverse)
 
+    def window(self, steps: slice, rows: slice) -> "Ragged":
+        """The tables of some of the time steps, given with their rows: a batch whose initial states are those at its
+        ends, in either direction.
+        """
+        count = rows.stop - rows.start
+        offsets = self.offsets[steps.start : steps.stop + 1] - rows.start
+        own = torch.arange(count, dtype=torch.int32, device=self.before.device)
+        times = torch.searchsorted(offsets[1:].contiguous(), own, right=True)
+        sequences = own - offsets[times]
+
+        def renumbered(table: Tensor, outside: Tensor) -> Tensor:
+            found = table[rows]
+            row = found - self.batch_size - rows.start  # of the step, if it is one of the window's
+            anew = found >= self.rows + 2 * self.batch_size
+            outside = torch.where((row >= 0) & (row < count), row + self.batch_size, outside)
+            found = torch.where(anew, found - self.rows + count, torch.where(found >= 0, outside, -1))
+            return found.to(torch.int32)
+
+        before = renumbered(self.before, sequences)
+        after = renumbered(self.after, self.batch_size + count + sequences)
+        lengths = (self.lengths - steps.start).clamp(0, steps.stop - steps.start)
+        return Ragged(before, after, offsets, lengths)
+
     def tile_steps(self, block_batch: int, batch_tiles: int) -> Tensor:
         """(batch_tiles,) int32: the steps of the longest sequence of every tile of a batch."""
         padding = batch_tiles * block_batch - self.batch_size

@@ -181,3 +181,17 @@ class TestReadme:
         missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
         assert targets
         assert missing == []
+
+    def test_named_tests_exist(self):
+        """The table of what the library works with names a test in every row."""
+        table = self.text.split("## Works with")[1].split("\n## ")[0]
+        rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+        assert rows
+        for row in rows:
+            named = re.findall(r"`([\w./]+\.py)?(?:::)?(test_\w+)?`", row.split("|")[-2])
+            assert named, row
+            file = ""
+            for path, test in named:
+                file = path or file
+                source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+                assert not test or f"def {test}(" in source, (file, test)

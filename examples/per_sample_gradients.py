@@ -1,0 +1,95 @@
+"""Per-sample gradients of an LSTM, as differentially private training clips them (Abadi et al., 2016).
+
+Computed by `torch.func.vmap` over `lstm_triton.LSTM`, by Opacus (its DPLSTM, hooks on step-by-step Linear layers), and
+by a loop over the samples; compared in results and time.
+
+    pip install "lstm-triton[examples]"
+    python examples/per_sample_gradients.py --batch-size 64
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from lstm_triton import LSTM
+
+Gradients = dict[str, Tensor]  # by the name of a weight, (B, ...)
+
+
+def loss_of(output: Tensor) -> Tensor:
+    """Of the last output of one sequence, or, summed, of many."""
+    return output.square().sum()
+
+
+def by_vmap(lstm: LSTM, inputs: Tensor) -> Gradients:
+    """One scan forward and one backward where the kernels run; inputs are (B, T, I)."""
+
+    def loss(weights: dict[str, Tensor], input: Tensor) -> Tensor:
+        output, _ = functional_call(lstm, weights, (input,))
+        return loss_of(output[-1])
+
+    weights = {name: weight.detach() for name, weight in lstm.named_parameters()}
+    gradients: Gradients = vmap(grad(loss), in_dims=(None, 0))(weights, inputs)
+    return gradients
+
+
+def by_loop(lstm: nn.RNNBase, inputs: Tensor) -> Gradients:
+    names = [name for name, _ in lstm.named_parameters()]
+    samples = [torch.autograd.grad(loss_of(lstm(input)[0][-1]), list(lstm.parameters())) for input in inputs]
+    return {name: torch.stack(gradients) for name, gradients in zip(names, zip(*samples, strict=True), strict=True)}
+
+
+def by_opacus(lstm: LSTM, inputs: Tensor) -> Gradients:
+    from opacus.grad_sample import GradSampleModule
+    from opacus.layers import DPLSTM
+
+    layer = DPLSTM(lstm.input_size, lstm.hidden_size, lstm.num_layers, batch_first=True).to(inputs.device)
+    layer.load_state_dict(lstm.state_dict())
+    module = GradSampleModule(layer, loss_reduction="sum")
+    output, _ = module(inputs)
+    loss_of(output[:, -1]).backward()
+    return {name: parameter.grad_sample for name, parameter in layer.named_parameters()}
+
+
+def clipped_sum(gradients: Gradients, largest_norm: float) -> Gradients:
+    """What a private optimizer adds its noise to: every sample's gradient cut to a length, and summed."""
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)
+    factors = (largest_norm / norms).clamp(max=1)
+    return {name: torch.einsum("b,b...->...", factors, gradient) for name, gradient in gradients.items()}
+
+
+def milliseconds(function: Callable[[], object], device: str, repetitions: int = 5) -> float:
+    times = []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        function()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return 1e3 * sorted(times)[len(times) // 2]
+
+
+def main(batch_size: int, time_steps: int, size: int, device: str) -> None:
+    torch.manual_seed(0)
+    lstm = LSTM(size, size, batch_first=True, device=device)
+    inputs = torch.randn(batch_size, time_steps, size, device=device)
+    expected = clipped_sum(by_loop(lstm, inputs), 1.0)
+    for method in (by_loop, by_opacus, by_vmap):
+        sums = clipped_sum(method(lstm, inputs), 1.0)
+        difference = max((sums[name] - expected[name]).abs().max().item() for name in expected)
+        elapsed = milliseconds(lambda method=method: method(lstm, inputs), device)
+        print(f"{method.__name__:<10} {elapsed:>9.1f} ms   largest difference from the loop {difference:.1e}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--time-steps", type=int, default=50)
+    parser.add_argument("--size", type=int, default=64, help="of the input and of the hidden state")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    main(arguments.batch_size, arguments.time_steps, arguments.size, arguments.device)

@@ -1,0 +1,114 @@
+"""What the operators of the kernels do under torch.vmap.
+
+A scan whose weights are shared becomes one scan of a larger batch; where each entry has its own weights, or the batch
+is ragged, there is one scan for each entry. All else of a layer is PyTorch's operations, which know vmap themselves.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import cell_ops, low_memory, ops
+
+Dims = Sequence[Any]  # of each argument the axis that is mapped, None for none
+
+
+def _scan_forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
+    given = _named(ops.scan_forward, arguments)
+    dims = _named(ops.scan_forward, in_dims)
+    shared = all(each is None for each in pytree.tree_leaves(dims["weights"]))
+    if given["tables"] or given["dropout"] > 0 or given["low_memory"] or not shared:
+        return _one_by_one(ops.scan_forward, info, in_dims, arguments)
+    size = info.batch_size
+    for name in ("input", "h_0", "c_0", "preact_0"):
+        given[name] = _folded(given[name], dims[name], size, 1)
+    results = ops.scan_forward(**given)
+    batch_size = results[-1].shape[1] // size
+    rows = [_unfolded_rows(buffer, batch_size, size) for buffer in results[:4]]
+    states = [state.unflatten(1, (size, batch_size)) for state in results[4:]]
+    return (*(buffer for buffer, _ in rows), *states), (*(dim for _, dim in rows), 1, 1)
+
+
+def _scan_backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
+    given, dims = _named(ops.scan_backward, arguments), _named(ops.scan_backward, in_dims)
+    shared = all(each is None for each in pytree.tree_leaves(dims["weights"]))
+    if given["tables"] or given["dropout"] > 0 or not shared:
+        return _one_by_one(ops.scan_backward, info, in_dims, arguments)
+    size, batch_size = info.batch_size, given["batch_size"]
+    for name in ("grad_output", "grad_h_n", "grad_c_n"):
+        given[name] = _folded(given[name], dims[name], size, 1)
+    given["grad_cells"] = _folded(given["grad_cells"], dims["grad_cells"], size, 2)
+    for name in ("cell", "gates"):
+        given[name] = _folded_rows(given[name], dims[name], batch_size, size)
+    grad_gates, grad_cell = ops.scan_backward(**{**given, "batch_size": batch_size * size})
+    found, dim = _unfolded_rows(grad_gates, batch_size, size)
+    return (found, grad_cell.unflatten(1, (size, batch_size))), (dim, 1)
+
+
+def _named(operator: Any, arguments: Sequence[Any]) -> dict[str, Any]:
+    """Arguments by the names of their parameters; those left out have their defaults, which vmap leaves alone."""
+    parameters = inspect.signature(operator._init_fn).parameters
+    named = {name: parameter.default for name, parameter in parameters.items()}
+    return {**named, **dict(zip(parameters, arguments, strict=False))}
+
+
+def _folded_rows(rows: Tensor, dim: int | None, batch_size: int, size: int) -> Tensor:
+    """(lanes, steps * B, ...), mapped, with the mapped axis as a part of the batch."""
+    if dim is not None:
+        rows = rows.movedim(dim, 0)
+    steps = rows.unflatten(-2, (-1, batch_size))
+    return _mapped_to(steps, 0 if dim is not None else None, size, 2).flatten(1, 3)
+
+
+def _unfolded_rows(rows: Tensor, batch_size: int, size: int) -> tuple[Tensor, int | None]:
+    """The inverse of _folded_rows, and where the mapped axis is then; what is empty is the same for all entries."""
+    if rows.numel() == 0:
+        return rows, None
+    return rows.unflatten(1, (-1, size, batch_size)).movedim(2, 0).flatten(2, 3), 0
+
+
+def _cuda_matmul(info: Any, in_dims: Dims, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
+    left, right = (_mapped_to(t, dim, info.batch_size, 0) for t, dim in zip((left, right), in_dims, strict=True))
+    return ops.batched_matmul(left, right), 0
+
+
+def _folded(tensor: Tensor | None, dim: int | None, size: int, batch_axis: int) -> Tensor | None:
+    """The mapped axis as a part of the batch: (N, B) sequences as N * B."""
+    if tensor is None:
+        return None
+    return _mapped_to(tensor, dim, size, batch_axis).flatten(batch_axis, batch_axis + 1)
+
+
+def _mapped_to(tensor: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
+    """The tensor with its mapped axis elsewhere; without one, the same in all entries."""
+    if dim is not None:
+        return tensor.movedim(dim, axis)
+    shape = list(tensor.shape)
+    shape.insert(axis, size)
+    return tensor.unsqueeze(axis).expand(shape)
+
+
+def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: Dims, arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The rule that always holds: call the operator for each entry."""
+    leaves, structure = pytree.tree_flatten(arguments)
+    dims = pytree.tree_leaves(list(in_dims))
+    entries = []
+    for index in range(info.batch_size):
+        chosen = [leaf if dim is None else leaf.select(dim, index) for leaf, dim in zip(leaves, dims, strict=True)]
+        entries.append(operator(*pytree.tree_unflatten(chosen, structure)))
+    if isinstance(entries[0], Tensor):
+        return torch.stack(entries), 0
+    results = [torch.stack(entry) for entry in zip(*entries, strict=True)]
+    return type(entries[0])(results), type(entries[0])([0] * len(results))
+
+
+torch.library.register_vmap(ops.scan_forward, _scan_forward)
+torch.library.register_vmap(ops.scan_backward, _scan_backward)
+for operator in (ops.dropout_scale, low_memory.gradients, cell_ops.cell_forward, cell_ops.cell_backward):
+    torch.library.register_vmap(operator, partial(_one_by_one, operator))
+torch.library.register_vmap("lstm_triton::matmul", _cuda_matmul)
