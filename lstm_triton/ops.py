@@ -347,7 +347,8 @@ def _run_forward(
     """
     from .kernels.forward import forward_scan
 
-    plan = launch.plan
+    # A scan that computes the input projections itself has nowhere to get anything else from.
+    plan = replace(launch.plan, fuse_input=launch.plan.fuse_input and all(each is None for each in preacts))
     keep_gates = len(buffers.gates) > 0
     projected_lanes = 1 if plan.chained else plan.lanes
     time_steps = below.shape[0] if ragged is None else ragged.offsets.shape[0] - 1

@@ -49,9 +49,8 @@ class Ragged(NamedTuple):
         if not reverse:
             return self.after
         # Backwards, time 0 comes last even where a sequence starts anew there.
-        first = torch.arange(self.batch_size, dtype=torch.int32, device=self.before.device)
-        first = torch.where(self.lengths > 0, first, -1)
-        return torch.cat([first, self.before[self.batch_size :]])
+        rows = torch.arange(self.rows, dtype=torch.int32, device=self.before.device)
+        return torch.where((rows < self.offsets[1]) & self.is_step(), rows, self.before)
 
     def starts_anew(self, reverse: bool) -> Tensor:
         """(rows,) bool: where a step starts from the state to start anew from."""

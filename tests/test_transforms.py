@@ -78,6 +78,7 @@ def penalty(module: nn.RNNBase, tensors: list[Tensor], options: dict[str, Tensor
 def test_second_derivatives_through_the_kernels(case: str) -> None:
     """As far from float64 as those of PyTorch's own function in float32."""
     module_options, call_options = CASES[case]
+    torch.manual_seed(0)
     module = lstm_triton.LSTM(2, 20, **module_options)
     tensors = tensors_of(module)
 
@@ -143,7 +144,7 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
             return None, *grads
 
     calls: list[bool] = []
-    own = torch._VF.lstm
+    own = torch.lstm
 
     def lstm(*arguments: Any) -> tuple[Tensor, ...]:
         calls.append(torch.backends.cudnn.enabled)
@@ -151,7 +152,7 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         packed = isinstance(arguments[1], Tensor)
         return Refusing.apply(arguments[7 if packed else 6], *results) if calls[-1] else results
 
-    monkeypatch.setattr(torch._VF, "lstm", lstm)
+    monkeypatch.setattr(torch, "lstm", lstm)
     monkeypatch.setattr(aten, "_is_cudnns", lambda tensor: torch.backends.cudnn.enabled)
     return calls
 
