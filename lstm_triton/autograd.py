@@ -356,7 +356,7 @@ def _gradients(saved: _Saved, needed: Sequence[bool], grads: tuple[Tensor | None
         _, _, _, _, c_reset, preact_0, preact_reset = saved.states
         every = low.gradients(
             *grads[:3], input, c_reset, preact_0, preact_reset, *stack, saved.hidden, saved.cell, tables, dropout,
-            saved.seed,
+            saved.seed, needed[0],
         )  # fmt: skip
         return [grad if need else None for grad, need in zip(every, needed, strict=True)]
     layout = Layout.of(input, stack.hidden_size, tables)

@@ -33,12 +33,14 @@ def gradients(
     tables: Sequence[Tensor],
     dropout: float,
     seed: Tensor | None,
+    of_input: bool,
 ) -> list[Tensor]:
     """All gradients of a stack, in the order input, h_0, c_0, h_reset, c_reset, preact_0, preact_reset, weights.
 
     Args:
         grad_output, grad_h_n, grad_c_n: as `ops.scan_backward` takes them.
         hidden, cell_starts: what `ops.scan_forward` returned as hidden and cell, with low_memory.
+        of_input: whether the gradient of the input is needed; otherwise it is empty.
         others: as `ops.scan_forward` had them.
     """
     stack = Stack(weights, directions, bias, reverse)
@@ -55,10 +57,11 @@ def gradients(
     if ragged is not None:
         input_rows = torch.where(ragged.is_step().unsqueeze(1), input_rows, 0)  # there may be anything where no step is
 
-    def scale(lane: int, like: Tensor, first_row: int) -> Tensor | float:
+    def is_dropped(lane: int) -> bool:
+        return dropout > 0 and lane < stack.lanes - directions
+
+    def scale(lane: int, like: Tensor, first_row: int) -> Tensor:
         """Of the dropout on a lane's outputs."""
-        if dropout == 0 or lane >= stack.lanes - directions:
-            return 1.0
         assert seed is not None
         found: Tensor = ops.dropout_scale(seed, lane, dropout, like, first_row)
         return found
@@ -69,10 +72,11 @@ def gradients(
             return input_rows[rows]
         lanes = range(stack.layer(layer - 1).start, stack.layer(layer - 1).stop)
         outputs = [hidden[lane, layout.steps, :hidden_size][rows] for lane in lanes]
-        scaled = [output * scale(lane, output, rows.start) for lane, output in zip(lanes, outputs, strict=True)]
-        return torch.cat(scaled, dim=1)
+        if is_dropped(lanes[0]):
+            outputs = [each * scale(lane, each, rows.start) for lane, each in zip(lanes, outputs, strict=True)]
+        return outputs[0] if directions == 1 else torch.cat(outputs, dim=1)
 
-    def gradients_of_lane(lane: int, grad_output: Tensor | None, grad_below: Tensor) -> None:
+    def gradients_of_lane(lane: int, grad_output: Tensor | None, grad_below: Tensor | None) -> None:
         """Add to grad_below what flows into the layer below, given what flows into the lane's outputs (rows, H)."""
         own = stack.of(slice(lane, lane + 1))
         weight_ih, weight_hh = (own.named(name)[0] for name in ops.WEIGHTS[:2])
@@ -90,7 +94,7 @@ def gradients(
             ops.project(rows, weight_ih, gates[0])
             preacts = [None if each is None else each[lane] for each in (preact_0, preact_reset)]
             ops.add_starts(gates[0], preacts, window, layout, ragged, own.reverse)
-            gates[0] += ops.matmul(hidden_prev, weight_hh.t())
+            ops.project(hidden_prev, weight_hh, gates[0], add=True)
             cell = cell_starts.new_empty(1, part.state_rows, part.stride)
             cell[0, part.initial(own.reverse)] = cell_starts[lane, number]
             if ragged is not None:
@@ -110,7 +114,8 @@ def gradients(
                 of_bias = gate_major(of_gates.sum(0, dtype=torch.float32).unsqueeze(1)).squeeze(1)
                 sums[2] += of_bias
                 sums[3] += of_bias
-            grad_below[window.rows] += ops.matmul(of_gates, gate_minor(weight_ih))
+            if grad_below is not None:
+                grad_below[window.rows] += ops.matmul(of_gates, gate_minor(weight_ih))
 
             # Into the states that the window starts from, and so into the window before it.
             if of_part is None:
@@ -140,13 +145,17 @@ def gradients(
     grad_rows = None if grad_output is None else grad_output.reshape(layout.rows, -1)
     for layer in reversed(range(stack.num_layers)):
         lanes = range(stack.layer(layer).start, stack.layer(layer).stop)
-        grad_below = input.new_zeros(layout.rows, stack.named("weight_ih")[lanes.start].shape[1])
+        grad_below = None
+        if layer > 0 or of_input:
+            grad_below = input.new_zeros(layout.rows, stack.named("weight_ih")[lanes.start].shape[1])
         for at, lane in enumerate(lanes):
             of_lane = None if grad_rows is None else grad_rows[:, at * hidden_size : (at + 1) * hidden_size]
-            of_lane = None if of_lane is None else of_lane * scale(lane, of_lane, 0)
+            if of_lane is not None and is_dropped(lane):
+                of_lane = of_lane * scale(lane, of_lane, 0)
             gradients_of_lane(lane, of_lane, grad_below)
         grad_rows = grad_below
-    found = [grad_below.view(input.shape), of_h_0, of_c_0, of_h_reset, of_c_reset, of_preact_0, of_preact_reset]
+    of_inputs = input.new_empty(0) if grad_rows is None else grad_rows.view(input.shape)
+    found = [of_inputs, of_h_0, of_c_0, of_h_reset, of_c_reset, of_preact_0, of_preact_reset]
     return [*found, *(total.to(weight.dtype) for total, weight in zip(of_weights, weights, strict=True))]
 
 
@@ -168,12 +177,18 @@ def _(
     tables: Sequence[Tensor],
     dropout: float,
     seed: Tensor | None,
+    of_input: bool,
 ) -> list[Tensor]:
     stack = Stack(weights, directions, bias, reverse)
     shape = (stack.lanes, Layout.of(input, stack.hidden_size, tables).batch_size, stack.hidden_size)
     states = [input.new_empty(shape) for _ in range(4)]
     preacts = [input.new_empty((*shape[:2], 4 * shape[2])) for _ in range(2)]
-    return [input.new_empty(input.shape), *states, *preacts, *(weight.new_empty(weight.shape) for weight in weights)]
+    return [
+        input.new_empty(input.shape if of_input else 0),
+        *states,
+        *preacts,
+        *(weight.new_empty(weight.shape) for weight in weights),
+    ]
 
 
 def _previous(hidden: Tensor, layout: Layout, ragged: Ragged | None, reverse: bool, rows: slice) -> Tensor:

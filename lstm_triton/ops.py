@@ -751,11 +751,11 @@ def _(left: Tensor, right: Tensor) -> Tensor:
     return left.new_empty((left.shape[0], right.shape[1]))
 
 
-def project(rows: Tensor, weight_ih: Tensor, projected: Tensor) -> None:
-    """Write rows @ weight_ih^T."""
+def project(rows: Tensor, weight: Tensor, projected: Tensor, add: bool = False) -> None:
+    """Write, or add, rows @ weight^T."""
     precision = "tf32" if allows_tf32() else "ieee"
     with torch.autocast(rows.device.type, enabled=False), _matmul_precision(precision):
-        torch.mm(rows, weight_ih.t(), out=projected)
+        torch.addmm(projected, rows, weight.t(), beta=int(add), out=projected)
 
 
 def batched_matmul(left: Tensor, right: Tensor) -> Tensor:
