@@ -390,7 +390,7 @@ def _formula(states: Sequence[Tensor | None], saved: _Saved) -> tuple[Tensor, ..
         cells.append(every_c)
         if saved.dropout > 0 and lane < stack.lanes - stack.directions:
             assert saved.seed is not None
-            output = output * ops.dropout_scale(saved.seed, lane, saved.dropout, output)
+            output = output * ops.dropout_scale(saved.seed, lane, saved.dropout, output.detach())
         outputs.append(output)
         if len(outputs) == stack.directions:
             below, outputs = torch.cat(outputs, dim=-1), []

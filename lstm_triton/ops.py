@@ -758,8 +758,8 @@ def compiler_options(plan: Plan, is_nvidia: bool) -> dict[str, object]:
 def launch_options(plan: Plan) -> dict[str, object]:
     """A plan as options of a launch on a GPU."""
     options = compiler_options(plan, is_nvidia=torch.version.hip is None)
-    # Programs that share a batch tile wait for each other: all run at the same time, or the driver refuses.
-    return {**options, "launch_cooperative_grid": plan.slices > 1}
+    # Slices of a batch tile wait for each other, and so do layers: all run at the same time, or the driver refuses.
+    return {**options, "launch_cooperative_grid": plan.slices > 1 or plan.chained}
 
 
 def _launch(kernel: Any, plan: Plan, device: torch.device, **arguments: object) -> None:
