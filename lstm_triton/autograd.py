@@ -409,7 +409,7 @@ def _shares_of_states(preacts: Sequence[Tensor | None], input: Tensor, reverse: 
     shares = some.new_zeros(ragged.rows, some.shape[1])
     if preact_0 is not None:
         rows = (ragged.firsts(reverse) - ragged.batch_size).clamp(0, ragged.rows - 1)
-        shares = shares.index_add(0, rows, torch.where(ragged.lengths.unsqueeze(1) > 0, preact_0, 0))
+        shares = shares.index_add(0, rows, torch.where(ragged.starts_from_initial(reverse).unsqueeze(1), preact_0, 0))
     if preact_reset is not None:
         anew = ragged.starts_anew(reverse).view(-1, ragged.batch_size, 1)
         shares = shares + torch.where(anew, preact_reset, 0).flatten(0, 1)

@@ -319,6 +319,7 @@ def _launches(kind: "Kind", call: "Call", dtype: torch.dtype) -> list[ScanLaunch
             hidden_size=call.hidden_size,
             dtype=dtype,
             device=call.data.device,
+            fuse_input=not projected or (call.states is None and call.reset_state is None),
         )
         found += [ScanLaunch(kind, tuple(first + lane for lane in each.lanes), each.plan) for each in launches]
         first += layers * call.directions

@@ -134,9 +134,13 @@ def launches_of(
     hidden_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    fuse_input: bool = True,
 ) -> tuple[Launch, ...]:
-    """The launches of one scan over a stack, in the order of its layers."""
-    return planner.launches(
+    """The launches of one scan over a stack, in the order of its layers.
+
+    Unless `fuse_input`, all input projections are computed beforehand.
+    """
+    found = planner.launches(
         kind,
         num_layers=num_layers,
         directions=directions,
@@ -147,9 +151,14 @@ def launches_of(
         device=Device.of(device),
         allow_tf32=allows_tf32(),
     )
+    if fuse_input:
+        return found
+    return tuple(replace(launch, plan=replace(launch.plan, fuse_input=False)) for launch in found)
 
 
-def _launches(kind: Kind, stack: Stack, steps: Tensor, batch_size: int) -> tuple[Launch, ...]:
+def _launches(
+    kind: Kind, stack: Stack, steps: Tensor, batch_size: int, fuse_input: bool = True
+) -> tuple[Launch, ...]:
     return launches_of(
         kind,
         num_layers=stack.num_layers,
@@ -159,6 +168,7 @@ def _launches(kind: Kind, stack: Stack, steps: Tensor, batch_size: int) -> tuple
         hidden_size=stack.hidden_size,
         dtype=steps.dtype,
         device=steps.device,
+        fuse_input=fuse_input,
     )
 
 
@@ -223,7 +233,9 @@ def scan_forward(
     below = input if ragged is None else input.contiguous()
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
     last_hidden: list[Tensor] = []
-    for launch in _launches("forward", stack, input, layout.batch_size):
+    # The shares of states are added to input projections that are in memory.
+    fuse_input = preact_0 is None and preact_reset is None
+    for launch in _launches("forward", stack, input, layout.batch_size, fuse_input):
         lanes = slice(launch.lanes.start, launch.lanes.stop)
         dropped = _dropped_lanes(launch, stack, dropout)
         buffers = kept.of(lanes) if keep_cells else new_buffers(launch.plan.lanes, dropped > 0)
@@ -329,6 +341,7 @@ def _run_forward(
     windows = [_Window(slice(0, time_steps), slice(0, layout.rows))]
     if not plan.fuse_input and not keep_gates:
         windows = _windows(layout, ragged, time_steps, projected_lanes * 4 * stack.hidden_size * below.itemsize)
+    below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
     # Directions meet different windows: then each has launches of its own.
     whole = plan.chained or len(windows) == 1
     parts = [slice(0, plan.lanes)] if whole else [slice(at, at + 1) for at in range(plan.lanes)]
@@ -342,10 +355,11 @@ def _run_forward(
             if plan.fuse_input:
                 input, stride_unit = _with_aligned_rows(input)
             else:
+                projected = 1 if plan.chained else part_plan.lanes
                 if not keep_gates:
-                    gates = below.new_empty((part_plan.lanes, last - first, 4 * stack.hidden_size))
-                rows = below.reshape(layout.rows, -1)[window.rows]
-                for at in range(1 if plan.chained else part_plan.lanes):
+                    gates = below.new_empty((projected, last - first, 4 * stack.hidden_size))
+                rows = below_rows[window.rows]
+                for at in range(projected):
                     _project(rows, part_stack.named("weight_ih")[at], gates[at])
                     own = [None if each is None else each[part][at] for each in preacts]
                     _add_starts(gates[at], own, window, layout, ragged, part_stack.is_reverse(at))
@@ -442,7 +456,7 @@ def _add_starts(
             rows = torch.arange(layout.batch_size, device=projected.device) + layout.last(not reverse).start
             begun = torch.ones_like(rows, dtype=torch.bool)
         else:
-            rows, begun = ragged.firsts(reverse), ragged.lengths > 0
+            rows, begun = ragged.firsts(reverse), ragged.starts_from_initial(reverse)
         rows = rows - layout.batch_size - window.rows.start
         here = begun & (rows >= 0) & (rows < len(projected))
         projected.index_add_(0, rows.clamp(0, len(projected) - 1), torch.where(here.unsqueeze(1), preact_0, 0))

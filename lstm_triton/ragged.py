@@ -79,6 +79,11 @@ class Ragged(NamedTuple):
         """(B,) the state row of the first step in one direction; of a sequence without steps, one of no step."""
         return self.ends(not reverse)
 
+    def starts_from_initial(self, reverse: bool) -> Tensor:
+        """(B,) bool: which sequences have steps, and the first one does not start anew."""
+        firsts = (self.firsts(reverse) - self.batch_size).clamp(0, self.rows - 1)
+        return (self.lengths > 0) & ~self.starts_anew(reverse)[firsts]
+
     def tile_steps(self, block_batch: int, batch_tiles: int) -> Tensor:
         """(batch_tiles,) int32: the steps of the longest sequence of every tile of a batch."""
         padding = batch_tiles * block_batch - self.batch_size

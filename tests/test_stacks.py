@@ -30,7 +30,7 @@ pytestmark = [
 
 SEEDS = (0, 1, 2)
 BOTH: tuple[Kind, Kind] = ("forward", "backward")
-LAYOUTS = ("dense", "lengths", "packed", "resets")
+LAYOUTS = ("dense", "packed", "resets")  # the last one with lengths, too
 LENGTHS = (2, 0, 3, 1, 3)
 
 
@@ -61,6 +61,11 @@ class Stack:
         return 2 if self.bidirectional else 1
 
     @property
+    def steps(self) -> int:
+        """Of the longest sequence of a packed batch, of all others T."""
+        return int(self.lengths.max()) if self.layout == "packed" else self.time_steps
+
+    @property
     def lengths(self) -> Tensor:
         repeated = (LENGTHS * self.batch_size)[: self.batch_size]
         shortest = 1 if self.layout == "packed" else 0
@@ -88,17 +93,16 @@ class Stack:
         return module
 
     def mask(self, lane: int) -> Tensor:
-        """(T, B, H) float64, 0 or 1 / (1 - dropout): what `run` makes the scan multiply a lane's output with."""
+        """(steps, B, H) float64, 0 or 1 / (1 - dropout): what `run` makes the scan multiply a lane's output with."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             seed = torch.randint(2**63 - 1, (1,))
-        shape = (self.time_steps, self.batch_size)
-        rows = int(self.lengths.sum()) if self.layout == "packed" else self.time_steps * self.batch_size
+        shape = (self.steps, self.batch_size)
+        rows = int(self.lengths.sum()) if self.layout == "packed" else self.steps * self.batch_size
         with interpreter.interpret():
             kept = ops.dropout_scale(seed, lane, self.dropout, torch.empty(rows, self.hidden_size)) > 0
         if self.layout == "packed":
-            _, batch_sizes, *orders = self.packed(torch.zeros(*shape, 1))
-            kept, _ = pad_packed_sequence(PackedSequence(kept, batch_sizes, *orders), total_length=self.time_steps)
+            kept, _ = pad_packed_sequence(self.packed(torch.zeros(*shape, 1))._replace(data=kept))
         return kept.view(*shape, -1).double() / (1 - self.dropout)
 
     def packed(self, padded: Tensor) -> PackedSequence:
@@ -227,17 +231,18 @@ def stacks(draw: st.DrawFn, projections: bool = False, dropouts: bool = False) -
     """Any stack with any plans that fit a small device: chained, in groups or not, one batch tile or several."""
     bidirectional = draw(st.booleans())
     num_layers = draw(st.integers(1, 2 if bidirectional else 4))
-    hidden_size = draw(st.integers(4, 24))  # of fewer units, a gradient that cancels has no typical error
-    layout = draw(st.sampled_from(LAYOUTS))
+    # Of fewer numbers, a gradient that cancels has no typical error.
+    hidden_size = draw(st.integers(6, 24))
+    layout = draw(st.sampled_from((*LAYOUTS, "lengths")))
     stack = Stack(
         num_layers,
         bidirectional,
         dtype=draw(st.sampled_from(DTYPES)),
         layout=layout,
         hidden_size=hidden_size,
-        input_size=draw(st.integers(1, 20)),
+        input_size=draw(st.integers(4, 20)),
         time_steps=draw(st.integers(1, 4)),
-        batch_size=draw(st.integers(1, 18)),
+        batch_size=draw(st.integers(4, 18)),
         proj_size=draw(st.integers(2, hidden_size - 1)) if projections else 0,
         bias=draw(st.booleans()),
         states=draw(st.booleans()),
@@ -255,7 +260,7 @@ def stacks(draw: st.DrawFn, projections: bool = False, dropouts: bool = False) -
     return stack
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(stacks(), st.integers(0, 2**32))
 def test_any_stack_with_any_plans(stack: Stack, seed: int) -> None:
     stack.check(seed)
@@ -287,11 +292,10 @@ def test_several_tiles_a_program(bidirectional: bool) -> None:
     stack.check()
 
 
-@pytest.mark.parametrize("layout", ["dense", "resets"])
 @pytest.mark.parametrize("lanes", [1, 2, 4])
-def test_chains_of_any_length(lanes: int, layout: str) -> None:
+def test_chains_of_any_length(lanes: int) -> None:
     """Four layers one by one, two by two, and all in one launch."""
-    stack = Stack(4, layout=layout).launched(lanes)
+    stack = Stack(4, layout="resets").launched(lanes)
     with counted_launches() as calls:
         stack.check()
     assert [call["plan"].lanes for call in calls] == [lanes] * (8 // lanes)
@@ -311,7 +315,7 @@ def test_the_first_layer_is_the_same_in_every_chain() -> None:
     assert not torch.equal(one["h_n"][2], other["h_n"][2])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["dense", "resets"])
 def test_directions_are_the_same_in_one_launch_and_in_two(layout: str) -> None:
     """Bit by bit, in values and gradients: they share nothing."""
     together = Stack(2, bidirectional=True, layout=layout, dropout=0.5).launched(2)
@@ -320,15 +324,15 @@ def test_directions_are_the_same_in_one_launch_and_in_two(layout: str) -> None:
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["layers", "directions"])
-@pytest.mark.parametrize("several_tiles", [False, True])
-def test_the_order_of_programs_changes_nothing(bidirectional: bool, several_tiles: bool) -> None:
+def test_the_order_of_programs_changes_nothing(bidirectional: bool) -> None:
+    several_tiles = not bidirectional
     stack = Stack(2, bidirectional, layout="resets", dropout=0.5, batch_size=9).launched(2, several_tiles)
     runs = [stack.run(seed) for seed in SEEDS]
     for other in runs[1:]:
         assert_same(other, runs[0])
 
 
-@pytest.mark.parametrize("layout", ["dense", "lengths"])
+@pytest.mark.parametrize("layout", ["dense", "resets"])
 @pytest.mark.parametrize("scan", BOTH)
 def test_negative_control_of_a_layer_that_does_not_wait_for_its_neighbour(
     monkeypatch: pytest.MonkeyPatch, scan: Kind, layout: str
@@ -347,7 +351,7 @@ def test_negative_control_of_a_layer_that_does_not_wait_for_its_neighbour(
         return add_received(sums, tiles, state_pointers, wait, lefts, weight_pointers, *others)
 
     monkeypatch.setattr(kernel, "add_received", hasty)
-    stack = Stack(2, layout=layout).launched(2)
+    stack = Stack(2, layout=layout, hidden_size=21).launched(2)
     stack.check()
     named = ops.Stack.named
 
@@ -402,7 +406,7 @@ def checked_addresses() -> Iterator[None]:
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["layers", "directions"])
 def test_no_access_past_the_tensors(monkeypatch: pytest.MonkeyPatch, bidirectional: bool, layout: str) -> None:
     """In training, and in inference in windows, with a batch that leaves most of its last tile empty."""
-    stack = Stack(2, bidirectional, layout=layout, dropout=0.5, batch_size=9, time_steps=5).launched(2)
+    stack = Stack(2, bidirectional, layout=layout, dropout=0.5, batch_size=9).launched(2)
     with interpreter.interpret(), checked_addresses():
         stack.run()
         monkeypatch.setattr(ops, "PREACTIVATION_BYTES", 1)
@@ -449,20 +453,20 @@ def test_dropout_is_independent() -> None:
         assert abs((one * other).mean().item()) < 4 * one.numel() ** -0.5
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(stacks(dropouts=True), st.integers(0, 2**32))
 def test_any_stack_with_dropout(stack: Stack, seed: int) -> None:
     stack.check(seed)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("lanes", "bidirectional"), [(1, False), (2, False), (3, False), (1, True), (2, True)])
+@pytest.mark.parametrize(("lanes", "bidirectional"), [(1, False), (3, False), (2, True)])
 def test_masks_are_the_same_in_every_grouping(lanes: int, bidirectional: bool, layout: str) -> None:
     """Those of ops.dropout_scale, forward and backward, whichever layers or directions share a launch."""
     layers = 2 if bidirectional else 3
-    stack = Stack(layers, bidirectional, layout=layout, dropout=0.4, cells=layout == "lengths")
+    stack = Stack(layers, bidirectional, layout=layout, dropout=0.4, cells=layout == "resets")
     # Backward in other groups than forward: it finds the masks by itself.
-    other_lanes = {1: 2, 2: 1, 3: 1}[lanes]
+    other_lanes = 2 if lanes == 1 else 1
     plans = stack.launched(lanes, kinds=("forward",)).plans | stack.launched(other_lanes, kinds=("backward",)).plans
     replace(stack, plans=plans).check()
 
@@ -555,17 +559,35 @@ def test_second_derivatives(layout: str, options: dict[str, Any]) -> None:
 # --- Projections ---
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(stacks(projections=True), st.integers(0, 2**32))
 def test_any_stack_with_projections(stack: Stack, seed: int) -> None:
     stack.check(seed)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("bidirectional", [False, True], ids=["one direction", "bidirectional"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_projections(dtype: torch.dtype, bidirectional: bool, layout: str) -> None:
-    Stack(2, bidirectional, dtype, layout, proj_size=6, cells=layout == "resets").check()
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(torch.float32, "dense"), (torch.float32, "lengths"), (torch.float32, "packed"), (torch.float32, "resets"),
+     (torch.float16, "resets"), (torch.bfloat16, "packed")],
+)  # fmt: skip
+def test_projections(dtype: torch.dtype, layout: str) -> None:
+    """Of two layers in both directions; once without biases and states."""
+    plain = layout == "lengths"
+    Stack(2, True, dtype, layout, proj_size=6, cells=layout == "resets", bias=not plain, states=not plain).check()
+
+
+def test_projections_where_the_plan_would_fuse_the_input() -> None:
+    """The share of h_0 needs input projections that are in memory; without h_0 they stay fused."""
+    stack = Stack(1, proj_size=6, hidden_size=11)
+    fused = next(plan for plan in stack.candidates("forward", 1) if plan.fuse_input)
+    for states in (True, False):
+        stack = replace(stack, states=states, plans={"forward": fused})
+        with counted_launches() as calls:
+            stack.check()
+        with stack.kernels():
+            scans = lstm_triton.explain(stack.ours(), *stack.arguments()[:2]).scans
+        assert [scan.plan for scan in scans] == [call["plan"] for call in calls]
+        assert scans[0].plan.fuse_input != states
 
 
 def test_projected_sequences_without_steps_end_as_they_began() -> None:
@@ -620,16 +642,22 @@ def test_explain_tells_the_launches(stack: Stack) -> None:
 # --- Windows of time, and what inference keeps ---
 
 
-@pytest.mark.parametrize("cells", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+def project_rows_alike(rows: Tensor, weight_ih: Tensor, projected: Tensor) -> None:
+    """ops._project, but a row's last digits do not depend on how many rows there are, as those of torch.mm may."""
+    projected.copy_(rows.double() @ weight_ih.double().t())
+
+
 @pytest.mark.parametrize(
-    ("bidirectional", "lanes", "several_tiles"),
-    [(False, 1, False), (False, 2, False), (False, 2, True), (True, 2, False), (True, 2, True)],
+    ("layout", "cells"), [("dense", False), ("packed", False), ("resets", False), ("resets", True)]
+)
+@pytest.mark.parametrize(
+    ("bidirectional", "lanes", "several_tiles"), [(False, 1, False), (False, 2, True), (True, 2, False)]
 )
 def test_windows_change_nothing(
     monkeypatch: pytest.MonkeyPatch, bidirectional: bool, lanes: int, several_tiles: bool, layout: str, cells: bool
 ) -> None:
     """Bit by bit: steps in windows whose input projections fit, the states handed on from one to the next."""
+    monkeypatch.setattr(ops, "_project", project_rows_alike)
     stack = Stack(2, bidirectional, layout=layout, time_steps=5, batch_size=9 if several_tiles else 5, dropout=0.5)
     stack = replace(stack.launched(lanes, several_tiles), cells=cells and layout != "packed")
     with counted_launches() as calls:
@@ -637,20 +665,21 @@ def test_windows_change_nothing(
     assert len(calls) == 2 // (1 if bidirectional else lanes)
     steps_at_a_time = 2
     row_bytes = 4 * stack.hidden_size * 4 * stack.batch_size
-    for directions in {1, stack.directions}:  # of a launch, whose projections lie side by side
+    for directions in {1, stack.directions}:  # whose projections are paid for: a launch of both needs twice as much
         monkeypatch.setattr(ops, "PREACTIVATION_BYTES", steps_at_a_time * row_bytes * directions)
         with counted_launches() as windows:
             actual = stack.infer()
         assert_same(actual, expected)
         assert max(call["gates_ptr"].nbytes for call in windows) <= ops.PREACTIVATION_BYTES
-        count = 5 if directions < stack.directions else 3  # of windows
-        assert len(windows) == len(calls) * count * stack.directions
+        window_steps = steps_at_a_time * directions // stack.directions
+        assert len(windows) == len(calls) * -(-stack.steps // window_steps) * stack.directions
 
 
 @pytest.mark.parametrize("layout", ["dense", "resets"])
 def test_windows_with_projections(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """The shares of initial states go to the window, or the windows, where sequences start from them."""
     stack = Stack(2, bidirectional=True, layout=layout, time_steps=5, proj_size=6).launched(2)
+    monkeypatch.setattr(ops, "_project", project_rows_alike)
     expected = stack.infer()
     monkeypatch.setattr(ops, "PREACTIVATION_BYTES", 1)
     assert_same(stack.infer(), expected)
