@@ -156,9 +156,7 @@ def launches_of(
     return tuple(replace(launch, plan=replace(launch.plan, fuse_input=False)) for launch in found)
 
 
-def _launches(
-    kind: Kind, stack: Stack, steps: Tensor, batch_size: int, fuse_input: bool = True
-) -> tuple[Launch, ...]:
+def _launches(kind: Kind, stack: Stack, steps: Tensor, batch_size: int, fuse_input: bool = True) -> tuple[Launch, ...]:
     return launches_of(
         kind,
         num_layers=stack.num_layers,

@@ -133,11 +133,9 @@ def loop_layer(
 
 
 class LoopLSTM(nn.LSTM):
-    """nn.LSTM called step by step, which gives it what it has not: lengths, resets, and every c."""
+    """nn.LSTM called step by step, which gives it what it has not: lengths, resets, every c, and given dropout."""
 
-    def passed_on(self, output: Tensor, lane: int) -> Tensor:
-        """What a direction of a layer gives to the layer above."""
-        return output
+    masks: Sequence[Tensor] = ()  # (T, B, H), of each lane that has dropout: 0 or 1 / (1 - probability)
 
     def with_cells(
         self,
@@ -162,7 +160,7 @@ class LoopLSTM(nn.LSTM):
                 below, h_0, c_0, *weights, reverse=reverse, lengths=lengths, resets=resets, h_reset=h_reset,
                 c_reset=c_reset,
             )  # fmt: skip
-            above.append(self.passed_on(scanned, index))
+            above.append(scanned * self.masks[index].to(scanned.dtype) if index < len(self.masks) else scanned)
             output = torch.cat(above, dim=-1)
             h_n.append(h)
             c_n.append(c)

@@ -166,7 +166,9 @@ class Stack:
         input, hx, extra = self.arguments()
         assert_results_as_accurate(self.run(seed), self.stock(), input, hx, **extra)
 
-    def candidates(self, kind: Kind, lanes: int, multiprocessors: int = 16, shared_bytes: int = 64 * 1024) -> list[Plan]:
+    def candidates(
+        self, kind: Kind, lanes: int, multiprocessors: int = 16, shared_bytes: int = 64 * 1024
+    ) -> list[Plan]:
         """Every plan for launches of so many lanes on such a device."""
         found = candidates(
             kind,
@@ -182,7 +184,7 @@ class Stack:
         return [interpretable(each) for each in found]
 
     def launched(self, lanes: int, several_tiles: bool = False, kinds: tuple[Kind, ...] = BOTH) -> "Stack":
-        """The same with so many lanes in every launch; `several_tiles`: a program of each lane takes all batch tiles."""
+        """The same with so many lanes in every launch; `several_tiles`: one program takes all batch tiles of a lane."""
         plans = {}
         for kind in kinds:
             found = self.candidates(kind, lanes)
@@ -193,12 +195,7 @@ class Stack:
 
 
 class Loop(LoopLSTM):
-    """nn.LSTM step by step, with given masks of dropout (T, B, H) between layers; it takes packed sequences, too."""
-
-    masks: list[Tensor] = []
-
-    def passed_on(self, output: Tensor, lane: int) -> Tensor:
-        return output * self.masks[lane].to(output.dtype) if lane < len(self.masks) else output
+    """nn.LSTM step by step, also of packed sequences."""
 
     def forward(self, input: Any, hx: Any = None, **options: Any) -> Any:
         if not isinstance(input, PackedSequence):
@@ -380,7 +377,9 @@ def checked_addresses() -> Iterator[None]:
         groups = [each if isinstance(each, tuple) else (each,) for each in arguments.values()]
         tensors = [each for group in groups for each in group if isinstance(each, Tensor) and each.numel() > 0]
         extents = [1 + sum((n - 1) * k for n, k in zip(each.shape, each.stride(), strict=True)) for each in tensors]
-        spans = numpy.array([(t.data_ptr(), t.data_ptr() + n * t.itemsize) for t, n in zip(tensors, extents, strict=True)])
+        spans = numpy.array(
+            [(t.data_ptr(), t.data_ptr() + n * t.itemsize) for t, n in zip(tensors, extents, strict=True)]
+        )
         launch(kernel, plan, device, **arguments)
 
     def check(pointers: Any, mask: Any) -> None:
@@ -447,7 +446,9 @@ def test_dropout_is_independent() -> None:
         ]
     first = masks[0]
     pairs = [(first, other) for other in masks[1:]]
-    pairs += [(first.narrow(axis, 1, size - 1), first.narrow(axis, 0, size - 1)) for axis, size in enumerate(like.shape)]
+    pairs += [
+        (first.narrow(axis, 1, size - 1), first.narrow(axis, 0, size - 1)) for axis, size in enumerate(like.shape)
+    ]
     pairs.append((first[:, :, 16:], first[:, :, :-16]))
     for one, other in pairs:
         assert abs((one * other).mean().item()) < 4 * one.numel() ** -0.5
