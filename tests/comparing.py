@@ -47,12 +47,13 @@ def cases(
     projections: bool = True,
     dropouts: Sequence[float] = (0.0, 0.5, 1.0),
     empty_batches: bool = True,
+    smallest_hidden: int = 1,
 ) -> Case:
     """Every combination of a module's options, small sizes, and ways to pass an input."""
     num_layers = draw(st.integers(1, 3))
     options: dict[str, Any] = {
         "input_size": draw(st.integers(1, 5)),
-        "hidden_size": draw(st.integers(1, 6)),
+        "hidden_size": draw(st.integers(smallest_hidden, 6)),
         "num_layers": num_layers,
         "bias": draw(st.booleans()),
         "batch_first": draw(st.booleans()),
