@@ -304,7 +304,7 @@ def floor_refuses(case: Case, device: Cpu) -> str | None:
     if device.name == "cpu":
         return "nothing is exchanged on a CPU"
     if case.proj_size:
-        return "the kernels do not take it"
+        return "exchanges h as it is, without projections"
     return "exchanges the steps of whole batches only" if case.layout in ("packed", "lengths") else None
 
 

@@ -163,7 +163,7 @@ def forward_scan(
 
     first_row = group * BLOCK_BATCH
     cell_row = first_row.to(tl.int64)
-    if KEEP_CELLS:
+    if KEEP_CELLS and not RAGGED:  # ragged, every sequence looks up where it starts from
         cell_row += rows_before + (seq_len.to(tl.int64) + 1) * batch_size * reverse
     cell_mask = (first_row + rows < batch_size)[:, None] & written_mask
     cell = tl.load(cell_ptrs + cell_row * STATE_STRIDE, mask=cell_mask, other=0.0)

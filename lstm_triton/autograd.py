@@ -479,7 +479,7 @@ def _formula(saved: _Saved) -> tuple[Tensor, ...]:
         cells.append(every_c)
         if dropout > 0 and lane < stack.lanes - stack.directions:
             assert saved.seed is not None
-            output = output * ops.dropout_scale(saved.seed, lane, dropout, output)
+            output = output * ops.dropout_scale(saved.seed, lane, dropout, output.detach())
         outputs.append(output)
         if len(outputs) == stack.directions:
             below, outputs = torch.cat(outputs, dim=-1), []
@@ -498,7 +498,7 @@ def _shares_of_states(preacts: Sequence[Tensor | None], input: Tensor, reverse: 
     shares = some.new_zeros(ragged.rows, some.shape[1])
     if preact_0 is not None:
         rows = (ragged.firsts(reverse) - ragged.batch_size).clamp(0, ragged.rows - 1)
-        shares = shares.index_add(0, rows, torch.where(ragged.lengths.unsqueeze(1) > 0, preact_0, 0))
+        shares = shares.index_add(0, rows, torch.where(ragged.starts_from_initial(reverse).unsqueeze(1), preact_0, 0))
     if preact_reset is not None:
         anew = ragged.starts_anew(reverse).view(-1, ragged.batch_size, 1)
         shares = shares + torch.where(anew, preact_reset, 0).flatten(0, 1)

@@ -319,6 +319,7 @@ def _launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
     stacks = [1] * call.num_layers if projected else [call.num_layers]
     kinds: tuple[Kind, Kind] = ("forward", "backward")
     found: list[ScanLaunch] = []
+    initial = call.states is not None or call.reset_state is not None
     for kind in kinds:
         first = 0
         for layers in stacks:
@@ -331,6 +332,7 @@ def _launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
                 hidden_size=call.hidden_size,
                 dtype=dtype,
                 device=call.data.device,
+                fuse_input=not (projected and initial),
             )
             found += [ScanLaunch(kind, tuple(first + lane for lane in each.lanes), each.plan) for each in launches]
             first += layers * call.directions

@@ -141,9 +141,13 @@ def launches_of(
     hidden_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    fuse_input: bool = True,
 ) -> tuple[Launch, ...]:
-    """The launches of one scan over a stack, in the order of its layers."""
-    return planner.launches(
+    """The launches of one scan over a stack, in the order of its layers.
+
+    Unless `fuse_input`, all input projections are computed beforehand.
+    """
+    found = planner.launches(
         kind,
         num_layers=num_layers,
         directions=directions,
@@ -154,9 +158,12 @@ def launches_of(
         device=Device.of(device),
         allow_tf32=allows_tf32(),
     )
+    if fuse_input:
+        return found
+    return tuple(replace(launch, plan=replace(launch.plan, fuse_input=False)) for launch in found)
 
 
-def _launches(kind: Kind, stack: Stack, steps: Tensor, batch_size: int) -> tuple[Launch, ...]:
+def _launches(kind: Kind, stack: Stack, steps: Tensor, batch_size: int, fuse_input: bool = True) -> tuple[Launch, ...]:
     return launches_of(
         kind,
         num_layers=stack.num_layers,
@@ -166,6 +173,7 @@ def _launches(kind: Kind, stack: Stack, steps: Tensor, batch_size: int) -> tuple
         hidden_size=stack.hidden_size,
         dtype=steps.dtype,
         device=steps.device,
+        fuse_input=fuse_input,
     )
 
 
@@ -235,7 +243,9 @@ def scan_forward(
     below = input if ragged is None else input.contiguous()
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
     last_hidden: list[Tensor] = []
-    for launch in _launches("forward", stack, input, layout.batch_size):
+    # The shares of states are added to input projections that are in memory.
+    fuse_input = preact_0 is None and preact_reset is None
+    for launch in _launches("forward", stack, input, layout.batch_size, fuse_input):
         lanes = slice(launch.lanes.start, launch.lanes.stop)
         dropped = _dropped_lanes(launch, stack, dropout)
         buffers = kept.of(lanes) if keep_cells else new_buffers(launch.plan.lanes, dropped > 0)
@@ -347,8 +357,7 @@ def _run_forward(
     """
     from .kernels.forward import forward_scan
 
-    # A scan that computes the input projections itself has nowhere to get anything else from.
-    plan = replace(launch.plan, fuse_input=launch.plan.fuse_input and all(each is None for each in preacts))
+    plan = launch.plan
     keep_gates = len(buffers.gates) > 0
     projected_lanes = 1 if plan.chained else plan.lanes
     time_steps = below.shape[0] if ragged is None else ragged.offsets.shape[0] - 1
@@ -359,6 +368,7 @@ def _run_forward(
         step_bytes = projected_lanes * 4 * stack.hidden_size * below.itemsize * layout.batch_size
         steps = min(steps, max(1, PREACTIVATION_BYTES // step_bytes)) if cell_starts is None else steps
     windows = windows_of(layout, ragged, time_steps, steps)
+    below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
     # Directions meet different windows: then each has launches of its own.
     whole = plan.chained or len(windows) == 1
     parts = [slice(0, plan.lanes)] if whole else [slice(at, at + 1) for at in range(plan.lanes)]
@@ -375,10 +385,11 @@ def _run_forward(
             if plan.fuse_input:
                 input, stride_unit = _with_aligned_rows(input)
             else:
+                projected = 1 if plan.chained else part_plan.lanes
                 if not keep_gates:
-                    gates = below.new_empty((part_plan.lanes, last - first, 4 * stack.hidden_size))
-                rows = below.reshape(layout.rows, -1)[window.rows]
-                for at in range(1 if plan.chained else part_plan.lanes):
+                    gates = below.new_empty((projected, last - first, 4 * stack.hidden_size))
+                rows = below_rows[window.rows]
+                for at in range(projected):
                     project(rows, part_stack.named("weight_ih")[at], gates[at])
                     own = [None if each is None else each[part][at] for each in preacts]
                     add_starts(gates[at], own, window, layout, ragged, part_stack.is_reverse(at))
@@ -484,7 +495,7 @@ def add_starts(
             rows = torch.arange(layout.batch_size, device=projected.device) + layout.last(not reverse).start
             begun = torch.ones_like(rows, dtype=torch.bool)
         else:
-            rows, begun = ragged.firsts(reverse), ragged.lengths > 0
+            rows, begun = ragged.firsts(reverse), ragged.starts_from_initial(reverse)
         rows = rows - layout.batch_size - window.rows.start
         here = begun & (rows >= 0) & (rows < len(projected))
         projected.index_add_(0, rows.clamp(0, len(projected) - 1), torch.where(here.unsqueeze(1), preact_0, 0))
@@ -840,8 +851,8 @@ def compiler_options(plan: Plan, is_nvidia: bool) -> dict[str, object]:
 def launch_options(plan: Plan) -> dict[str, object]:
     """A plan as options of a launch on a GPU."""
     options = compiler_options(plan, is_nvidia=torch.version.hip is None)
-    # Programs that share a batch tile wait for each other: all run at the same time, or the driver refuses.
-    return {**options, "launch_cooperative_grid": plan.slices > 1}
+    # Slices of a batch tile wait for each other, and so do layers: all run at the same time, or the driver refuses.
+    return {**options, "launch_cooperative_grid": plan.slices > 1 or plan.chained}
 
 
 def _launch(kernel: Any, plan: Plan, device: torch.device, **arguments: object) -> None:

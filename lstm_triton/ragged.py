@@ -101,6 +101,11 @@ class Ragged(NamedTuple):
         lengths = (self.lengths - steps.start).clamp(0, steps.stop - steps.start)
         return Ragged(before, after, offsets, lengths)
 
+    def starts_from_initial(self, reverse: bool) -> Tensor:
+        """(B,) bool: which sequences have steps, and the first one does not start anew."""
+        firsts = (self.firsts(reverse) - self.batch_size).clamp(0, self.rows - 1)
+        return (self.lengths > 0) & ~self.starts_anew(reverse)[firsts]
+
     def tile_steps(self, block_batch: int, batch_tiles: int) -> Tensor:
         """(batch_tiles,) int32: the steps of the longest sequence of every tile of a batch."""
         padding = batch_tiles * block_batch - self.batch_size

@@ -47,12 +47,13 @@ def cases(
     projections: bool = True,
     dropouts: Sequence[float] = (0.0, 0.5, 1.0),
     empty_batches: bool = True,
+    smallest_hidden: int = 1,
 ) -> Case:
     """Every combination of a module's options, small sizes, and ways to pass an input."""
     num_layers = draw(st.integers(1, 3))
     options: dict[str, Any] = {
         "input_size": draw(st.integers(1, 5)),
-        "hidden_size": draw(st.integers(1, 6)),
+        "hidden_size": draw(st.integers(smallest_hidden, 6)),
         "num_layers": num_layers,
         "bias": draw(st.booleans()),
         "batch_first": draw(st.booleans()),
@@ -109,8 +110,10 @@ def loop_layer(
     """
     time_steps, batch_size, _ = input.shape
     given = [weight for weight in weights if weight is not None]
-    zeros = input.new_zeros(batch_size, given[1].shape[1])
-    h, c, h_reset, c_reset = (zeros if state is None else state for state in (h_0, c_0, h_reset, c_reset))
+    no_h = input.new_zeros(batch_size, given[1].shape[1])  # projected, h is shorter than c
+    no_c = input.new_zeros(batch_size, given[1].shape[0] // 4)
+    h, h_reset = (no_h if state is None else state for state in (h_0, h_reset))
+    c, c_reset = (no_c if state is None else state for state in (c_0, c_reset))
     times = torch.arange(time_steps, device=input.device).unsqueeze(1)
     if lengths is None:
         lengths = torch.full((batch_size,), time_steps, device=input.device)
@@ -120,10 +123,10 @@ def loop_layer(
         anew = torch.cat([anew[1:], torch.zeros_like(anew[:1])])
     is_step, anew = is_step.unsqueeze(2), anew.unsqueeze(2)
     input = torch.where(is_step, input, 0)
-    output, cells = [zeros] * time_steps, [zeros] * time_steps
+    output, cells = [no_h] * time_steps, [no_c] * time_steps
     for t in reversed(range(time_steps)) if reverse else range(time_steps):
         states = [torch.where(anew[t], *pair).unsqueeze(0) for pair in ((h_reset, h), (c_reset, c))]
-        options = (len(given) > 2, 1, 0.0, torch.is_grad_enabled(), False, False)  # bias, layers, dropout, training
+        options = (len(given) > 3, 1, 0.0, torch.is_grad_enabled(), False, False)  # bias, layers, dropout, training
         _, h_next, c_next = torch._VF.lstm(input[t : t + 1], states, given, *options)
         h, c = torch.where(is_step[t], h_next[0], h), torch.where(is_step[t], c_next[0], c)
         output[t], cells[t] = torch.where(is_step[t], h, 0), torch.where(is_step[t], c, 0)
@@ -131,7 +134,9 @@ def loop_layer(
 
 
 class LoopLSTM(nn.LSTM):
-    """nn.LSTM called step by step, which gives it what it has not: lengths, resets, and every c."""
+    """nn.LSTM called step by step, which gives it what it has not: lengths, resets, every c, and given dropout."""
+
+    masks: Sequence[Tensor] = ()  # (T, B, H), of each lane that has dropout: 0 or 1 / (1 - probability)
 
     def with_cells(
         self,
@@ -156,7 +161,7 @@ class LoopLSTM(nn.LSTM):
                 below, h_0, c_0, *weights, reverse=reverse, lengths=lengths, resets=resets, h_reset=h_reset,
                 c_reset=c_reset,
             )  # fmt: skip
-            above.append(scanned)
+            above.append(scanned * self.masks[index].to(scanned.dtype) if index < len(self.masks) else scanned)
             output = torch.cat(above, dim=-1)
             h_n.append(h)
             c_n.append(c)

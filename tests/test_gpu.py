@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_triton
-from lstm_triton import planner
+from lstm_triton import ops, planner
 from lstm_triton.autograd import scan_layer
 from lstm_triton.check import tf32
 from lstm_triton.ops import _matmul_precision as matmul_precision
@@ -142,6 +142,85 @@ def test_module_with_lengths_resets_and_cells(dtype: torch.dtype, precision: str
     assert_results_as_accurate(actual, loop, input, hx, **extra)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ((30, 32, 512, 512), {"num_layers": 4}),
+        ((20, 33, 100, 200), {"num_layers": 3, "bias": False}),
+        ((20, 32, 512, 512), {"num_layers": 2, "bidirectional": True}),
+        ((20, 17, 64, 256), {"num_layers": 2, "proj_size": 64}),
+        ((20, 32, 64, 131), {"num_layers": 2, "proj_size": 50, "bidirectional": True}),
+    ],
+    ids=["chained", "odd sizes", "both directions", "projected", "projected, both directions"],
+)
+def test_stack(sizes: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype, precision: str) -> None:
+    skip_repeated(precision, dtype)
+    seq_len, batch_size, input_size, hidden_size = sizes
+    ours, stock = twins(input_size, hidden_size, **options, dtype=dtype, device="cuda")
+    input = torch.randn(seq_len, batch_size, input_size, device="cuda").to(dtype)
+    lanes = options["num_layers"] * (2 if options.get("bidirectional") else 1)
+    states = (options.get("proj_size") or hidden_size, hidden_size)
+    hx = tuple(torch.randn(lanes, batch_size, size, device="cuda").to(dtype) for size in states)
+    with lstm_triton.backend("triton"):
+        print(lstm_triton.explain(ours, input, hx))
+        actual = run(ours, input, hx)
+    assert_results_as_accurate(actual, stock, input, hx)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["layers", "both directions"])
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_every_candidate_plan_of_two_lanes(kind: planner.Kind, bidirectional: bool, precision: str) -> None:
+    sizes = {"batch_size": 40, "input_size": 200, "hidden_size": 100, "dtype": torch.float32}
+    ours, stock = twins(200, 100, num_layers=2, bidirectional=bidirectional, device="cuda")
+    input = torch.randn(6, 40, 200, device="cuda")
+    device = planner.Device.of(torch.device("cuda"))
+    for chosen in planner.candidates(
+        kind, device=device, allow_tf32=precision == "tf32", lanes=2, chained=not bidirectional, **sizes
+    ):  # type: ignore[arg-type]
+        print(chosen)
+        with lstm_triton.backend("triton"), planner.forced(chosen, kind):
+            actual = run(ours, input)
+        assert_results_as_accurate(actual, stock, input)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lengths_and_resets_in_a_chain(dtype: torch.dtype, precision: str) -> None:
+    skip_repeated(precision, dtype)
+    ours, loop = (cls(64, 512, num_layers=4, dtype=dtype, device="cuda") for cls in (lstm_triton.LSTM, LoopLSTM))
+    loop.load_state_dict(ours.state_dict())
+    input = torch.randn(25, 19, 64, device="cuda").to(dtype)
+    extra: dict[str, Any] = {
+        "lengths": torch.tensor(lengths_of(25, 19)).cuda(),
+        "resets": torch.rand(25, 19, device="cuda") < 0.1,
+        "cells": True,
+    }
+    with lstm_triton.backend("triton"):
+        actual = run(ours, input, **extra)
+    assert_results_as_accurate(actual, loop, input, **extra)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["layers", "both directions"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout(dtype: torch.dtype, bidirectional: bool, precision: str) -> None:
+    """The masks of ops.dropout_scale, forward and backward, whatever shares a launch; and their statistics."""
+    skip_repeated(precision, dtype)
+    options: dict[str, Any] = {"num_layers": 2, "bidirectional": bidirectional, "dtype": dtype, "device": "cuda"}
+    ours, loop = lstm_triton.LSTM(64, 256, dropout=0.3, **options), LoopLSTM(64, 256, **options)
+    loop.load_state_dict(ours.state_dict())
+    input = torch.randn(20, 32, 64, device="cuda").to(dtype)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        seed = torch.randint(2**63 - 1, (1,), device="cuda")  # as `run` makes the scan draw it
+    for lane in range(2 if bidirectional else 1):
+        kept = ops.dropout_scale(seed, lane, 0.3, torch.empty(20, 32, 256, device="cuda")) > 0
+        assert abs(kept.double().mean().item() - 0.7) < 4 * (0.3 * 0.7 / kept.numel()) ** 0.5
+        loop.masks = [*loop.masks, kept / (1 - 0.3)]
+    with lstm_triton.backend("triton"):
+        actual = run(ours, input)
+    assert_results_as_accurate(actual, loop, input)
+
+
 @pytest.mark.parametrize("kind", ["packed", "lengths and resets"])
 def test_the_host_never_waits(kind: str, precision: str) -> None:
     """Forward and backward, once what is asked of a new layer once has been asked."""
@@ -251,6 +330,27 @@ def test_long_and_wide(seq_len: int, batch_size: int, precision: str) -> None:
     torch.testing.assert_close(output[:, seen], whole, rtol=2e-2, atol=2e-2)
     (expected_gradient,) = torch.autograd.grad(whole.sum(), few)
     torch.testing.assert_close(gradient[:, seen], expected_gradient, rtol=5e-2, atol=5e-2)
+
+
+def test_long_inference_in_windows(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 steps, whose input projections never exist all at once; the same as in one window."""
+    if precision == "tf32":
+        pytest.skip("float16: the precision of float32 makes no difference here")
+    module = lstm_triton.LSTM(64, 128, num_layers=2, dtype=torch.float16, device="cuda")
+    input = torch.randn(100_000, 4, 64, device="cuda", dtype=torch.float16)
+    results, peaks = [], []
+    for window_bytes in (2**40, 2**24):
+        monkeypatch.setattr(ops, "PREACTIVATION_BYTES", window_bytes)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.inference_mode(), lstm_triton.backend("triton"):
+            output, _ = module(input)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        results.append(output)
+    torch.testing.assert_close(results[1], results[0], rtol=2e-2, atol=2e-2)
+    print(f"peak: {peaks[0] / 2**20:.0f} MiB in one window, {peaks[1] / 2**20:.0f} MiB in windows")
+    assert peaks[1] <= peaks[0]
 
 
 def test_second_derivatives(precision: str) -> None:

@@ -3,15 +3,16 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.resources import DEVICES
 from lstm_triton import planner
-from lstm_triton.planner import Device, candidates, forced, plan, state_stride
+from lstm_triton.planner import Device, candidates, forced, launches, plan, state_stride
 
 SIZES = st.fixed_dictionaries(
     {
@@ -138,3 +139,63 @@ def test_state_rows_are_aligned() -> None:
     for hidden_size in range(1, 200):
         assert state_stride(hidden_size) % 16 == 0
         assert 0 <= state_stride(hidden_size) - hidden_size < 16
+
+
+# --- The launches of a stack ---
+
+STACK = {"batch_size": 32, "input_size": 512, "hidden_size": 512, "dtype": torch.bfloat16, "allow_tf32": False}
+
+
+def lanes_of(kind: planner.Kind, num_layers: int, directions: int = 1, **changes: Any) -> list[list[int]]:
+    sizes: dict[str, Any] = {**STACK, **changes}
+    found = launches(kind, num_layers=num_layers, directions=directions, device=H200, **sizes)
+    assert all(each.plan.chained == (directions == 1 and each.plan.lanes > 1) for each in found)
+    assert all(each.plan.programs <= H200.multiprocessors for each in found)
+    return [list(each.lanes) for each in found]
+
+
+def test_layers_go_together_where_they_fit() -> None:
+    assert lanes_of("forward", 4) == [[0, 1, 2, 3]]
+    assert lanes_of("forward", 8) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert lanes_of("forward", 6) == [[0, 1, 2], [3, 4, 5]]
+    # As the weights of one layer alone fill the device.
+    for kind in ("forward", "backward"):
+        assert lanes_of(kind, 3, input_size=2048, hidden_size=2048) == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_both_directions_go_together(kind: planner.Kind) -> None:
+    assert lanes_of(kind, 2, directions=2) == [[0, 1], [2, 3]]
+
+
+@given(st.sampled_from(["forward", "backward"]), SIZES, st.integers(1, 9), st.integers(1, 2))
+@settings(max_examples=20)
+def test_launches_take_every_lane_once_and_fit(
+    kind: planner.Kind, sizes: dict[str, Any], num_layers: int, directions: int
+) -> None:
+    sizes = {**sizes, "batch_size": min(sizes["batch_size"], 300)}
+    arguments = {"num_layers": num_layers, "directions": directions, "device": H200, **sizes}
+    try:
+        found = launches(kind, **arguments)
+    except ValueError:  # no plan for one lane alone either
+        with pytest.raises(ValueError, match="no plan"):
+            plan(kind, device=H200, **{**sizes, "input_size": max(sizes["input_size"], 2 * sizes["hidden_size"])})
+        return
+    assert [lane for each in found for lane in each.lanes] == list(range(num_layers * directions))
+    for each in found:
+        assert each.plan.programs <= H200.multiprocessors
+        assert each.plan.chained == (directions == 1 and each.plan.lanes > 1)
+        if each.plan.chained:
+            assert each.plan.resident_fraction == 1
+    planner._plan.cache_clear()
+    planner._lane_counts.cache_clear()
+    assert launches(kind, **arguments) == found
+
+
+def test_a_forced_plan_decides_how_many_layers_go_together() -> None:
+    for lanes, expected in ((1, [1, 1, 1, 1]), (2, [2, 2]), (4, [4])):
+        chosen = candidates("forward", device=H200, lanes=lanes, chained=lanes > 1, **STACK)[-1]
+        with forced(chosen):
+            found = launches("forward", num_layers=4, directions=1, device=H200, **STACK)
+        assert [each.plan for each in found] == [chosen] * len(expected)
+        assert [each.plan.lanes for each in found] == expected

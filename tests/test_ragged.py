@@ -190,7 +190,13 @@ def test_packed_tables_are_those_of_the_lengths() -> None:
 @interpreted
 @settings(max_examples=12)
 @given(
-    cases(dtypes=FLOATS, layouts=("packed", "packed unsorted"), projections=False, dropouts=(0.0, 1.0)),
+    cases(
+        dtypes=FLOATS,
+        layouts=("packed", "packed unsorted"),
+        projections=False,
+        dropouts=(0.0, 1.0),
+        smallest_hidden=4,  # of fewer numbers, a gradient that cancels has no typical error
+    ),
     st.integers(0, 1000),
 )
 def test_packed_sequences(case: Case, seed: int) -> None:

@@ -68,6 +68,33 @@ def test_ragged_kernels_compile_for_ampere() -> None:
         assert row["programs"] <= resources.DEVICES["sm_80"].multiprocessors
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--layers", "4", "--hidden", "512", "--dtype", "bfloat16", "--ragged"),
+        ("--layers", "2", "--hidden", "512", "--dtype", "tf32"),
+        ("--bidirectional", "--hidden", "768", "--dtype", "bfloat16", "--ragged"),
+    ],
+    ids=["chained", "chained tf32", "both directions"],
+)
+def test_lanes_with_dropout_do_not_spill(arguments: tuple[str, ...]) -> None:
+    """Layers, or both directions, in one launch: all programs at once on the device."""
+    rows = report(*arguments, "--batch", "32", "--dropout")
+    assert len(rows) == 2
+    for row in rows:
+        assert row["lanes"] > 1
+        assert row["dropout"]
+        assert resources.problems(row) == []
+
+
+@pytest.mark.parametrize("lanes", [("--layers", "2"), ("--bidirectional",)], ids=["chained", "both directions"])
+def test_lanes_compile_for_ampere(lanes: tuple[str, ...]) -> None:
+    for row in report("--arch", "sm_80", *lanes, "--hidden", "512", "--batch", "32", "--dtype", "bfloat16", "--ragged"):
+        assert row["error"] is None
+        assert row["shared_bytes"] <= resources.DEVICES["sm_80"].shared_bytes
+        assert row["programs"] <= resources.DEVICES["sm_80"].multiprocessors
+
+
 def test_sizes_that_are_no_multiple_of_anything() -> None:
     for row in report("--hidden", "1", "37", "1000", "--batch", "5", "--dtype", "float32", "bfloat16"):
         assert resources.problems(row) == []
