@@ -415,3 +415,43 @@ def test_single_steps_without_gradients(dtype: torch.dtype, precision: str) -> N
         (actual[0], *actual[1]), (exact[0], *exact[1]), (expected[0], *expected[1]), strict=True
     ):
         assert_as_accurate(one, right, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj_size": 32}], ids=str)
+def test_low_memory(options: dict[str, Any], dtype: torch.dtype, precision: str) -> None:
+    skip_repeated(precision, dtype)
+    ours, stock = twins(40, 96, num_layers=2, dtype=dtype, device="cuda", **options)
+    ours.memory = "low"
+    input = torch.randn(100, 17, 40, device="cuda").to(dtype)  # windows of 32 steps, and one of 4
+    with lstm_triton.backend("triton"):
+        actual = run(ours, input)
+    assert_results_as_accurate(actual, stock, input)
+
+
+def test_low_memory_needs_a_third(precision: str) -> None:
+    """The peak of a training step, beside the input, against what nn.LSTM keeps for backward."""
+    if precision == "tf32":
+        pytest.skip("float16: the precision of float32 makes no difference here")
+    input = torch.randn(2048, 64, 1024, device="cuda", dtype=torch.float16)
+    if torch.cuda.mem_get_info()[0] < 16 * input.nbytes:
+        pytest.skip("needs more free memory on the GPU")
+    ours, stock = twins(1024, 1024, dtype=torch.float16, device="cuda")
+    ours.memory = "low"
+    weights = sum(weight.nbytes for weight in ours.parameters())
+    with lstm_triton.backend("triton"):
+        ours(input[:64])[0].sum().backward()  # compiles
+    ours.zero_grad()
+    before = torch.cuda.memory_allocated()
+    output, _ = stock(input)
+    theirs = torch.cuda.memory_allocated() - before
+    del output
+    torch.cuda.reset_peak_memory_stats()
+    with lstm_triton.backend("triton"):
+        output, _ = ours(input)
+    kept = torch.cuda.memory_allocated() - before
+    output.backward(input)
+    peak = torch.cuda.max_memory_allocated() - before - 4 * weights  # gradients, and their sums in float32
+    figures = {"kept": kept, "peak": peak, "nn.LSTM keeps": theirs}
+    print("units of the output:", {name: f"{size / output.nbytes:.2f}" for name, size in figures.items()})
+    assert peak <= theirs / 3
