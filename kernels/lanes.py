@@ -13,7 +13,11 @@ def place(SLICES: tl.constexpr, LANES: tl.constexpr):
     """Where this program stands in the grid: (slice, group, groups of a lane, lane)."""
     slice_index = tl.program_id(0) % SLICES
     groups = tl.num_programs(0) // (SLICES * LANES)
-    return slice_index, tl.program_id(0) // SLICES % groups, groups, tl.program_id(0) // (SLICES * groups)
+    if LANES == 1:
+        group, lane = tl.program_id(0) // SLICES, tl.cast(0, tl.int32)  # known to the compiler: no offsets of lanes
+    else:
+        group, lane = tl.program_id(0) // SLICES % groups, tl.program_id(0) // (SLICES * groups)
+    return slice_index, group, groups, lane
 
 
 @triton.jit

@@ -54,6 +54,15 @@ class LSTMCell(nn.LSTMCell):
     """
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
+        """One step.
+
+        Args:
+            input: (B, I), or (I,) without a batch.
+            hx: (h, c) of shapes (B, H), or (H,) without a batch; None: zeros.
+
+        Returns:
+            (h, c) after the step, shaped like `hx`.
+        """
         call = call_of(self, input, hx)
         if call is None or choose(None, call).path == "aten":
             return super().forward(input, hx)  # which is also what refuses arguments

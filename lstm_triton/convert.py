@@ -78,6 +78,12 @@ def replace_lstm(model: nn.Module) -> Replacement:
     itself (`lstm_triton.accelerate` may serve those), and what is no `nn.LSTM`: quantised layers, layers compiled by
     TorchScript, `nn.LSTMCell`s.
 
+    Args:
+        model: any module, with LSTMs at any depth.
+
+    Returns:
+        what was done, what was left and why, and the way back.
+
     Raises:
         TypeError: `model` is no `nn.Module`.
 

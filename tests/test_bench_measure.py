@@ -448,7 +448,7 @@ def test_the_exchange_only_kernel_compiles_for_a_gpu() -> None:
 @pytest.mark.interpreted
 @pytest.mark.parametrize("mode", ["forward+backward", "inference"])
 def test_compiling_ahead_launches_what_the_case_launches(monkeypatch, mode: str) -> None:
-    """The same kernels with the same compile-time arguments, one step long."""
+    """The same kernels with the same compile-time arguments, two steps long."""
     import triton
 
     launched: list[tuple] = []

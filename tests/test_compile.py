@@ -136,7 +136,7 @@ def test_exported_with_open_sizes(path: Any, strict: bool) -> None:
             assert operators.count("scan") == 4
             assert not any("lstm_triton" in name for name in operators)
         else:
-            assert operators.count("lstm_triton.scan_forward.default") == 4
+            assert operators.count("lstm_triton.scan_forward.default") == 1  # of the whole stack
         for sizes in SIZES[1:]:
             input = torch.randn(*sizes, 3)
             torch.testing.assert_close(program.module()(input), stock(input))

@@ -679,5 +679,5 @@ def test_compiled_with_lengths_alone() -> None:
 
 def test_wrong_lengths_are_found_in_compiled_code() -> None:
     compiled = torch.compile(lstm_triton.LSTM(3, 4), fullgraph=True, backend="aot_eager")
-    with pytest.raises(RuntimeError, match="lengths must be from 0 to the number of time steps"):
+    with pytest.raises(RuntimeError, match="lengths must be from 0 to T, the number of time steps"):
         compiled(torch.zeros(5, 2, 3), lengths=torch.tensor([5, 6]))
