@@ -25,7 +25,9 @@ README = "# Title\n\n## Performance\n\n<!-- bench:begin -->\nold text\n<!-- benc
 
 def bench(*arguments: str, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    # pytest-benchmark measures nothing where it believes to be a worker of pytest-xdist.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
     return subprocess.run(
         command, cwd=results.ROOT, env=environment, capture_output=True, text=True, timeout=120, **options
     )
