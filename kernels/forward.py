@@ -46,7 +46,8 @@ def load_bias(bias_ih_ptr, bias_hh_ptr, units, gate: tl.constexpr, HIDDEN: tl.co
         "reverse",
         "dropped_lanes",
         "first_lane",
-    ]
+    ],
+    do_not_specialize_on_alignment=["offsets_ptr"],  # a window begins anywhere
 )
 def forward_scan(
     # (LANES, rows, 4H) I/O dtype: x_t W_ih^T on entry, unless FUSE_INPUT or of a lane CHAINED to one below; activated

@@ -479,7 +479,7 @@ def _formula(saved: _Saved) -> tuple[Tensor, ...]:
         cells.append(every_c)
         if dropout > 0 and lane < stack.lanes - stack.directions:
             assert saved.seed is not None
-            output = output * ops.dropout_scale(saved.seed, lane, dropout, output.detach())
+            output = (output * ops.dropout_scale(saved.seed, lane, dropout, output.detach())).to(output.dtype)
         outputs.append(output)
         if len(outputs) == stack.directions:
             below, outputs = torch.cat(outputs, dim=-1), []

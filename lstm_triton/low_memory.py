@@ -50,9 +50,11 @@ def gradients(
     time_steps = input.shape[0] if ragged is None else ragged.offsets.shape[0] - 1
     windows = ops.windows_of(layout, ragged, time_steps, ops.low_memory_steps(time_steps))
     shape = (stack.lanes, batch_size, hidden_size)
-    of_h_0, of_c_0, of_h_reset, of_c_reset = (input.new_zeros(shape) for _ in range(4))
-    of_preact_0, of_preact_reset = (input.new_zeros(*shape[:2], 4 * hidden_size) for _ in range(2))
-    of_weights = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    # In float32, since every window adds to them.
+    of_h_0, of_c_0, of_h_reset, of_c_reset = (input.new_zeros(shape, dtype=torch.float32) for _ in range(4))
+    preacts_shape = (*shape[:2], 4 * hidden_size)
+    of_preact_0, of_preact_reset = (input.new_zeros(preacts_shape, dtype=torch.float32) for _ in range(2))
+    of_weights = [weight.new_zeros(weight.shape, dtype=torch.float32) for weight in weights]
     input_rows = input.reshape(layout.rows, -1)
     if ragged is not None:
         input_rows = torch.where(ragged.is_step().unsqueeze(1), input_rows, 0)  # there may be anything where no step is
@@ -60,11 +62,11 @@ def gradients(
     def is_dropped(lane: int) -> bool:
         return dropout > 0 and lane < stack.lanes - directions
 
-    def scale(lane: int, like: Tensor, first_row: int) -> Tensor:
-        """Of the dropout on a lane's outputs."""
+    def dropped(lane: int, rows: Tensor, first_row: int) -> Tensor:
+        """A lane's outputs after its dropout, or their gradients before it; rounded once, as the scans do."""
         assert seed is not None
-        found: Tensor = ops.dropout_scale(seed, lane, dropout, like, first_row)
-        return found
+        scaled: Tensor = rows.float() * ops.dropout_scale(seed, lane, dropout, rows, first_row)
+        return scaled.to(rows.dtype)
 
     def read_by(layer: int, rows: slice) -> Tensor:
         """What a layer has read."""
@@ -73,7 +75,7 @@ def gradients(
         lanes = range(stack.layer(layer - 1).start, stack.layer(layer - 1).stop)
         outputs = [hidden[lane, layout.steps, :hidden_size][rows] for lane in lanes]
         if is_dropped(lanes[0]):
-            outputs = [each * scale(lane, each, rows.start) for lane, each in zip(lanes, outputs, strict=True)]
+            outputs = [dropped(lane, each, rows.start) for lane, each in zip(lanes, outputs, strict=True)]
         return outputs[0] if directions == 1 else torch.cat(outputs, dim=1)
 
     def gradients_of_lane(lane: int, grad_output: Tensor | None, grad_below: Tensor | None) -> None:
@@ -137,7 +139,7 @@ def gradients(
             through = ops.matmul(begun, gate_minor(weight_hh))
             if of_part is not None and grad_h is not None:  # sequences without steps here end where they begin
                 through = through + torch.where(has_steps, 0, grad_h[0])
-            grad_h, grad_c = through.unsqueeze(0), grad_cell[:, :batch_size, :hidden_size].to(input.dtype)
+            grad_h, grad_c = through.unsqueeze(0), grad_cell[:, :batch_size, :hidden_size]
         assert grad_h is not None
         assert grad_c is not None
         of_h_0[lane], of_c_0[lane] = grad_h[0], grad_c[0]
@@ -151,11 +153,12 @@ def gradients(
         for at, lane in enumerate(lanes):
             of_lane = None if grad_rows is None else grad_rows[:, at * hidden_size : (at + 1) * hidden_size]
             if of_lane is not None and is_dropped(lane):
-                of_lane = of_lane * scale(lane, of_lane, 0)
+                of_lane = dropped(lane, of_lane, 0)
             gradients_of_lane(lane, of_lane, grad_below)
         grad_rows = grad_below
     of_inputs = input.new_empty(0) if grad_rows is None else grad_rows.view(input.shape)
-    found = [of_inputs, of_h_0, of_c_0, of_h_reset, of_c_reset, of_preact_0, of_preact_reset]
+    of_states = (of_h_0, of_c_0, of_h_reset, of_c_reset, of_preact_0, of_preact_reset)
+    found = [of_inputs, *(total.to(input.dtype) for total in of_states)]
     return [*found, *(total.to(weight.dtype) for total, weight in zip(of_weights, weights, strict=True))]
 
 

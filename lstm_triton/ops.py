@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -411,7 +411,7 @@ def _run_forward(
                 before_ptr=hidden if ragged is None else ragged.before,
                 after_ptr=hidden if ragged is None else ragged.after,
                 **_lookups(ragged, part_plan, window, hidden),
-                seed_ptr=hidden if seed is None else seed,
+                seed_ptr=seed if dropped else hidden,
                 dropout=dropout,
                 dropped_lanes=dropped - part.start,
                 first_lane=launch.first + part.start,
@@ -601,7 +601,7 @@ def scan_backward(
             after_ptr=gates if ragged is None else ragged.after,
             before_successors_ptr=gates if ragged is None else ragged.successors(reverse=True),
             **_lookups(ragged, plan, window, gates),
-            seed_ptr=gates if seed is None else seed,
+            seed_ptr=seed if dropped else gates,
             dropout=dropout,
             dropped_lanes=dropped,
             first_lane=launch.first,
@@ -640,10 +640,13 @@ def _(
 
 @torch.library.custom_op("lstm_triton::dropout_scale", mutates_args=())
 def dropout_scale(seed: Tensor, lane: int, dropout: float, like: Tensor, first_row: int = 0) -> Tensor:
-    """What the scans multiply a lane's outputs (T, B, H) or (rows, H) with, from a row on: 0 or 1 / (1 - dropout)."""
+    """What the scans multiply a lane's outputs (T, B, H) or (rows, H) with, from a row on: 0 or 1 / (1 - dropout).
+
+    In float32, as they do it.
+    """
     from .kernels.lanes import dropout_scales
 
-    scale = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    scale = torch.empty(like.shape, dtype=torch.float32, device=like.device)
     elements, block = scale.numel(), 1024
     grid = (-(-elements // block),)
     with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
@@ -653,7 +656,7 @@ def dropout_scale(seed: Tensor, lane: int, dropout: float, like: Tensor, first_r
 
 @dropout_scale.register_fake
 def _(seed: Tensor, lane: int, dropout: float, like: Tensor, first_row: int = 0) -> Tensor:
-    return like.new_empty(like.shape)
+    return like.new_empty(like.shape, dtype=torch.float32)
 
 
 def gates_again(gates: Tensor, cell: Tensor, stack: Stack, tables: Sequence[Tensor], batch_size: int) -> None:
@@ -764,8 +767,10 @@ def _(left: Tensor, right: Tensor) -> Tensor:
 
 def project(rows: Tensor, weight: Tensor, projected: Tensor, add: bool = False) -> None:
     """Write, or add, rows @ weight^T."""
-    precision = "tf32" if allows_tf32() else "ieee"
-    with torch.autocast(rows.device.type, enabled=False), _matmul_precision(precision):
+    setting: AbstractContextManager[None] = contextlib.nullcontext()
+    if rows.dtype == torch.float32 and rows.is_cuda:
+        setting = _matmul_precision("tf32" if allows_tf32() else "ieee")
+    with torch.autocast(rows.device.type, enabled=False), setting:
         torch.addmm(projected, rows, weight.t(), beta=int(add), out=projected)
 
 

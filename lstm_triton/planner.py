@@ -512,6 +512,9 @@ def _fitted(
     if kind == "forward":
         row_bytes = min(row_bytes, 512)
     block_k = _chunk(depth, row_bytes // size)
+    # No element of a state tile may be polled by two threads: one might see the sentinel and the other the value.
+    while num_warps * device.threads_per_warp > block_batch * block_k:
+        num_warps //= 2
     block_input = _chunk(input_size, row_bytes // size) if kind == "forward" else MIN_DOT_DEPTH
     if fuse_input:
         split_k = min(split_k, block_input // MIN_DOT_DEPTH)

@@ -402,6 +402,19 @@ def test_cell(sizes: tuple[int, int, int], dtype: torch.dtype, precision: str, m
     torch.testing.assert_close((h, c), (actual["h_1"], actual["c_1"]))
 
 
+@pytest.mark.parametrize("hidden_size", [1, 4, 8, 16])
+def test_many_steps_of_small_layers(hidden_size: int, precision: str) -> None:
+    """Tiles of few elements: a sentinel that slips through is a NaN."""
+    module = lstm_triton.LSTM(3, hidden_size, device="cuda")
+    input = torch.randn(5000, 8, 3, device="cuda", requires_grad=True)
+    with lstm_triton.backend("triton"):
+        output, _ = module(input)
+    output.sum().backward()
+    assert output.isfinite().all()
+    assert input.grad is not None
+    assert input.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_single_steps_without_gradients(dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
