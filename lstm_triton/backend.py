@@ -4,7 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
@@ -192,11 +192,13 @@ class ScanLaunch:
         kind: "forward" or "backward"; of an LSTMCell "cell" or "cell backward".
         lanes: the positions in `Explanation.layers` that it computes.
         plan: its sizes, if they were chosen.
+        times: how often it is launched, for window after window of time.
     """
 
     kind: Literal["forward", "backward", "cell", "cell backward"]
     lanes: tuple[int, ...]
     plan: "Plan | CellPlan | None"
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ class Explanation:
 
     Attributes:
         layers: every direction of every layer.
-        scans: the launches of this library's kernels, forward and backward; what PyTorch launches is not counted.
+        scans: the launches of this library's kernels: forward, and where gradients are enabled backward, both as if
+            some were needed. What PyTorch launches is not counted.
     """
 
     module: str
@@ -218,7 +221,7 @@ class Explanation:
 
     @property
     def launches(self) -> int:
-        return len(self.scans)
+        return sum(scan.times for scan in self.scans)
 
     def __str__(self) -> str:
         lines = [
@@ -228,7 +231,10 @@ class Explanation:
         lines += [f"{each.layer:>5}  {each.direction:<9}  {each.path:<6}  {each.reason}" for each in self.layers]
         for number, scan in enumerate(self.scans, 1):
             what = scan.kind if "cell" in scan.kind else f"{scan.kind} scan of {self._named(scan.lanes)}"
+            what += "" if scan.times == 1 else f", {scan.times} times"
             lines.append(f"launch {number}: {what}" + ("" if scan.plan is None else f": {scan.plan}"))
+        if self.scans:
+            lines.append(f"launches in all: {self.launches}")
         return "\n".join(lines)
 
     def _named(self, lanes: tuple[int, ...]) -> str:
@@ -307,26 +313,37 @@ def call_of(
         training=module.training,
         bidirectional=module.bidirectional,
         proj_size=module.proj_size,
+        memory=getattr(module, "memory", "full"),
         **sequences,
     )
 
 
 def _launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
-    from .ops import launches_of
+    from . import ops
 
-    # Projected layers are scanned one by one: what lies between two of them is a product of its own.
+    trains = torch.is_grad_enabled()
     projected = call.output_size < call.hidden_size
-    stacks = [1] * call.num_layers if projected else [call.num_layers]
-    kinds: tuple[Kind, Kind] = ("forward", "backward")
-    found: list[ScanLaunch] = []
     initial = call.states is not None or call.reset_state is not None
+    dense = call.batch_sizes is None and call.lengths is None and call.resets is None
+    if not trains and call.time_steps == 1 and dense and not projected and not (call.training and call.dropout > 0):
+        lanes = range(call.num_layers * call.directions)
+        return [ScanLaunch("cell", (lane,), _cell_plan(call, dtype, lane, "rnn")) for lane in lanes]
+
+    low_memory = trains and call.low_memory
+    kept_steps = ops.low_memory_steps(call.time_steps) if low_memory else call.time_steps
+    kinds: tuple[Kind, ...] = ("forward", "backward") if trains else ("forward",)
+    # Projected layers are scanned one by one: what lies between two of them is a product of its own.
+    stacks = [1] * call.num_layers if projected else [call.num_layers]
+    found: list[ScanLaunch] = []
     for kind in kinds:
         first = 0
         for layers in stacks:
-            launches = launches_of(
+            # With low_memory, backward takes lane after lane.
+            by_lane = low_memory and kind == "backward"
+            launches = ops.launches_of(
                 kind,
-                num_layers=layers,
-                directions=call.directions,
+                num_layers=1 if by_lane else layers,
+                directions=1 if by_lane else call.directions,
                 batch_size=call.batch_size,
                 input_size=call.weights[0].shape[1] if first == 0 else call.directions * call.output_size,
                 hidden_size=call.hidden_size,
@@ -334,14 +351,29 @@ def _launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
                 device=call.data.device,
                 fuse_input=not (projected and initial),
             )
-            found += [ScanLaunch(kind, tuple(first + lane for lane in each.lanes), each.plan) for each in launches]
+            if by_lane:
+                launches = tuple(replace(launches[0], first=lane) for lane in range(layers * call.directions))
+            for launch in launches:
+                at_once = call.time_steps
+                if kind == "forward" and (low_memory or not trains):
+                    at_once = ops.steps_at_once(launch.plan, call.hidden_size, call.batch_size, dtype.itemsize)
+                windows = len(ops.window_bounds(call.time_steps, kept_steps, at_once)) - 1
+                apart = windows > 1 and not launch.plan.chained  # directions meet different windows
+                lanes_of_launch = tuple(first + lane for lane in launch.lanes)
+                times = windows * (launch.plan.lanes if apart else 1)
+                found.append(ScanLaunch(kind, lanes_of_launch, launch.plan, times))
             first += layers * call.directions
     return found
 
 
-def _cell_launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
+def _cell_plan(call: "Call", dtype: torch.dtype, lane: int, precision_of: str) -> "CellPlan":
     from .cell_ops import plan_of
 
-    stand_in = call.data.new_empty(1, dtype=dtype).expand(call.batch_size, call.weights[0].shape[1])
-    plan = plan_of(stand_in, call.hidden_size, "matmul")
-    return [ScanLaunch("cell", (0,), plan), ScanLaunch("cell backward", (0,), None)]
+    layer_input = call.weights[0].shape[1] if lane < call.directions else call.directions * call.output_size
+    stand_in = call.data.new_empty(1, dtype=dtype).expand(call.batch_size, layer_input)
+    return plan_of(stand_in, call.hidden_size, precision_of)
+
+
+def _cell_launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
+    forward = ScanLaunch("cell", (0,), _cell_plan(call, dtype, 0, "matmul"))
+    return [forward, ScanLaunch("cell backward", (0,), None)] if torch.is_grad_enabled() else [forward]

@@ -359,15 +359,10 @@ def _run_forward(
 
     plan = launch.plan
     keep_gates = len(buffers.gates) > 0
-    projected_lanes = 1 if plan.chained else plan.lanes
     time_steps = below.shape[0] if ragged is None else ragged.offsets.shape[0] - 1
-    steps = time_steps
-    if cell_starts is not None:
-        steps = low_memory_steps(time_steps)
-    if not plan.fuse_input and not keep_gates:
-        step_bytes = projected_lanes * 4 * stack.hidden_size * below.itemsize * layout.batch_size
-        steps = min(steps, max(1, PREACTIVATION_BYTES // step_bytes)) if cell_starts is None else steps
-    windows = windows_of(layout, ragged, time_steps, steps)
+    kept_steps = time_steps if cell_starts is None else low_memory_steps(time_steps)
+    steps = time_steps if keep_gates else steps_at_once(plan, stack.hidden_size, layout.batch_size, below.itemsize)
+    windows = windows_of(layout, ragged, time_steps, kept_steps, steps)
     below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
     # Directions meet different windows: then each has launches of its own.
     whole = plan.chained or len(windows) == 1
@@ -375,9 +370,10 @@ def _run_forward(
     for part in parts:
         part_plan = replace(plan, lanes=part.stop - part.start)
         part_stack, hidden = stack.of(part), buffers.hidden[part]
-        for number in range(len(windows))[:: -1 if part_stack.reverse else 1]:
-            window = windows[number]
-            if cell_starts is not None:
+        for window in reversed(windows) if part_stack.reverse else windows:
+            begins = window.steps.stop if part_stack.reverse else window.steps.start
+            if cell_starts is not None and (begins % kept_steps == 0 or begins == time_steps):
+                number = window.steps.start // kept_steps
                 cell_starts[part, number] = buffers.cell[part, : layout.batch_size]
             first, last = window.rows.start, window.rows.stop
             gates = buffers.gates[part]
@@ -432,6 +428,14 @@ def _run_forward(
             )
 
 
+def steps_at_once(plan: Plan, hidden_size: int, batch_size: int, itemsize: int) -> int:
+    """The steps whose input projections, where they are not kept, take PREACTIVATION_BYTES at most."""
+    if plan.fuse_input:
+        return 2**62
+    projected_lanes = 1 if plan.chained else plan.lanes
+    return max(1, PREACTIVATION_BYTES // (projected_lanes * 4 * hidden_size * itemsize * batch_size))
+
+
 def low_memory_steps(time_steps: int) -> int:
     """The steps of a window, with low_memory."""
     return max(-(-time_steps // LOW_MEMORY_WINDOWS), LOW_MEMORY_STEPS)
@@ -442,17 +446,27 @@ def cell_starts_of(input: Tensor, layout: Layout, lanes: int) -> Tensor:
     return input.new_empty(lanes, LOW_MEMORY_WINDOWS, layout.batch_size, layout.stride, dtype=torch.float32)
 
 
-def windows_of(layout: Layout, ragged: Ragged | None, time_steps: int, steps: int) -> list[Window]:
-    """All steps, in windows of so many."""
-    if steps >= time_steps:
+def windows_of(
+    layout: Layout, ragged: Ragged | None, time_steps: int, steps: int, at_once: int | None = None
+) -> list[Window]:
+    """All steps, in windows of so many, each of which is cut into windows of `at_once` again."""
+    bounds = window_bounds(time_steps, steps, at_once or steps)
+    if len(bounds) == 2:
         return [Window(slice(0, time_steps), slice(0, layout.rows))]
-    bounds = [*range(0, time_steps, steps), time_steps]
     if layout.rows == time_steps * layout.batch_size:
         rows = [step * layout.batch_size for step in bounds]
     else:  # packed: the only place where the host waits for the device
         assert ragged is not None
         rows = ragged.offsets[torch.tensor(bounds, device=ragged.offsets.device)].tolist()
     return [Window(slice(*at), slice(*of)) for at, of in zip(_neighbours(bounds), _neighbours(rows), strict=True)]
+
+
+def window_bounds(time_steps: int, steps: int, at_once: int) -> list[int]:
+    """Where the windows of `windows_of` begin, and where the last one ends."""
+    bounds: list[int] = []
+    for first in range(0, time_steps, steps):
+        bounds += range(first, min(first + steps, time_steps), min(at_once, steps))
+    return [*bounds, time_steps]
 
 
 def _neighbours(values: list[int]) -> list[tuple[int, int]]:

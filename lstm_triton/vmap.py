@@ -6,7 +6,6 @@ is ragged, there is one scan for each entry. All else of a layer is PyTorch's op
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -107,8 +106,15 @@ def _one_by_one(operator: Callable[..., Any], info: Any, in_dims: Dims, argument
     return type(entries[0])(results), type(entries[0])([0] * len(results))
 
 
+def _entries_of(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    def rule(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
+        return _one_by_one(operator, info, in_dims, arguments)
+
+    return rule
+
+
 torch.library.register_vmap(ops.scan_forward, _scan_forward)
 torch.library.register_vmap(ops.scan_backward, _scan_backward)
 for operator in (ops.dropout_scale, low_memory.gradients, cell_ops.cell_forward, cell_ops.cell_backward):
-    torch.library.register_vmap(operator, partial(_one_by_one, operator))
+    torch.library.register_vmap(operator, _entries_of(operator))
 torch.library.register_vmap("lstm_triton::matmul", _cuda_matmul)

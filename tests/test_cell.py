@@ -208,9 +208,10 @@ def test_explained() -> None:
     assert layer.path == "triton"
     assert (forward.kind, forward.plan) == ("cell", cell_ops.plan_of(Z(2, 3), 5, "matmul"))
     assert (backward.kind, backward.plan) == ("cell backward", None)
-    assert str(explanation).splitlines()[-2:] == [
+    assert str(explanation).splitlines()[-3:] == [
         "launch 1: cell: 2 programs of 4 warps (tiles of 8 rows x 4 units)",
         "launch 2: cell backward",
+        "launches in all: 2",
     ]
 
 

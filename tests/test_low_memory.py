@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
-from lstm_triton import interpreter, low_memory, ops
+from lstm_triton import cell_ops, interpreter, low_memory, ops
 from tests.comparing import LoopLSTM, assert_results_as_accurate, run, twins
 
 interpreted = pytest.mark.interpreted
@@ -174,6 +174,68 @@ def test_the_option() -> None:
     weights = list(module.parameters())
     with pytest.raises(ValueError, match="memory must be one of 'full', 'low', got None"):
         lstm_triton.functional.lstm(torch.zeros(5, 2, 3), None, weights, memory=None)  # type: ignore[call-overload]
+
+
+@interpreted
+def test_windows_of_few_preactivations_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window whose input projections would be too large is cut into several launches of the forward scan."""
+    torch.manual_seed(0)
+    module = lstm_triton.LSTM(5, 11, num_layers=2, bidirectional=True, memory="low")
+    monkeypatch.setattr(ops, "LOW_MEMORY_STEPS", 4)
+    for kind in KINDS:
+        input, others = given_as(kind, torch.randn(7, 4, 5))
+        found = []
+        for limit in (2**30, 1):
+            monkeypatch.setattr(ops, "PREACTIVATION_BYTES", limit)
+            with interpreter.interpret(), lstm_triton.backend("triton"):
+                found.append(run(module, input, **others))
+        torch.testing.assert_close(found[1], found[0])
+
+
+@interpreted
+@pytest.mark.parametrize("memory", ["full", "low"])
+@pytest.mark.parametrize("options", [{"num_layers": 3}, {"bidirectional": True}, {"proj_size": 3}], ids=str)
+def test_explain_counts_the_launches(options: dict[str, Any], memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = lstm_triton.LSTM(5, 11, memory=memory, **options)  # type: ignore[arg-type]
+    launched: list[object] = []
+    for operators in (ops, cell_ops):
+        plain = operators._launch
+
+        def recorded(*arguments: Any, plain: Callable[..., None] = plain, **keywords: Any) -> None:
+            launched.append(arguments[0])
+            plain(*arguments, **keywords)
+
+        monkeypatch.setattr(operators, "_launch", recorded)
+    with interpreter.interpret(), lstm_triton.backend("triton"):
+        for time_steps in (1, 5):
+            input = torch.randn(time_steps, 4, 5)
+            explained = lstm_triton.explain(module, input).launches
+            module(input)[0].sum().backward()
+            assert len(launched) == explained
+            launched.clear()
+            with torch.no_grad():
+                explained = lstm_triton.explain(module, input).launches
+                module(input)
+            assert len(launched) == explained
+            launched.clear()
+
+
+@interpreted
+def test_per_sample_gradients() -> None:
+    torch.manual_seed(0)
+    module = lstm_triton.LSTM(3, 5, num_layers=2, memory="low")
+    weights = {name: weight.detach() for name, weight in module.named_parameters()}
+    input = torch.randn(4, 5, 1, 3)
+
+    def loss(weights: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(module, weights, (sample,))[0].square().sum()
+
+    gradient = torch.func.grad(loss)
+    expected = [gradient(weights, sample) for sample in input]
+    with interpreter.interpret(), lstm_triton.backend("triton"):
+        actual = torch.func.vmap(gradient, in_dims=(None, 0))(weights, input)
+    for name, each in actual.items():
+        torch.testing.assert_close(each, torch.stack([one[name] for one in expected]))
 
 
 # --- How much is kept, and how much is needed at once ---
