@@ -36,6 +36,7 @@ class Case:
     bidirectional: bool = False
     layout: str = "dense"
     proj_size: int = 0
+    memory: str = "full"  # of lstm_triton.LSTM
 
     def __post_init__(self) -> None:
         if self.mode not in MODES or self.dtype not in DTYPES or self.layout not in LAYOUTS:
@@ -54,6 +55,7 @@ class Case:
         parts += ["bidirectional"] if self.bidirectional else []
         parts += [self.layout] if self.layout != "dense" else []
         parts += [f"proj{self.proj_size}"] if self.proj_size else []
+        parts += [f"{self.memory}-memory"] if self.memory != "full" else []
         return "-".join(parts)
 
     @property
@@ -78,11 +80,9 @@ CASE_FIELDS = tuple(Case.__dataclass_fields__)
 
 
 def as_dict(case: Case) -> Row:
-    """The case as a row's keys; proj_size only where there is a projection."""
-    fields = asdict(case)
-    if not case.proj_size:
-        del fields["proj_size"]
-    return fields
+    """The case as a row's keys; proj_size and memory only where they are not the default."""
+    defaults = {"proj_size": 0, "memory": "full"}
+    return {name: value for name, value in asdict(case).items() if name not in defaults or value != defaults[name]}
 
 
 def from_dict(fields: Row) -> Case:
@@ -205,6 +205,7 @@ GRIDS = {
                     ("forward+backward", "inference"),
                     ("bfloat16", "tf32"),
                     {"layers": 2},
+                    {},
                     {"bidirectional": True},
                     {"layout": "packed"},
                     {"layout": "lengths"},
@@ -216,6 +217,9 @@ GRIDS = {
                     {"layers": 3, "bidirectional": True, "B": 33},
                     {"layers": 6},
                     {"layers": 2, "proj_size": 128, "layout": "packed"},
+                    {"layers": 2, "proj_size": 128, "bidirectional": True},
+                    {"memory": "low"},
+                    {"layers": 4, "memory": "low"},
                 ),
             ),
         ),

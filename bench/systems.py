@@ -154,7 +154,10 @@ def ours(problem: Problem) -> list[Runner]:
     import lstm_triton
 
     module = lstm_triton.LSTM(
-        **problem.constructor_arguments(), device=problem.device.torch_device, dtype=problem.dtype
+        **problem.constructor_arguments(),
+        device=problem.device.torch_device,
+        dtype=problem.dtype,
+        memory=problem.case.memory,
     )
     module.load_state_dict(problem.module.state_dict())
     input = problem.shape_input(problem.new_leaf())
@@ -305,6 +308,8 @@ def floor_refuses(case: Case, device: Cpu) -> str | None:
         return "nothing is exchanged on a CPU"
     if case.proj_size:
         return "exchanges h as it is, without projections"
+    if case.memory != "full":
+        return "takes all steps at once"
     return "exchanges the steps of whole batches only" if case.layout in ("packed", "lengths") else None
 
 
