@@ -7,6 +7,7 @@ which does not keep its weights on the chip, are reported on request: `--kernel 
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -45,11 +46,12 @@ TABLES = ("before_ptr", "after_ptr", "before_successors_ptr", "offsets_ptr", "ti
 TYPES = {"cell_ptr": "*fp32", "grad_cell_ptr": "*fp32", "seed_ptr": "*i64", **dict.fromkeys(TABLES, "*i32")}
 KINDS: tuple[Kind, ...] = ("forward", "backward")
 CELLS = ("cell", "cell_backward")
+AGAIN = "gates_again"  # of memory="low"
 
 
 @dataclass(frozen=True)
 class Case:
-    kernel: str  # one of KINDS or CELLS
+    kernel: str  # one of KINDS, CELLS, or AGAIN
     arch: str
     hidden: int
     batch: int
@@ -88,6 +90,17 @@ def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chose
         return _compiled(cell_backward, arch, dtype, constants, BACKWARD_OPTIONS, {})
     constants |= {"INPUT": hidden, "HAS_BIAS": True, "KEEP_GATES": True, **constants_of(chosen)}
     return _compiled(cell_forward, arch, dtype, constants, compiler_options(chosen), {})
+
+
+def compiled_again(case: Case) -> Any:
+    """The kernel of kernels/again.py, compiled for an architecture."""
+    from lstm_triton.kernels.again import gates_again
+
+    block_batch, block_hidden = planner.AGAIN_BLOCK
+    constants = {"HIDDEN": case.hidden, "STATE_STRIDE": state_stride(case.hidden), "HAS_BIAS": True}
+    constants |= {"RAGGED": case.ragged, "BLOCK_BATCH": block_batch, "BLOCK_HIDDEN": block_hidden}
+    options = {"num_warps": planner.AGAIN_WARPS}
+    return _compiled(gates_again, case.arch, DTYPES[case.dtype][0], constants, options, TYPES)
 
 
 def compiled(
@@ -203,6 +216,10 @@ def _resources(case: Case, chosen: Plan | CellPlan) -> dict[str, int | None]:
 def report(case: Case) -> dict[str, Any]:
     """One row. `error` says why a case has no resources."""
     row: dict[str, Any] = asdict(case)
+    if case.kernel == AGAIN:
+        tiles = (-(-size // block) for size, block in zip((case.batch, case.hidden), planner.AGAIN_BLOCK, strict=True))
+        row |= {"programs": math.prod(tiles), "resident_fraction": None, "plan": None, "error": None}
+        return {**row, **resources(compiled_again(case), is_scan=False)}
     empty = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "step_cycles"))
     try:
         chosen = plan_of(case)
@@ -241,7 +258,7 @@ def problems(row: dict[str, Any]) -> list[str]:
         found.append(f"spills {row['spill_bytes']} bytes")
     if row["shared_bytes"] > device.shared_bytes:
         found.append(f"needs {row['shared_bytes']} bytes of shared memory, the device has {device.shared_bytes}")
-    if row["programs"] > device.multiprocessors and row["kernel"] not in CELLS:
+    if row["programs"] > device.multiprocessors and row["kernel"] in KINDS:
         found.append(f"{row['programs']} programs do not fit {device.multiprocessors} multiprocessors at once")
     return found
 
@@ -262,12 +279,12 @@ def _table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         values = [row[name] if row[name] is not None else "-" for name in columns]
         resident = "-" if row["resident_fraction"] is None else f"{row['resident_fraction']:.2f}"
-        chosen = row["plan"] or {}
-        sizes = (
-            f"{chosen.get('block_batch')}x{chosen.get('block_hidden')} k{chosen.get('block_k')}/{chosen.get('split_k')}"
-        )
-        sizes += f" g{chosen.get('group_chunks')}/{chosen.get('chunks')} w{chosen.get('num_warps')}"
-        sizes += " fused" if chosen.get("fuse_input") else ""
+        chosen, sizes = row["plan"], ""
+        if chosen is not None and "block_batch" in chosen:
+            sizes = f"{chosen['block_batch']}x{chosen['block_hidden']} k{chosen['block_k']}/{chosen.get('split_k', 1)}"
+        if chosen is not None and "chunks" in chosen:
+            sizes += f" g{chosen['group_chunks']}/{chosen['chunks']} w{chosen['num_warps']}"
+            sizes += " fused" if chosen["fuse_input"] else ""
         note = "; ".join(problems(row))
         lines.append("  ".join(f"{value:>12}" for value in (*values, resident)) + f"  {sizes}  {note}")
     return "\n".join(lines)
@@ -281,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", nargs="+", default=["tf32", "float16", "bfloat16"], choices=sorted(DTYPES), metavar="DTYPE"
     )
-    parser.add_argument("--kernel", nargs="+", default=list(KINDS), choices=(*KINDS, *CELLS))
+    parser.add_argument("--kernel", nargs="+", default=list(KINDS), choices=(*KINDS, *CELLS, AGAIN))
     parser.add_argument("--ragged", action="store_true", help="the kernels for lengths, packed sequences and resets")
     parser.add_argument("--layers", type=int, default=1, help="of a stack whose layers go together in one launch")
     parser.add_argument("--bidirectional", action="store_true", help="both directions of a layer in one launch")

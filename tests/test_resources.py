@@ -122,6 +122,14 @@ def test_cells(arch: str) -> None:
         assert resources.problems(row) == []
 
 
+@pytest.mark.parametrize("ragged", [[], ["--ragged"]], ids=["dense", "ragged"])
+def test_gates_again(ragged: list[str]) -> None:
+    for row in report(
+        "--kernel", "gates_again", "--hidden", "768", "37", "--batch", "16", "--dtype", "float16", *ragged
+    ):
+        assert resources.problems(row) == []
+
+
 def test_problems_are_found() -> None:
     fine: dict[str, Any] = {
         "kernel": "forward",
