@@ -1,10 +1,12 @@
 """A single step of an LSTM layer: `LSTMCell`, in place of `torch.nn.LSTMCell`, and its derivatives."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import transforms
 from .backend import autocast_dtype, choose
 from .functional import Call, States
 from .reference import lstm_layer
@@ -64,11 +66,15 @@ class LSTMCell(nn.LSTMCell):
             (h, c) after the step, shaped like `hx`.
         """
         call = call_of(self, input, hx)
-        if call is None or choose(None, call).path == "aten":
+        function = None if call is None else function_of(call)
+        if call is None or function is None:
             return super().forward(input, hx)  # which is also what refuses arguments
-        dtype = autocast_dtype(call) or call.data.dtype
-        h_0, c_0 = (None, None) if call.states is None else (state.to(dtype) for state in call.states)
-        h_1, c_1 = step(call.data.to(dtype), h_0, c_0, *(weight.to(dtype) for weight in call.weights))
+        data, states, weights = call.data, call.states or (None, None), call.weights
+        dtype = autocast_dtype(call)
+        if dtype is not None and function is step:  # the formula's operations follow autocast themselves
+            data, weights = data.to(dtype), [weight.to(dtype) for weight in weights]
+            states = (None, None) if call.states is None else (call.states[0].to(dtype), call.states[1].to(dtype))
+        h_1, c_1 = function(data, *states, *weights)
         return (h_1.squeeze(0), c_1.squeeze(0)) if input.dim() == 1 else (h_1, c_1)
 
 
@@ -122,6 +128,21 @@ def checked_call_of(cell: nn.LSTMCell, input: Any, hx: Any) -> Call:
     return call
 
 
+def function_of(call: Call) -> Callable[..., States] | None:
+    """What computes a call; None: PyTorch's own function does."""
+    if choose(None, call).path == "triton":
+        return step
+    tensors = [call.data, *(call.states or ()), *call.weights]
+    same_dtype = all(tensor.dtype == call.data.dtype for tensor in tensors) or autocast_dtype(call) is not None
+    return _formula if transforms.need_formula() and same_dtype else None
+
+
+def _formula(input: Tensor, *others: Tensor | None) -> States:
+    """`step` in plain operations: they can be differentiated, and mapped by torch.vmap, as often as PyTorch can."""
+    _, h_1, c_1 = lstm_layer(input.unsqueeze(0), *others)  # type: ignore[arg-type]
+    return h_1, c_1
+
+
 def step(
     input: Tensor,
     h_0: Tensor | None,
@@ -144,12 +165,15 @@ def step(
 
     All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
     lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any
-    order: those above the first come from the formula (reference.py), in the same dtype.
+    order: those above the first, and forward-mode ones, come from the formula (reference.py), in the same dtype.
     """
-    from . import cell_ops
+    from . import cell_ops, vmap  # noqa: F401 (vmap: its rules)
 
     arguments = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments):
+    if transforms.in_forward_mode():
+        return _formula(*arguments)
+    needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in arguments)
+    if torch.is_grad_enabled() and (needs_gradients or transforms.active()):
         h_1, c_1, _ = _Step.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         h_1, c_1, _ = cell_ops.cell_forward(*arguments, False, "matmul")
@@ -157,6 +181,8 @@ def step(
 
 
 class _Step(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         from . import cell_ops
@@ -174,18 +200,56 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad_h_1: Tensor, grad_c_1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Autocast that is on where backward is called was not asked for by the cell.
         with torch.autocast(grad_h_1.device.type, enabled=False):
-            gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
-            return gradients(ctx.saved_tensors, ctx.needs_input_grad, (grad_h_1, grad_c_1))
+            grads, saved = (grad_h_1, grad_c_1), ctx.saved_tensors
+            if torch.is_grad_enabled():
+                return _Gradients.apply(ctx.needs_input_grad, *grads, *saved)  # type: ignore[no-untyped-call, no-any-return]
+            return _gradients(ctx.needs_input_grad, *grads, *saved)
 
 
-def _gradients(
-    saved: tuple[Any, ...], needed: tuple[bool, ...], grads: tuple[Tensor, Tensor]
-) -> tuple[Tensor | None, ...]:
+class _Gradients(torch.autograd.Function):
+    """`_gradients`, to be differentiated again: through the formula."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(needed: tuple[bool, ...], *grads_and_saved: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(needed, *grads_and_saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.needed, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *every, _, _ = ctx.saved_tensors  # c_1 and the gates follow from the arguments
+        places = [place for place, tensor in enumerate(every) if tensor is not None]
+        wanted = [place for place, need in enumerate(ctx.needed) if need]
+
+        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+            renewed = dict(zip(places, tensors, strict=True))
+            grad_h_1, grad_c_1, *arguments = (renewed.get(place) for place in range(len(every)))
+
+            def results(*changed: Tensor) -> States:
+                moved = dict(zip(wanted, changed, strict=True))
+                return _formula(*(moved.get(place, tensor) for place, tensor in enumerate(arguments)))  # type: ignore[arg-type]
+
+            pull_back = torch.func.vjp(results, *(arguments[place] for place in wanted))[1]
+            found: tuple[Tensor, ...] = pull_back((grad_h_1, grad_c_1))
+            return found
+
+        with torch.autocast(every[0].device.type, enabled=False):
+            pull_back = torch.func.vjp(gradients, *(every[place] for place in places))[1]
+            found = dict(zip(places, pull_back(tuple(grads[place] for place in wanted)), strict=True))
+        return None, *(found.get(place) for place in range(len(every))), None, None
+
+
+def _gradients(needed: tuple[bool, ...], grad_h_1: Tensor, grad_c_1: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
     """The gradients of a step's tensors, as far as needed."""
     from . import cell_ops
 
     input, h_0, c_0, weight_ih, weight_hh, _, _, c_1, gates = saved
-    grad_gates, grad_c_0 = cell_ops.cell_backward(*grads, c_0, c_1, gates)
+    grad_gates, grad_c_0 = cell_ops.cell_backward(grad_h_1, grad_c_1, c_0, c_1, gates)
     grad_bias = grad_gates.sum(0) if needed[5] or needed[6] else None
     return (
         grad_gates @ weight_ih if needed[0] else None,
@@ -197,16 +261,3 @@ def _gradients(
         grad_bias if needed[5] else None,
         grad_bias.clone() if grad_bias is not None and needed[6] else None,
     )
-
-
-def _differentiable_gradients(
-    saved: tuple[Any, ...], needed: tuple[bool, ...], grads: tuple[Tensor, Tensor]
-) -> tuple[Tensor | None, ...]:
-    """The gradients as functions that can be differentiated again: through the formula."""
-    # Under new names: where one argument depends on another, that path is the engine's business, not this formula's.
-    arguments: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:7]]
-    input, *others = arguments
-    _, h_1, c_1 = lstm_layer(input.unsqueeze(0), *others)
-    wanted = [tensor for tensor, need in zip(arguments, needed, strict=True) if need]
-    found = iter(torch.autograd.grad((h_1, c_1), wanted, grads, create_graph=True, allow_unused=True))
-    return tuple(next(found) if need else None for need in needed)

@@ -1,5 +1,6 @@
 """autocast on the CPU, on both paths: nn.LSTM's dtypes, float32 master weights, training."""
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import lstm_triton
 from lstm_triton import interpreter
-from tests.comparing import assert_results_as_accurate, assert_same, run, twins
+from tests.comparing import assert_as_accurate, assert_results_as_accurate, assert_same, run, twins
 
 PATHS = [
     pytest.param(nullcontext, id="fallback"),
@@ -108,6 +109,96 @@ def test_training_in_bfloat16(path: Any) -> None:
     torch.testing.assert_close(losses[0], losses[1], rtol=0.02, atol=0.02)
     torch.testing.assert_close(weights[0], weights[1], rtol=0.02, atol=0.02)
     assert weights[0].dtype == torch.float32
+
+
+# --- Scaled losses ---
+
+
+def rounded_twins(dtype: torch.dtype) -> tuple[lstm_triton.LSTM, nn.LSTM]:
+    """float32 weights that autocast does not round: what differs is what was computed."""
+    ours, stock = twins(3, 20, num_layers=2)
+    with torch.no_grad():
+        for weight in (*ours.parameters(), *stock.parameters()):
+            weight.copy_(weight.to(dtype))
+    return ours, stock
+
+
+def scaled_step(module: nn.RNNBase, input: Tensor, scale: float, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Gradients before and after unscale_, weights after the step, and the next scale; dtype None: without autocast."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    with nullcontext() if dtype is None else torch.autocast("cpu", dtype):
+        output, _ = module(input)
+        loss = 16 * output.float().square().sum()
+    scaler.scale(loss).backward()
+    named = dict(module.named_parameters())
+    found = {f"scaled gradient of {name}": weight.grad.clone() for name, weight in named.items()}
+    if dtype is not None:
+        scaler.unscale_(optimizer)
+        found |= {f"gradient of {name}": weight.grad.clone() for name, weight in named.items()}
+        scaler.step(optimizer)
+        scaler.update()
+        found |= {name: weight.detach().clone() for name, weight in named.items()}
+        found["scale"] = torch.tensor(scaler.get_scale())
+    return found
+
+
+SCALE = 2.0**6  # a power of two: scaling rounds nothing
+OVERFLOW = 2.0**127  # the largest in float32: the gradients are infinite
+
+
+@pytest.mark.parametrize("scale", [SCALE, OVERFLOW], ids=["step", "skipped step"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grad_scaler_on_the_fallback(dtype: torch.dtype, scale: float) -> None:
+    """nn.LSTM's gradients, weights and next scale, bit by bit; or its error, where it refuses float16."""
+    input = torch.randn(4, 2, 3).to(dtype).float()
+
+    def found(module: nn.RNNBase) -> Any:
+        try:
+            return scaled_step(module, input, scale, dtype)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+
+    ours, stock = (found(module) for module in rounded_twins(dtype))
+    if isinstance(stock, str):
+        assert dtype == torch.float16
+        assert ours == stock
+    else:
+        assert_same(ours, stock)
+        assert stock["scale"] == (scale / 2 if scale == OVERFLOW else scale)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grad_scaler_with_kernels(dtype: torch.dtype) -> None:
+    """Scaled gradients as accurate as those of nn.LSTM in that dtype, and the step that follows from them."""
+    ours, stock = rounded_twins(dtype)
+    before = {name: weight.detach().clone() for name, weight in ours.named_parameters()}
+    input = torch.randn(4, 2, 3).to(dtype)
+    with interpreter.interpret():
+        actual = scaled_step(ours, input.float(), SCALE, dtype)
+    exact = scaled_step(copy.deepcopy(stock).double(), input.double(), SCALE, None)
+    expected = scaled_step(stock.to(dtype), input, SCALE, None)
+    for name, weight in before.items():
+        scaled, gradient = actual[f"scaled gradient of {name}"], actual[f"gradient of {name}"]
+        reference, theirs = exact[f"scaled gradient of {name}"], expected[f"scaled gradient of {name}"]
+        assert scaled.dtype == torch.float32
+        assert_as_accurate(scaled.to(dtype), reference, theirs, name=name)
+        assert torch.equal(gradient, scaled / SCALE)
+        torch.testing.assert_close(actual[name], weight - 0.5 * gradient)
+    assert actual["scale"] == SCALE
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grad_scaler_skips_a_step_with_kernels(dtype: torch.dtype) -> None:
+    ours, _ = rounded_twins(dtype)
+    before = {name: weight.detach().clone() for name, weight in ours.named_parameters()}
+    with interpreter.interpret():
+        actual = scaled_step(ours, torch.randn(4, 2, 3), OVERFLOW, dtype)
+    assert not actual["gradient of weight_hh_l0"].isfinite().all()
+    assert_same({name: actual[name] for name in before}, before)
+    assert actual["scale"] == OVERFLOW / 2
 
 
 @pytest.mark.parametrize("path", PATHS)

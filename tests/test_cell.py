@@ -4,6 +4,8 @@ import copy
 import mmap
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.utils._pytree import tree_map
 
 import lstm_triton
 from lstm_triton import cell_ops, interpreter, planner
@@ -493,6 +497,97 @@ def test_operators(states: bool) -> None:
             torch.library.opcheck(torch.ops.lstm_triton.cell_forward, sample)
         _, c_1, gates = cell_ops.cell_forward(input, *state, *weights, True, "matmul")
         torch.library.opcheck(torch.ops.lstm_triton.cell_backward, (h, c, state[1], c_1, gates))
+
+
+# --- torch.func ---
+
+
+PATHS = [pytest.param(nullcontext, id="fallback"), pytest.param(interpreter.interpret, id="kernels", marks=interpreted)]
+
+
+def loss_and_plain(bias: bool = True) -> tuple[Callable[..., Tensor], Callable[..., Tensor], dict[str, Tensor]]:
+    """The loss of a step of a cell given its weights, the same by the formula, and the weights."""
+    cell, _ = twins(3, 8, bias=bias)
+
+    def loss(weights: dict[str, Tensor], *given: Tensor) -> Tensor:
+        return loss_of(functional_call(cell, weights, (given[0], given[1:] or None)))
+
+    def plain(weights: dict[str, Tensor], *given: Tensor) -> Tensor:
+        rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in given]
+        states = rows[1:] or [None, None]
+        return loss_of(lstm_layer(rows[0].unsqueeze(0), *states, *weights.values())[1:])
+
+    def loss_of(results: Any) -> Tensor:
+        return results[0].square().sum() + (results[0] * results[1]).sum()
+
+    return loss, plain, {name: weight.detach() for name, weight in cell.named_parameters()}
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["unbatched", "batched"])
+@pytest.mark.parametrize("states", [True, False], ids=["states", "zeros"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("path", PATHS)
+def test_vmap(path: Any, bias: bool, states: bool, batch: tuple[int, ...]) -> None:
+    """Values, per-sample gradients, gradients of a mapped sum, and an ensemble of weights."""
+    loss, plain, weights = loss_and_plain(bias)
+    given = [torch.randn(4, *batch, size) for size in ((3, 8, 8) if states else (3,))]
+    each = (0,) * len(given)
+    samples = [tuple(tensor[entry] for tensor in given) for entry in range(4)]
+    everything = tuple(range(1 + len(given)))
+    with path():
+        values = vmap(loss, in_dims=(None, *each))(weights, *given)
+        gradients = vmap(grad(loss, everything), in_dims=(None, *each))(weights, *given)
+        total = grad(lambda weights: vmap(loss, in_dims=(None, *each))(weights, *given).sum())(weights)
+        ensemble = {name: torch.stack([weight, weight / 2]) for name, weight in weights.items()}
+        of_ensemble = vmap(grad(loss), in_dims=(0, *(None for _ in given)))(ensemble, *samples[0])
+    torch.testing.assert_close(values, torch.stack([plain(weights, *sample) for sample in samples]))
+    expected = [grad(plain, everything)(weights, *sample) for sample in samples]
+    for entry, right in enumerate(expected):
+        torch.testing.assert_close(tree_map(lambda tensor, at=entry: tensor[at], gradients), right)
+    torch.testing.assert_close(total, grad(lambda weights: sum(plain(weights, *each) for each in samples))(weights))
+    for entry in range(2):
+        right = grad(plain)({name: weight[entry] for name, weight in ensemble.items()}, *samples[0])
+        torch.testing.assert_close({name: tensor[entry] for name, tensor in of_ensemble.items()}, right)
+
+
+@pytest.mark.parametrize("states", [True, False], ids=["states", "zeros"])
+def test_autocast_under_vmap(states: bool) -> None:
+    """Without kernels: nn.LSTMCell's dtypes, and about its values."""
+    ours, stock = twins(3, 8)
+    given = [torch.randn(4, 2, size) for size in ((3, 8, 8) if states else (3,))]
+
+    def results(cell: nn.Module, input: Tensor, *hx: Tensor) -> Any:
+        return cell(input, hx or None)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = vmap(partial(results, ours))(*given)
+        expected = [results(stock, *(tensor[entry] for tensor in given)) for entry in range(4)]
+    stacked = tuple(torch.stack(each) for each in zip(*expected, strict=True))
+    torch.testing.assert_close(actual, stacked, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_higher_derivatives_by_torch_func(path: Any) -> None:
+    """Per-sample gradients of a penalty on a gradient, a Hessian, and forward mode."""
+    loss, plain, weights = loss_and_plain()
+    given = [torch.randn(3, size) for size in (3, 8, 8)]
+
+    def derivatives(function: Callable[..., Tensor]) -> tuple[Any, ...]:
+        sample = [tensor[0] for tensor in given]
+
+        def penalty(weights: dict[str, Tensor], *given: Tensor) -> Tensor:
+            return grad(function, 1)(weights, *given).square().sum()
+
+        return (
+            vmap(grad(penalty), in_dims=(None, 0, 0, 0))(weights, *given),
+            hessian(function, 1)(weights, *sample),
+            jacrev(grad(function, 2), 3)(weights, *sample),
+            jvp(lambda input: function(weights, input, *given[1:]), (given[0],), (torch.ones(3, 3),)),
+        )
+
+    with path():
+        found = derivatives(loss)
+    torch.testing.assert_close(found, derivatives(plain))
 
 
 # --- The cell and the layer ---

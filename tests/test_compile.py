@@ -1,5 +1,6 @@
 """torch.compile in its default configuration, torch.export and AOTInductor, on both paths."""
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -105,6 +106,32 @@ def test_other_arguments_in_one_graph(path: Any, given: str) -> None:
         with path():
             torch.testing.assert_close(compiled(input, **options), expected)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": "low"},
+        {"proj_size": 5},
+        {"proj_size": 5, "bidirectional": True},
+        {"dropout": 0.4},
+        {"dropout": 0.4, "memory": "low"},
+    ],
+    ids=str,
+)
+def test_kernels_of_other_layers_in_one_graph(options: dict[str, Any]) -> None:
+    """Trained, with the results and gradients of eager mode: dropout draws the same seed in both."""
+    eager = lstm_triton.LSTM(3, 8, num_layers=2, **options)
+    compiled = copy.deepcopy(eager)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled.compile(fullgraph=True, backend=counter)
+    for sizes in SIZES[:2]:
+        input = torch.randn(*sizes, 3)
+        with interpreter.interpret():
+            actual, expected = run(compiled, input), run(eager, input)
+        torch.testing.assert_close(actual, expected)
+    assert counter.frame_count <= 2  # the second for open sizes
 
 
 # --- torch.export ---

@@ -19,6 +19,7 @@ from .comparing import LoopLSTM, assert_as_accurate, assert_results_as_accurate,
 from .kernel_cases import DTYPES, Layer
 from .test_cell import assert_cell_as_accurate
 from .test_cell import run as run_cell
+from .test_trace import assert_trace_as_accurate
 
 pytestmark = pytest.mark.gpu
 
@@ -50,6 +51,7 @@ def skip_repeated(precision: str, dtype: torch.dtype) -> None:
         (10, 16, 64, 1536),
         (6, 33, 64, 2048),
         (4, 8, 64, 3000),
+        (4, 16, 64, 4096),
     ],
 )
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward in time", "reversed"])
@@ -140,6 +142,78 @@ def test_module_with_lengths_resets_and_cells(dtype: torch.dtype, precision: str
     with lstm_triton.backend("triton"):
         actual = run(ours, input, hx, **extra)
     assert_results_as_accurate(actual, loop, input, hx, **extra)
+
+
+def sequences(kind: str, layers: int, dtype: torch.dtype) -> dict[str, Any]:
+    """What to call a module of 40 inputs and 96 hidden units with: T = 25, B = 19; NaN where there is no step."""
+    input = torch.randn(25, 19, 40, device="cuda").to(dtype)
+    states = [tuple(torch.randn(layers, 19, 96, device="cuda").to(dtype) for _ in range(2)) for _ in range(2)]
+    arguments: dict[str, Any] = {"input": input, "hx": states[0]}
+    if kind == "packed":
+        lengths = torch.tensor(lengths_of(25, 19, 1))
+        arguments["input"] = pack_padded_sequence(input, lengths, enforce_sorted=False)
+    if "lengths" in kind:
+        arguments["lengths"] = lengths = torch.tensor(lengths_of(25, 19)).cuda()
+        is_step = torch.arange(25, device="cuda").unsqueeze(1) < lengths
+        arguments["input"] = torch.where(is_step.unsqueeze(2), input, torch.nan)
+    if "resets" in kind:
+        arguments |= {"resets": torch.rand(25, 19, device="cuda") < 0.2, "reset_state": states[1]}
+    return arguments
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["dense", "packed", "lengths and resets"])
+def test_trace(kind: str, dtype: torch.dtype, precision: str) -> None:
+    """The values are those of the call, and of the formula in float64; gates are open to some degree."""
+    skip_repeated(precision, dtype)
+    module = lstm_triton.LSTM(40, 96, num_layers=2, bidirectional=True, dtype=dtype, device="cuda")
+    arguments = sequences(kind, 4, dtype)
+    with torch.no_grad(), lstm_triton.backend("triton"):
+        expected = module(**arguments)
+        inside = lstm_triton.trace(module, **arguments)
+    assert inside.path == "triton"
+    for layer in inside.layers:
+        for gate in (layer.forget_gate, layer.input_gate, layer.output_gate):
+            percentages = gate[~gate.isnan()]
+            assert percentages.numel() == inside.lengths.sum() * 96
+            assert ((percentages >= 0) & (percentages <= 1)).all()
+    with matmul_precision(precision):  # of the gates that are compared with
+        assert_trace_as_accurate(inside, module, arguments)
+    if dtype == torch.float32 and precision == "tf32":
+        return  # what reaches the next layer may have been rounded elsewhere
+    output, (h_n, c_n) = expected
+    shown_output, output = (each.data for each in (inside.output, output))  # .data of packed sequences
+    for shown, returned in ((shown_output, output), (inside.h_n, h_n), (inside.c_n, c_n)):
+        assert_as_accurate(shown, returned.double(), returned)  # up to four units in the last place
+
+
+class StreamedLSTM(lstm_triton.LSTM):
+    """A layer that is given its sequences in chunks, each with the states after the one before."""
+
+    def forward(self, input: torch.Tensor, hx: Any = None, **options: Any) -> Any:  # type: ignore[override]
+        outputs = []
+        for start, end in ((0, 1), (1, 12), (12, 25)):
+            chunk = dict(options)
+            if "lengths" in options:
+                chunk["lengths"] = (options["lengths"] - start).clamp(0, end - start)
+            if "resets" in options:
+                chunk["resets"] = options["resets"][start:end]
+            output, hx = super().forward(input[start:end], hx, **chunk)
+            outputs.append(output)
+        return torch.cat(outputs), hx
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["dense", "lengths", "resets", "lengths and resets"])
+def test_chunks_are_the_whole(kind: str, dtype: torch.dtype, precision: str) -> None:
+    """In results and gradients, as accurate as the whole has to be."""
+    skip_repeated(precision, dtype)
+    streamed, loop = (cls(40, 96, num_layers=2, dtype=dtype, device="cuda") for cls in (StreamedLSTM, LoopLSTM))
+    loop.load_state_dict(streamed.state_dict())
+    arguments = sequences(kind, 2, dtype)
+    with lstm_triton.backend("triton"):
+        actual = run(streamed, **arguments)
+    assert_results_as_accurate(actual, loop, **arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -72,6 +72,24 @@ def test_all_weights_stay_on_a_large_gpu(kind: planner.Kind, batch_size: int, hi
         assert plan(kind, dtype=dtype, device=H200, **sizes).resident_fraction == 1
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("batch_size", "hidden_size"), [(16, 4096), (100_000, 512), (100_000, 4096)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["forward", "backward"])
+def test_large_sizes_have_plans(
+    kind: planner.Kind, dtype: torch.dtype, batch_size: int, hidden_size: int, arch: str
+) -> None:
+    """Of float32 with and without TF32: weights that do not fit on the chip are streamed, batch tiles take turns."""
+    device = DEVICES[arch]
+    sizes: dict[str, Any] = {"batch_size": batch_size, "input_size": hidden_size, "hidden_size": hidden_size}
+    for allow_tf32 in {False, dtype == torch.float32}:
+        found = plan(kind, dtype=dtype, allow_tf32=allow_tf32, device=device, **sizes)
+        assert found.programs <= device.multiprocessors
+        assert found.slices * found.block_hidden >= hidden_size
+        assert found.batch_tiles * found.block_batch >= batch_size
+        assert hidden_size < 4096 or found.resident_fraction < 1
+
+
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 @pytest.mark.parametrize("hidden_size", [100, 768, 1024])
 def test_batches_share_a_few_kernels(kind: planner.Kind, hidden_size: int) -> None:

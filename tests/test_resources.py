@@ -52,6 +52,23 @@ def test_hopper_holds_what_the_planner_promises() -> None:
     assert headline["step_cycles"] <= 2300
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--hidden", "4096", "--batch", "16", "--dtype", "tf32", "float16"),
+        ("--hidden", "512", "--batch", "100000", "--dtype", "float16"),
+    ],
+    ids=["large layer", "large batch"],
+)
+def test_hopper_takes_large_sizes(arguments: tuple[str, ...]) -> None:
+    """Most of the large layer's weights are read anew at every step; nothing is spilled on the way."""
+    rows = report("--arch", "sm_90", *arguments)
+    assert {row["kernel"] for row in rows} == {"forward", "backward"}
+    for row in rows:
+        assert resources.problems(row) == []
+        assert (row["resident_fraction"] == 1) == (row["hidden"] == 512)
+
+
 def test_ragged_kernels_do_not_spill() -> None:
     """Those for lengths, packed sequences and resets, with one batch tile and with several."""
     rows = report("--ragged", "--hidden", "768", "--batch", "16", "256", "--dtype", "float16")
