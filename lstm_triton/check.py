@@ -44,6 +44,7 @@ INTERPRETED_CASES = [
     Case(torch.float32, seq_len=1, batch_size=1, input_size=1, hidden_size=1),
     Case(torch.float32, seq_len=4, batch_size=18, input_size=16, hidden_size=16),
     Case(torch.float32, seq_len=3, batch_size=2, input_size=5, hidden_size=20, num_layers=2, bidirectional=True),
+    Case(torch.float32, seq_len=4, batch_size=5, input_size=6, hidden_size=24, num_layers=3),
 ]
 GPU_CASES = [
     *(
@@ -54,6 +55,7 @@ GPU_CASES = [
     Case(torch.float32, seq_len=1, batch_size=1, input_size=1, hidden_size=1),
     Case(torch.float16, seq_len=1000, batch_size=5, input_size=3, hidden_size=160),
     Case(torch.float32, seq_len=50, batch_size=9, input_size=40, hidden_size=96, num_layers=2, bidirectional=True),
+    Case(torch.bfloat16, seq_len=64, batch_size=32, input_size=80, hidden_size=512, num_layers=4),
 ]
 
 
