@@ -378,29 +378,25 @@ def _gradients(saved: _Saved, needed: Sequence[bool], grads: tuple[Tensor | None
     for lane in range(stack.lanes):
         reverse = stack.is_reverse(lane)
         rows = grad_gates[lane, layout.steps, : 4 * hidden_size]
-        if ragged is None:
-            begun.append(grad_gates[lane, layout.last(not reverse), : 4 * hidden_size])
-            hidden_prev = saved.hidden[lane, layout.previous(reverse), :hidden_size]
-        else:
-            firsts, is_anew = ragged.firsts(reverse), ragged.starts_anew(reverse).unsqueeze(1)
-            first_rows = grad_gates[lane].index_select(0, firsts)[:, : 4 * hidden_size]
-            begun.append(torch.where(is_anew[(firsts - batch_size).clamp(0, layout.rows - 1)], 0, first_rows))
-            if needed[3] or needed[6]:
-                # Sequences start anew in padded batches only: their rows are those of T steps.
-                anew.append(torch.where(is_anew, rows, 0).unflatten(0, (-1, batch_size)).sum(0))
-            sources = ragged.sources(reverse)
-            sources = torch.where(sources >= 0, sources, ragged.own_rows())
-            hidden_prev = saved.hidden[lane].index_select(0, sources)[:, :hidden_size]
+        if needed[1] or needed[5]:
+            begun.append(ops.begun_gates(grad_gates[lane], layout, ragged, reverse))
+        if ragged is not None and (needed[3] or needed[6]):
+            # Sequences start anew in padded batches only: their rows are those of T steps.
+            is_anew = ragged.starts_anew(reverse).unsqueeze(1)
+            anew.append(torch.where(is_anew, rows, 0).unflatten(0, (-1, batch_size)).sum(0))
         of_weight_ih = of_weight_hh = None
         if next(weight_needed):
             inputs = _inputs(saved, lane // stack.directions, layout)
             of_weight_ih = torch.cat([gate_major(ops.matmul(rows.t(), each)) for each in inputs], dim=1)
         if next(weight_needed):
+            hidden_prev = ops.hidden_before(saved.hidden[lane], layout, ragged, reverse)
             of_weight_hh = gate_major(ops.matmul(rows.t(), hidden_prev))
         of_weights += [of_weight_ih, of_weight_hh]
         if stack.bias:
-            grad_bias = gate_major(rows.sum(0).unsqueeze(1)).squeeze(1)
-            of_weights += [own if next(weight_needed) else None for own in (grad_bias, grad_bias.clone())]
+            of_ih, of_hh = next(weight_needed), next(weight_needed)
+            grad_bias = gate_major(rows.sum(0).unsqueeze(1)).squeeze(1) if of_ih or of_hh else None
+            own_bias = grad_bias.clone() if grad_bias is not None and of_ih and of_hh else grad_bias
+            of_weights += [grad_bias if of_ih else None, own_bias if of_hh else None]
     found[STATES:] = of_weights
 
     def through_recurrent_weights(of_preacts: list[Tensor]) -> Tensor:

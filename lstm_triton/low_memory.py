@@ -91,7 +91,7 @@ def gradients(
             part_tables = () if of_part is None else tuple(of_part)
 
             rows = read_by(lane // directions, window.rows)
-            hidden_prev = _previous(hidden[lane], layout, ragged, own.reverse, window.rows)
+            hidden_prev = ops.hidden_before(hidden[lane], layout, ragged, own.reverse, window.rows)
             gates = input.new_empty(1, part.rows, 4 * hidden_size)
             ops.project(rows, weight_ih, gates[0])
             preacts = [None if each is None else each[lane] for each in (preact_0, preact_reset)]
@@ -120,17 +120,14 @@ def gradients(
                 grad_below[window.rows] += ops.matmul(of_gates, gate_minor(weight_ih))
 
             # Into the states that the window starts from, and so into the window before it.
+            begun = ops.begun_gates(grad_gates[0], part, of_part, own.reverse)
             if of_part is None:
-                begun = grad_gates[0, part.last(not own.reverse), : 4 * hidden_size]
                 begins: Tensor | bool = window.steps.stop == time_steps if own.reverse else window.steps.start == 0
             else:
                 assert ragged is not None
-                has_steps = (of_part.lengths > 0).unsqueeze(1)
-                firsts, anew = of_part.firsts(own.reverse), of_part.starts_anew(own.reverse).unsqueeze(1)
-                begun = grad_gates[0].index_select(0, firsts)[:, : 4 * hidden_size]
-                begun = torch.where(has_steps & ~anew[(firsts - batch_size).clamp(0, part.rows - 1)], begun, 0)
                 begins = (ragged.lengths <= window.steps.stop).unsqueeze(1) if own.reverse else window.steps.start == 0
                 if part.rows % batch_size == 0:  # otherwise packed, where nothing starts anew
+                    anew = of_part.starts_anew(own.reverse).unsqueeze(1)
                     of_anew = torch.where(anew, of_gates, 0).unflatten(0, (-1, batch_size)).sum(0)
                     of_preact_reset[lane] += gate_major(of_anew.t()).t()
                     of_h_reset[lane] += ops.matmul(of_anew, gate_minor(weight_hh))
@@ -138,7 +135,7 @@ def gradients(
             of_preact_0[lane] += gate_major((begun if begins is True else begun * begins).t()).t()
             through = ops.matmul(begun, gate_minor(weight_hh))
             if of_part is not None and grad_h is not None:  # sequences without steps here end where they begin
-                through = through + torch.where(has_steps, 0, grad_h[0])
+                through = through + torch.where(of_part.lengths.unsqueeze(1) > 0, 0, grad_h[0])
             grad_h, grad_c = through.unsqueeze(0), grad_cell[:, :batch_size, :hidden_size]
         assert grad_h is not None
         assert grad_c is not None
@@ -192,12 +189,3 @@ def _(
         *preacts,
         *(weight.new_empty(weight.shape) for weight in weights),
     ]
-
-
-def _previous(hidden: Tensor, layout: Layout, ragged: Ragged | None, reverse: bool, rows: slice) -> Tensor:
-    """(rows, H) the h that steps start from, out of a lane's state rows."""
-    if ragged is None:
-        return hidden[layout.previous(reverse), : layout.hidden_size][rows]
-    sources = ragged.sources(reverse)
-    sources = torch.where(sources >= 0, sources, ragged.own_rows())[rows]
-    return hidden.index_select(0, sources)[:, : layout.hidden_size]

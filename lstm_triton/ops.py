@@ -708,6 +708,26 @@ def gates_again(gates: Tensor, cell: Tensor, stack: Stack, tables: Sequence[Tens
         )
 
 
+def hidden_before(
+    hidden: Tensor, layout: Layout, ragged: Ragged | None, reverse: bool, rows: slice = slice(None)
+) -> Tensor:
+    """(rows, H) the h that steps, or some of their rows, start from, out of a lane's state rows."""
+    if ragged is None:
+        return hidden[layout.previous(reverse), : layout.hidden_size][rows]
+    sources = ragged.sources(reverse)
+    sources = torch.where(sources >= 0, sources, ragged.own_rows())[rows]
+    return hidden.index_select(0, sources)[:, : layout.hidden_size]
+
+
+def begun_gates(grad_gates: Tensor, layout: Layout, ragged: Ragged | None, reverse: bool) -> Tensor:
+    """(B, 4H) of a lane's grad_gates, those of the steps that start from initial states; zeros where none does."""
+    columns = slice(4 * layout.hidden_size)
+    if ragged is None:
+        return grad_gates[layout.last(not reverse), columns]
+    first_rows = grad_gates.index_select(0, ragged.firsts(reverse))[:, columns]
+    return torch.where(ragged.starts_from_initial(reverse).unsqueeze(1), first_rows, 0)
+
+
 def input_gradient(grad_gates: Tensor, weights_ih: Sequence[Tensor], layout: Layout) -> Tensor:
     """(rows, K) from a layer's grad_gates and its lanes' weights (4H, K)."""
     products = [
