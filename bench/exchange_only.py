@@ -9,8 +9,25 @@ read, nothing is computed.
 import triton
 import triton.language as tl
 
-from lstm_triton.kernels.exchange import any_missing, publish, request
+from lstm_triton.kernels.exchange import any_missing, publish, receive, request
 from lstm_triton.kernels.lanes import place
+from lstm_triton.kernels.spin import spin
+
+
+@triton.jit
+def wait_for(
+    tiles, pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, wait,
+    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """`receive`, of which nobody uses what it returns."""
+    if THREAD_ELEMENTS > 0:
+        receive(tiles, pointers, ks, first, COUNT, SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED)
+    else:
+        # Not with `receive`: tiles carried by its loop and then not used crash the compiler of Triton 3.6.
+        missing = any_missing(tiles, COUNT, PACKED) & wait
+        while missing:
+            again = request(pointers, ks, first, COUNT, SIZE, BLOCK_K)
+            missing = any_missing(again, COUNT, PACKED)
 
 
 @triton.jit(do_not_specialize=["seq_len", "batch_size", "batch_tiles"])
@@ -38,6 +55,7 @@ def exchange_scan(
     RESIDENT_CHUNKS: tl.constexpr,
     CHUNKS: tl.constexpr,
     GROUP_CHUNKS: tl.constexpr,
+    THREAD_ELEMENTS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     BACKWARD: tl.constexpr = COPIES > 1
@@ -79,10 +97,10 @@ def exchange_scan(
                 beside = previous + tl.cast(batch_size, tl.int64) * WIDTH - to_neighbour
                 for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
                     tiles = request(beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
-                    missing = any_missing(tiles, min(GROUP, RESIDENT_CHUNKS - first), PACKED)
-                    while missing:
-                        again = request(beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
-                        missing = any_missing(again, min(GROUP, RESIDENT_CHUNKS - first), PACKED)
+                    wait_for(
+                        tiles, beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step >= 0,
+                        THREAD_ELEMENTS, PACKED,
+                    )  # fmt: skip
         tiles = request(previous, ks, 0, GROUP, WRITTEN, BLOCK_K)
 
         # Volatile, so that what nobody uses is loaded all the same.
@@ -102,18 +120,20 @@ def exchange_scan(
         for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
             if first > 0:
                 tiles = request(previous, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
-            missing = any_missing(tiles, min(GROUP, RESIDENT_CHUNKS - first), PACKED) & (step > 0)
-            while missing:
-                # A name of its own: tiles carried by the loop and then not used crash the compiler of Triton 3.6.
-                again = request(previous, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
-                missing = any_missing(again, min(GROUP, RESIDENT_CHUNKS - first), PACKED)
+            wait_for(
+                tiles, previous, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step > 0,
+                THREAD_ELEMENTS, PACKED,
+            )  # fmt: skip
         for streamed in range(RESIDENT_CHUNKS, CHUNKS):
-            streamed_mask = (streamed * BLOCK_K + ks < WRITTEN)[None, :]
-            tile = tl.load(previous + streamed * BLOCK_K, mask=streamed_mask, other=0.0, volatile=True)
-            missing = any_missing((tile,), 1, PACKED) & (step > 0)
-            while missing:
-                next_tile = tl.load(previous + streamed * BLOCK_K, mask=streamed_mask, other=0.0, volatile=True)
-                missing = any_missing((next_tile,), 1, PACKED)
+            pointers, streamed_mask = previous + streamed * BLOCK_K, (streamed * BLOCK_K + ks < WRITTEN)[None, :]
+            tile = tl.load(pointers, mask=streamed_mask, other=0.0, volatile=True)
+            if THREAD_ELEMENTS > 0:
+                spin((tile,), pointers, step > 0, 1, BLOCK_K, THREAD_ELEMENTS, PACKED)
+            else:
+                missing = any_missing((tile,), 1, PACKED) & (step > 0)
+                while missing:
+                    next_tile = tl.load(pointers, mask=streamed_mask, other=0.0, volatile=True)
+                    missing = any_missing((next_tile,), 1, PACKED)
 
         publish(state_ptr + (step_rows + batch_size) * WIDTH + own, values, row_mask & (own < WIDTH))
         if SAVE:

@@ -83,6 +83,7 @@ def backward_scan(
     GROUP_CHUNKS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    THREAD_ELEMENTS: tl.constexpr,  # of a state chunk, that a thread waits for by itself; 0: all wait together
     PACKED: tl.constexpr,
 ):
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
@@ -224,7 +225,7 @@ def backward_scan(
                 sums = add_received(
                     sums, above_tiles, above, step >= 0, weights_above, above_ptrs, local_units < HIDDEN, ks,
                     CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-                    DOT_PRECISION, PACKED,
+                    DOT_PRECISION, THREAD_ELEMENTS, PACKED,
                 )  # fmt: skip
         if DROPOUT:
             if CHAINED:  # what the layer above gives back passes through dropout, the own next step does not
@@ -236,7 +237,7 @@ def backward_scan(
         sums = add_received(
             sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs,
             local_units < HIDDEN, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
-            SPLIT_K, DOT_PRECISION, PACKED,
+            SPLIT_K, DOT_PRECISION, THREAD_ELEMENTS, PACKED,
         )  # fmt: skip
         grad_hidden = tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
         grad_hidden += from_outside + grad_last.to(tl.float32)

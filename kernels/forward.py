@@ -103,6 +103,7 @@ def forward_scan(
     GROUP_CHUNKS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    THREAD_ELEMENTS: tl.constexpr,  # of a state chunk, that a thread waits for by itself; 0: all wait together
     PACKED: tl.constexpr,  # test 16-bit sentinels two at a time
 ):
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
@@ -229,7 +230,8 @@ def forward_scan(
                 below_tiles = request(below, ks, 0, GROUP, WRITTEN, BLOCK_K)
                 sums = add_received(
                     sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, gate_mask, ks, BLOCK_K, HIDDEN,
-                    WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, PACKED,
+                    WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
+                    THREAD_ELEMENTS, PACKED,
                 )  # fmt: skip
             # Not before: both states at once would take too many registers, and the layer below is a step ahead.
             hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
@@ -274,7 +276,8 @@ def forward_scan(
 
         sums = add_received(
             sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, gate_mask, ks,
-            BLOCK_K, HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, PACKED,
+            BLOCK_K, HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
+            THREAD_ELEMENTS, PACKED,
         )  # fmt: skip
         preact = total(sums, SPLIT_K, ACCUMULATORS)
         input_preact, forget_preact, cell_preact, output_preact = split_gates(preact, BLOCK_HIDDEN, BLOCK_BATCH)

@@ -8,7 +8,8 @@ waste little. SPLIT_K > 1 cuts every chunk further into parts that different war
 import triton
 import triton.language as tl
 
-from .exchange import any_missing, request
+from .exchange import any_missing, receive, request
+from .spin import spin
 
 
 @triton.jit
@@ -119,23 +120,29 @@ def add_received(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    THREAD_ELEMENTS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
     """Add weights @ state^T to the sums, waiting for the state as needed."""
     for first in tl.static_range(0, RESIDENT, GROUP):
         if first > 0:
             tiles = request(state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
-        while any_missing(tiles, min(GROUP, RESIDENT - first), PACKED) & wait:
-            tiles = request(state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
+        tiles = receive(
+            tiles, state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K, wait, THREAD_ELEMENTS,
+            PACKED,
+        )  # fmt: skip
         sums = add_products(
             sums, lefts, first, tiles, min(GROUP, RESIDENT - first), ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION
         )
     for streamed in range(RESIDENT, (WEIGHT_SIZE + BLOCK_K - 1) // BLOCK_K):
         # Asked for before the wait: the weights are there already.
         left = load_left(weight_pointers, m_mask, ks, streamed, CHUNK_STRIDE, WEIGHT_SIZE, BLOCK_K, SPLIT_K)
-        mask = (streamed * BLOCK_K + ks < STATE_SIZE)[None, :]
-        tile = tl.load(state_pointers + streamed * BLOCK_K, mask=mask, other=0.0, volatile=True)
-        while any_missing((tile,), 1, PACKED) & wait:
-            tile = tl.load(state_pointers + streamed * BLOCK_K, mask=mask, other=0.0, volatile=True)
+        pointers, mask = state_pointers + streamed * BLOCK_K, (streamed * BLOCK_K + ks < STATE_SIZE)[None, :]
+        tile = tl.load(pointers, mask=mask, other=0.0, volatile=True)
+        if THREAD_ELEMENTS > 0:
+            tile = spin((tile,), pointers, wait, 1, BLOCK_K, THREAD_ELEMENTS, PACKED)[0]
+        else:
+            while any_missing((tile,), 1, PACKED) & wait:
+                tile = tl.load(pointers, mask=mask, other=0.0, volatile=True)
         sums = add_products(sums, (left,), 0, (tile,), 1, ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION)
     return sums

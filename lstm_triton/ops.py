@@ -864,6 +864,7 @@ def constants_of(plan: Plan) -> dict[str, object]:
         "GROUP_CHUNKS": plan.group_chunks,
         "ACCUMULATORS": plan.accumulators,
         "DOT_PRECISION": plan.dot_precision,
+        "THREAD_ELEMENTS": plan.thread_elements,
         "PACKED": plan.packed,
     }
 

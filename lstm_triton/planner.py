@@ -103,6 +103,7 @@ class Plan:
         accumulators: independent chains of dots.
         fuse_input: whether the scan computes the input projection itself.
         dot_precision: "tf32", "tf32x3" or "ieee"; it matters for float32 only.
+        thread_elements: elements of a state chunk that every thread waits for by itself; 0: all wait together.
         packed: whether 16-bit sentinels are tested two at a time (needs compute capability 9.0).
         num_warps: warps of a program.
         predicted_cycles: the estimate by which this plan was preferred, for one step.
@@ -124,6 +125,7 @@ class Plan:
     accumulators: int
     fuse_input: bool
     dot_precision: str
+    thread_elements: int
     packed: bool
     num_warps: int
     predicted_cycles: int = 0
@@ -513,7 +515,8 @@ def _fitted(
         row_bytes = min(row_bytes, 512)
     block_k = _chunk(depth, row_bytes // size)
     # No element of a state tile may be polled by two threads: one might see the sentinel and the other the value.
-    while num_warps * device.threads_per_warp > block_batch * block_k:
+    # Each thread has 32 bits or more, as it loads.
+    while num_warps * device.threads_per_warp * 4 > block_batch * block_k * size:
         num_warps //= 2
     block_input = _chunk(input_size, row_bytes // size) if kind == "forward" else MIN_DOT_DEPTH
     if fuse_input:
@@ -577,6 +580,7 @@ def _fitted(
         accumulators=1 if asynchronous or split_k > 1 else 2,
         fuse_input=fuse_input,
         dot_precision=precision,
+        thread_elements=block_batch * block_k // (num_warps * device.threads_per_warp) if device.capability else 0,
         packed=size == 2 and device.capability >= 90,
         num_warps=num_warps,
         predicted_cycles=cycles,

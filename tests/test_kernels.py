@@ -69,11 +69,11 @@ def test_the_order_of_programs_changes_nothing() -> None:
 
 
 def test_negative_control_without_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lstm_triton.kernels import product
+    from lstm_triton.kernels import exchange
 
     layer = Layer(4, 3, 3, 37)
     layer.check()
-    monkeypatch.setattr(product, "any_missing", lambda tiles, count, packed: False)
+    monkeypatch.setattr(exchange, "any_missing", lambda tiles, count, packed: False)
     for seed in SEEDS:
         with pytest.raises(AssertionError):
             layer.check(seed)
@@ -224,4 +224,6 @@ def test_interpretable_plans_keep_everything_else() -> None:
     sizes = {"batch_size": 16, "input_size": 64, "hidden_size": 64, "dtype": torch.float16, "allow_tf32": False}
     chosen = plan("forward", device=Device("GPU", "sm_90", 132, 232448), **sizes)
     assert chosen.packed
-    assert replace(interpretable(chosen), packed=True, dot_precision=chosen.dot_precision) == chosen
+    assert chosen.thread_elements > 0
+    same = {name: getattr(chosen, name) for name in ("packed", "thread_elements", "dot_precision")}
+    assert replace(interpretable(chosen), **same) == chosen

@@ -40,10 +40,13 @@ def test_every_candidate_covers_the_layer_and_fits_the_device(
         assert each.chunks * each.block_k >= depth > (each.chunks - 1) * each.block_k
         assert 1 <= each.group_chunks <= each.resident_chunks <= each.chunks
         assert each.block_k // each.split_k >= 16
-        # Every element of a state tile is polled by one thread.
-        assert each.block_batch * each.block_k >= each.num_warps * device.threads_per_warp
-        rows = each.block_hidden * (4 if kind == "forward" else 1)
         size = sizes["dtype"].itemsize  # type: ignore[attr-defined]
+        # Every element of a state tile is polled by one thread, and each thread polls 32 bits or more.
+        threads = each.num_warps * device.threads_per_warp
+        assert each.block_batch * each.block_k * size >= 4 * threads
+        assert each.thread_elements in (0, each.block_batch * each.block_k // threads)
+        assert (each.thread_elements > 0) == (device.capability > 0)
+        rows = each.block_hidden * (4 if kind == "forward" else 1)
         assert rows * each.block_k * each.resident_chunks * size < device.shared_bytes
         for block in (
             each.block_batch,

@@ -112,10 +112,10 @@ def test_negative_control_with_a_wrong_row_in_a_table(monkeypatch: pytest.Monkey
 
 @interpreted
 def test_negative_control_without_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lstm_triton.kernels import product
+    from lstm_triton.kernels import exchange
 
     layer = Layer(4, 3, 3, 37, lengths=(4, 2, 3), resets=True)
-    monkeypatch.setattr(product, "any_missing", lambda tiles, count, packed: False)
+    monkeypatch.setattr(exchange, "any_missing", lambda tiles, count, packed: False)
     for seed in SEEDS:
         with pytest.raises(AssertionError):
             layer.check(seed)
