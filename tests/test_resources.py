@@ -201,3 +201,38 @@ def test_step_cycles_follow_stalls_and_scoreboards(monkeypatch: pytest.MonkeyPat
     listing = LISTING.format(load=control(2, sets=0), add=control(4, waits=1), branch=control(5), slow=control(15))
     monkeypatch.setattr(sass, "run_on_cubin", lambda *arguments: listing)
     assert sass.step_cycles(b"") == 600 + 4 + 5 + 5 + 4 + 5
+
+
+LAYOUTS = r"""
+import json, re
+from bench import resources
+
+found = []
+for arch, dtype, hidden, batch, ragged in (
+    ("sm_90", "float16", 1, 1, False), ("sm_90", "float16", 768, 16, False), ("sm_90", "bfloat16", 2048, 64, True),
+    ("sm_90", "tf32", 37, 3, True), ("sm_90", "tf32", 512, 16, False), ("sm_80", "bfloat16", 37, 20, True),
+):
+    for kind in resources.KINDS:
+        plan = resources.plan_of(resources.Case(kind, arch, hidden, batch, dtype))
+        code = resources.compiled(kind, arch, hidden, resources.DTYPES[dtype][0], plan, ragged).asm["ttgir"]
+        layout = r"^(#blocked\d*) = #ttg.blocked<{sizePerThread = \[1, (\d+)\], .*, order = \[1, 0\]"
+        wait = r'inline_asm "[^"]*ld\.relaxed[^"]*" .*packed_element = (\d+).*tensor<\d+x\d+x\w+, (#\w+)>'
+        layouts = dict(re.findall(layout, code, re.MULTILINE))
+        waits = [(int(elements), int(layouts[name])) for elements, name in re.findall(wait, code)]
+        found.append((plan.thread_elements, resources.DTYPES[dtype][0].itemsize, waits))
+print(json.dumps(found))
+"""
+
+
+def test_a_thread_waits_for_vectors_that_lie_side_by_side() -> None:
+    """What kernels/spin.py takes for granted: how the compiler deals a tile out among the threads."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAYOUTS], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for thread_elements, itemsize, waits in json.loads(done.stdout):
+        assert waits
+        for elements, side_by_side in waits:
+            assert elements == thread_elements
+            assert side_by_side == min(elements, 16 // itemsize)
