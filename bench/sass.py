@@ -87,8 +87,8 @@ def parse(disassembly: str) -> tuple[list[Instruction], dict[str, int]]:
 def step_cycles(cubin: bytes) -> int:
     """Cycles of one pass through the outermost loop.
 
-    Branches around an inner loop are taken, up to the one around the first poll, which finds its data ready: before it
-    there is only the search for a batch tile that has not ended, for ragged batches, which finds the next one.
+    Every poll finds its data ready: the branch around the loop that asks again is taken. So are the branches around the
+    loops before the first poll: of a ragged batch, the search for a batch tile that has not ended finds the next one.
     """
     code, labels = parse(run_on_cubin("nvdisasm", cubin, "-hex"))
 
@@ -100,12 +100,19 @@ def step_cycles(cubin: bytes) -> int:
     loops = [(start, end) for end, start in backward if start is not None and start < end]
     start, end = max(loops, key=lambda loop: loop[1] - loop[0])
     inner = sorted(loop for loop in loops if start < loop[0] and loop[1] < end)
-    polls = [loop for loop in inner if any("STRONG" in code[at].text for at in range(loop[0], loop[1]))]
-    taken = {
-        at
-        for at in range(start, polls[0][0] if polls else start)
-        if code[at].text.startswith("@") and any(at < loop[0] and loop[1] < (goes_to(at) or 0) for loop in inner)
-    }
+    polls = [
+        loop
+        for loop in inner
+        if any("STRONG" in code[at].text for at in range(*loop))
+        and not any("MMA" in code[at].text for at in range(*loop))
+    ]
+    taken = set()
+    for loop in inner:
+        if loop in polls or not polls or loop[1] < polls[0][0]:
+            around = [
+                at for at in range(start, loop[0]) if code[at].text.startswith("@") and (goes_to(at) or 0) > loop[1]
+            ]
+            taken.update(around[-1:] if loop in polls else around)
 
     now, ready, position = 0, [0] * SCOREBOARDS, start
     while position <= end:
