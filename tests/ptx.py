@@ -507,8 +507,7 @@ class Decoder:
         literal = re.fullmatch(r"(0[fFdD])([0-9a-fA-F]+)|(-?(?:0[xX][0-9a-fA-F]+|\d+))U?", text)
         if literal:
             if literal[1]:
-                bits = np.array([int(literal[2], 16)], np.uint32 if literal[1] in ("0f", "0F") else np.uint64)
-                value = bits.view(np.float32 if bits.itemsize == 4 else np.float64)
+                value = np.array([int(literal[2], 16)], np.uint32 if literal[1] in ("0f", "0F") else np.uint64).view(dtype)
             elif dtype == np.bool_:
                 value = np.array([int(literal[3], 0) != 0])
             else:
