@@ -258,7 +258,7 @@ class Machine:
         self.idle = 0  # instructions since something was written
         self.buffers: list[Memory] = []
         self.addresses: dict[int, int] = {}  # of storages
-        self.parameters: dict[str, int | float] = {}
+        self.parameters = np.zeros(8 * len(program.parameters), np.uint8)
         places = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         ctas = [Cta(self, at, place, program.threads, shared_bytes) for at, place in enumerate(places)]
         self.warps = [Warp(program, cta, at) for cta in ctas for at in range(cta.warps)]
@@ -345,7 +345,9 @@ class Program:
         self.instructions: list[Instruction] = []
         entry = re.search(r"\.entry\s+\w+\((.*?)\)(.*?)\n\{", text, re.DOTALL)
         assert entry is not None
-        self.parameters = [(words[-1], words[1].lstrip(".")) for words in map(str.split, entry[1].split(","))]
+        self.parameters = [DTYPES[each.split()[1].lstrip(".")] for each in entry[1].split(",")]
+        self.symbols = {each.split()[-1]: 8 * at for at, each in enumerate(entry[1].split(","))}  # parameters' addresses
+        self.symbols["global_smem"] = SHARED_BASE
         self.threads = int(re.search(r"\.(?:req|max)ntid (\d+)", entry[2])[1])  # type: ignore[index]
         lines, sources, source = text.splitlines(), [], ""
         for number, line in enumerate(lines):
@@ -499,8 +501,8 @@ class Decoder:
     def source(self, text: str, type_: str) -> Callable[[Warp], Lanes]:
         """A function that reads an operand."""
         dtype = np.dtype(DTYPES.get(type_, np.float32))
-        if text == "global_smem":
-            constant = np.full(LANES, SHARED_BASE).astype(dtype)
+        if text in self.program.symbols:
+            constant = np.full(LANES, self.program.symbols[text]).astype(dtype)
             return lambda warp: constant
         if text.startswith("%") and (text.split(".")[0] in ("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid", "%warpid")):
             return lambda warp: warp.special[text].astype(dtype)
@@ -559,7 +561,7 @@ class Decoder:
 
     def address(self, text: str) -> Callable[[Warp], Lanes]:
         base, _, offset = (part.strip() for part in text.strip("[]").partition("+"))
-        is_wide = not base.startswith("global_smem") and self.program.registers[self.program.register(self.scope, base)].itemsize == 8
+        is_wide = base.startswith("%") and self.program.registers[self.program.register(self.scope, base)].itemsize == 8
         source, distance = self.source(base, "b64" if is_wide else "b32"), int(offset or "0", 0)
         return lambda warp: source(warp).astype(np.int64) + distance
 
@@ -835,13 +837,12 @@ class Decoder:
     # Memory.
 
     def do_ld_param(self) -> Callable[[Warp, Mask], None]:
-        name, target = self.operands[1].strip("[]"), self.target(self.operands[0], self.type)
-        dtype = DTYPES[dict(self.program.parameters)[name]]
-        raw = f"u{np.dtype(dtype).itemsize}"
+        target, address, dtype = self.target(self.operands[0], self.type), self.address(self.operands[1]), DTYPES[self.type]
+        size = np.dtype(dtype).itemsize
 
         def load(warp: Warp, mask: Mask) -> None:
-            value = np.array([warp.machine.parameters[name]]).astype(dtype)
-            target(warp, np.repeat(value.view(raw), LANES), mask)
+            bytes_ = warp.machine.parameters[address(warp)[:, None] + np.arange(size)]
+            target(warp, bytes_.view(dtype)[:, 0], mask)
 
         return load
 
@@ -1076,9 +1077,10 @@ def launch(text: str, grid: tuple[int, ...], arguments: Sequence[Any], shared_by
     """
     program = program_of(text)
     machine = Machine(program, grid, shared_bytes, seed)
-    for at, (name, _) in enumerate(program.parameters):
-        value = arguments[at] if at < len(arguments) else 0
-        machine.parameters[name] = machine.address_of(value) if isinstance(value, torch.Tensor) else value
+    for at, (value, dtype) in enumerate(zip(arguments, program.parameters, strict=False)):
+        value = machine.address_of(value) if isinstance(value, torch.Tensor) else value
+        bytes_ = np.array([value]).astype(dtype).view(np.uint8)
+        machine.parameters[8 * at : 8 * at + len(bytes_)] = bytes_
     with np.errstate(all="ignore"):
         machine.run()
 
