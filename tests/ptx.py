@@ -10,13 +10,14 @@ threads of one warp poll at different times; asynchronous instructions read and 
 for. Beyond that, four kinds of mistakes raise an error wherever they happen, whether or not a value comes out wrong:
 
     Fault     an access outside of all buffers, or not aligned
-    Race      two warps touch the same memory, one of them writing another value, without a barrier in between; or a
-              load that may be served from a stale cache reads what another program writes
+    Race      two warps touch the same shared memory, or write the same global memory, without a barrier in between, and
+              a value changes; or a load that may be served from a stale cache reads what another program has written
     Deadlock  programs wait for each other, or for values, and nothing is written any more
     Diverged  threads of a warp are at different places at an instruction that all have to execute together
 
-Registers and shared memory that nobody has written hold NaNs (0x7fba). Not modelled: acquire and release, atomics,
-thread block clusters, and time.
+NaNs (0x7fba) are in registers and shared memory that nobody has written, and come out of global memory that another
+warp of the program has written without a barrier since: not an error, as threads may load what they have no use for,
+where there are more threads than elements. Not modelled: acquire and release, atomics, thread block clusters, and time.
 
 Instructions, layouts of fragments and descriptors: NVIDIA, PTX ISA. Only what the kernels need is here; anything else
 raises NotImplementedError.
@@ -75,8 +76,8 @@ class Memory:
     A moment is an interval between two barriers of a program, numbered across all programs.
     """
 
-    def __init__(self, name: str, data: np.ndarray) -> None:
-        self.name, self.data = name, data
+    def __init__(self, name: str, data: np.ndarray, is_shared: bool = False) -> None:
+        self.name, self.data, self.is_shared = name, data, is_shared
         pairs = len(data) // 2 + 1
         self.writer, self.reader, self.buffering = (np.full(pairs, -1) for _ in range(3))  # warps; -1: none
         self.written, self.read = np.full(pairs, -1), np.full(pairs, -1)  # moments
@@ -96,30 +97,34 @@ class Memory:
         bytes_, pairs = self.places(offsets, size)
         if (self.buffering[pairs] == warp.number).any():
             warp.publish()
-        if not strong:
-            writer = self.writer[pairs]
-            other = (writer >= 0) & (writer != warp.number)
-            if other.any():
-                elsewhere = writer // warp.cta.warps != warp.cta.index
-                self.forbid(warp, other & (elsewhere | (self.written[pairs] == warp.cta.moment)), "reads", writer)
-            if not fenced:
-                self.forbid(warp, self.unfenced[pairs], "reads, without a fence,", writer)
-            alone = (self.read[pairs] != warp.cta.moment) | (self.reader[pairs] == warp.number)
-            self.reader[pairs] = np.where(alone, warp.number, -2)  # -2: several
-            self.read[pairs] = warp.cta.moment
-        return self.data[bytes_]
+        found = self.data[bytes_]
+        if strong:
+            return found
+        writer, moment = self.writer[pairs], warp.cta.moment
+        other = (writer >= 0) & (writer != warp.number)
+        elsewhere = writer // warp.cta.warps != warp.cta.index
+        self.forbid(warp, other & elsewhere, "reads, perhaps from its cache,", writer)
+        if not fenced:
+            self.forbid(warp, self.unfenced[pairs], "reads, without a fence,", writer)
+        other &= self.written[pairs] == moment
+        if self.is_shared:
+            self.forbid(warp, other, "reads", writer)
+            alone = (self.read[pairs] != moment) | (self.reader[pairs] == warp.number)
+            self.reader[pairs], self.read[pairs] = np.where(alone, warp.number, -2), moment  # -2: several
+        else:
+            found.view(np.uint16)[other] = POISON
+        return found
 
     def store(self, warp: "Warp", offsets: Lanes, values: np.ndarray, moment: int) -> None:
         """values: (lanes, bytes)."""
         size = values.shape[1]
         bytes_, pairs = self.places(offsets, size)
         changed = (self.data[bytes_] != values).reshape(*pairs.shape, -1).any(-1)
-        writer, read = self.writer[pairs], self.read[pairs]
+        writer = self.writer[pairs]
         elsewhere = writer // warp.cta.warps != warp.cta.index
         overwrites = (writer >= 0) & (writer != warp.number) & (elsewhere | (self.written[pairs] == moment))
         self.forbid(warp, overwrites & changed, "overwrites", writer)
-        elsewhere = read % warp.cta.count != warp.cta.index
-        overtakes = (read >= 0) & (self.reader[pairs] != warp.number) & (elsewhere | (read == moment))
+        overtakes = (self.read[pairs] == moment) & (self.reader[pairs] != warp.number)
         self.forbid(warp, overtakes & changed, "overwrites", self.reader[pairs], "is reading")
         self.data[bytes_] = values
         self.writer[pairs], self.written[pairs], self.buffering[pairs] = warp.number, moment, -1
@@ -139,7 +144,8 @@ class Cta:
         self.machine, self.index, self.place = machine, index, place
         self.count, self.warps = machine.ctas, threads // LANES  # programs in all; warps of this one
         self.moment = index
-        self.shared = Memory("shared memory", np.resize(np.array([POISON], "<u2").view(np.uint8), shared_bytes))
+        poisoned = np.resize(np.array([POISON], "<u2").view(np.uint8), shared_bytes)
+        self.shared = Memory("shared memory", poisoned, is_shared=True)
         self.waiting: list[Warp] = []
 
     def arrive(self, warp: "Warp") -> None:
@@ -293,8 +299,8 @@ class Machine:
                 raise Deadlock(f"{len(left)} warps wait for values that none of them writes")
             warp = self.chance.choices(ready, [each.speed for each in ready])[0]
             warp.run(self.program, self.chance.randrange(1, 300))
-            if warp.stores:
-                warp.publish(self.chance.choice((0.0, 0.5, 1.0)))
+            if storing := [each for each in self.warps if each.stores]:
+                self.chance.choice(storing).publish(self.chance.choice((0.0, 0.5, 1.0)))
         for warp in self.warps:
             warp.publish()
 
