@@ -220,6 +220,7 @@ def compiled_for(
     arch: str,
     multiprocessors: int = 6,
     shared_bytes: int = 160 * 1024,
+    tf32: bool = False,
     change: Callable[[str], str] = lambda text: text,
 ) -> Iterator[list[str]]:
     """What would be interpreted inside the `with` block is planned and compiled for a GPU, and emulated: its PTX."""
@@ -246,6 +247,7 @@ def compiled_for(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "interpret", emulating)
         patch.setattr(Device, "of", lambda _: device)
+        patch.setattr(ops, "allows_tf32", lambda: tf32)
         patch.setattr(ops, "_launch", launch)
         patch.setattr(cell_ops, "_launch", launch_cell)
         patch.setattr(ptx, "launch", counted)
@@ -285,11 +287,10 @@ def test_both_scans(dtype: torch.dtype, arch: str) -> None:
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("arch", ARCHS)
-def test_tf32(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32(arch: str) -> None:
     """It has as many digits as float16: so much is allowed."""
-    monkeypatch.setattr(ops, "allows_tf32", lambda: True)
     layer = Layer(3, 9, 10, 48)
-    with compiled_for(arch) as launched:
+    with compiled_for(arch, tf32=True) as launched:
         actual = layer.run(scan_layer)
     assert all(".tf32" in text for text in launched)
     reference = layer.run(lstm_layer, Tensor.double)
