@@ -1,9 +1,9 @@
 """An emulator of PTX: compiled kernels on the CPU, instruction by instruction, with all of their threads.
 
 `emulated` puts a GPU that does not exist under Triton. Kernels are compiled for it as for a real one, down to PTX, and
-a launch with CPU tensors runs that PTX here. A warp's 32 threads are one NumPy array per register; they may diverge, and
-those that are furthest behind go first. Warps of all programs (PTX: CTAs) take turns in a seeded random order, at any
-instruction.
+a launch with CPU tensors runs that PTX here. A warp's 32 threads are one NumPy array per register; they may diverge, in
+which case those that are furthest behind go first. Warps of all programs (PTX: CTAs) take turns in a seeded random
+order, at any instruction.
 
 Whatever a GPU leaves open is made to vary: stores to global memory become visible late, word by word and out of order;
 threads of one warp poll at different times; asynchronous instructions read and write at once, or when they are waited
@@ -37,12 +37,11 @@ import torch
 
 LANES = 32
 LANE = np.arange(LANES)
+BYTES = np.arange(16)
 POISON = 0x7FBA  # a NaN in float16 and bfloat16, twice one in float32
-DTYPES = {
-    **{f"{kind}{bits}": f"{numpy}{bits}" for kind, numpy in (("u", "uint"), ("s", "int"), ("b", "uint")) for bits in (8, 16, 32, 64)},
-    **{"f16": "float16", "f32": "float32", "f64": "float64", "pred": "bool"},
-    **{"u16x2": "uint16", "s16x2": "int16", "f16x2": "float16"},  # (64,): lane after lane, the lower half first
-}  # fmt: skip
+DTYPES = {f"{kind}{bits}": f"uint{bits}" for kind in "bu" for bits in (8, 16, 32, 64)}
+DTYPES |= {f"s{bits}": f"int{bits}" for bits in (8, 16, 32, 64)} | {f"f{bits}": f"float{bits}" for bits in (16, 32, 64)}
+DTYPES |= {"u16x2": "uint16", "s16x2": "int16", "f16x2": "float16", "pred": "bool"}  # x2: (64,), the lower half first
 BFLOATS = ("bf16", "bf16x2")  # as float32 in between
 SHARED_BASE = 1024  # address of shared memory; swizzles need it aligned
 BUFFER_BITS = 40  # every buffer has so many bits of addresses of its own and lies in their middle
@@ -85,34 +84,33 @@ class Memory:
 
     def places(self, offsets: Lanes, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices (lanes, bytes) and (lanes, pairs of bytes)."""
-        outside = (offsets < 0) | (offsets + size > len(self.data))
-        if outside.any():
+        if offsets.min() < 0 or offsets.max() + size > len(self.data):
+            outside = (offsets < 0) | (offsets + size > len(self.data))
             raise Fault(f"{offsets[outside][0]:+d} is outside of {self.name}, which has {len(self.data)} bytes")
         if (offsets % size).any():
             raise Fault(f"{offsets[offsets % size != 0][0]:+d} in {self.name} is not a multiple of {size}")
-        return offsets[:, None] + np.arange(size), offsets[:, None] + np.arange(0, size, 2) >> 1
+        return offsets[:, None] + BYTES[:size], (offsets[:, None] + BYTES[:size:2]) >> 1
 
     def load(self, warp: "Warp", offsets: Lanes, size: int, strong: bool = False, fenced: bool = True) -> np.ndarray:
         """(lanes, bytes). strong: volatile or relaxed, which may meet a write; fenced: by an ordinary load."""
         bytes_, pairs = self.places(offsets, size)
-        if (self.buffering[pairs] == warp.number).any():
+        if warp.stores and (self.buffering[pairs] == warp.number).any():
             warp.publish()
         found = self.data[bytes_]
         if strong:
             return found
         writer, moment = self.writer[pairs], warp.cta.moment
         other = (writer >= 0) & (writer != warp.number)
-        elsewhere = writer // warp.cta.warps != warp.cta.index
-        self.forbid(warp, other & elsewhere, "reads, perhaps from its cache,", writer)
-        if not fenced:
-            self.forbid(warp, self.unfenced[pairs], "reads, without a fence,", writer)
-        other &= self.written[pairs] == moment
         if self.is_shared:
-            self.forbid(warp, other, "reads", writer)
+            self.forbid(warp, other & (self.written[pairs] == moment), "reads", writer)
+            if not fenced:
+                self.forbid(warp, self.unfenced[pairs], "reads, without a fence,", writer)
             alone = (self.read[pairs] != moment) | (self.reader[pairs] == warp.number)
             self.reader[pairs], self.read[pairs] = np.where(alone, warp.number, -2), moment  # -2: several
-        else:
-            found.view(np.uint16)[other] = POISON
+        elif other.any():
+            elsewhere = writer // warp.cta.warps != warp.cta.index
+            self.forbid(warp, other & elsewhere, "reads, perhaps from its cache,", writer)
+            found.view(np.uint16)[other & (self.written[pairs] == moment)] = POISON
         return found
 
     def store(self, warp: "Warp", offsets: Lanes, values: np.ndarray, moment: int) -> None:
@@ -237,13 +235,13 @@ class Warp:
                             raise Diverged(f"lanes {np.flatnonzero(~active)} are missing")
                         if instruction.polls and self.machine.chance.random() < 0.25:
                             # Some lanes look now, the others when they get their turn.
-                            some = np.array([self.machine.chance.random() < 0.5 for _ in LANE])
-                            late = (LANE >= 0 if active is None else active) & ~some
-                            if late.any() and not late.all():
-                                ready = ~late if mask is None else mask & ~late
-                                instruction.action(self, ready if active is None else active & ready)
-                                self.places[ready], self.places[late] = place + 1, place
-                                return
+                            here = LANE >= 0 if mask is None else mask
+                            now = here & np.array([self.machine.chance.random() < 0.5 for _ in LANE])
+                            looking = now if active is None else now & active
+                            if looking.any():
+                                instruction.action(self, looking)
+                            self.places[here], self.places[now] = place, place + 1
+                            return
                         instruction.action(self, active)
                 except (Fault, Race, Diverged) as error:
                     raise type(error)(f"{error} ({instruction.where})") from error
@@ -263,7 +261,8 @@ class Machine:
         self.ctas = int(np.prod(grid))
         self.idle = 0  # instructions since something was written
         self.buffers: list[Memory] = []
-        self.addresses: dict[int, int] = {}  # of storages
+        self.bases: list[int] = []  # their addresses
+        self.storages: dict[int, int] = {}  # the number of each one's buffer
         self.parameters = np.zeros(8 * len(program.parameters), np.uint8)
         places = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         ctas = [Cta(self, at, place, program.threads, shared_bytes) for at, place in enumerate(places)]
@@ -272,24 +271,24 @@ class Machine:
     def address_of(self, tensor: torch.Tensor) -> int:
         """Where a tensor lies for the kernel: each storage far from all others, aligned as it is."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.addresses:
+        if storage.data_ptr() not in self.storages:
+            self.storages[storage.data_ptr()] = len(self.buffers)
             data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
             self.buffers.append(Memory(f"buffer {len(self.buffers)} {tuple(tensor.shape)}", data))
-            middle = (2 * len(self.buffers) + 1) << BUFFER_BITS - 1
-            self.addresses[storage.data_ptr()] = middle + storage.data_ptr() % 256
-        return self.addresses[storage.data_ptr()] + tensor.data_ptr() - storage.data_ptr()
+            self.bases.append(((2 * len(self.buffers) + 1) << BUFFER_BITS - 1) + storage.data_ptr() % 256)
+        return self.bases[self.storages[storage.data_ptr()]] + tensor.data_ptr() - storage.data_ptr()
 
     def located(self, addresses: Lanes) -> Iterator[tuple[Memory, np.ndarray, Lanes]]:
         """The buffers in which global addresses lie, which of the addresses those are, and the offsets."""
         numbers = addresses >> BUFFER_BITS
-        for number in np.unique(numbers):
+        for number in (numbers[0],) if (numbers == numbers[0]).all() else np.unique(numbers):
             if not 0 < number <= len(self.buffers):
                 raise Fault(f"address {addresses[numbers == number][0]:#x} is in no buffer")
-            base = list(self.addresses.values())[number - 1]
-            yield self.buffers[number - 1], numbers == number, addresses[numbers == number] - base
+            which = numbers == number
+            yield self.buffers[number - 1], which, addresses[which] - self.bases[number - 1]
 
     def run(self) -> None:
-        enough = 20 * len(self.program.instructions) * len(self.warps)
+        enough = (1000 + 8 * len(self.program.instructions)) * len(self.warps)
         left = self.warps
         while left := [warp for warp in left if not warp.ended]:
             ready = [warp for warp in left if not warp.waits]
@@ -305,6 +304,7 @@ class Machine:
             warp.publish()
 
 
+@functools.cache
 def poison(dtype: np.dtype) -> Lanes:
     if dtype == np.bool_:
         return np.zeros(LANES, bool)
@@ -352,7 +352,9 @@ class Program:
         entry = re.search(r"\.entry\s+\w+\((.*?)\)(.*?)\n\{", text, re.DOTALL)
         assert entry is not None
         self.parameters = [DTYPES[each.split()[1].lstrip(".")] for each in entry[1].split(",")]
-        self.symbols = {each.split()[-1]: 8 * at for at, each in enumerate(entry[1].split(","))}  # parameters' addresses
+        self.symbols = {
+            each.split()[-1]: 8 * at for at, each in enumerate(entry[1].split(","))
+        }  # parameters' addresses
         self.symbols["global_smem"] = SHARED_BASE
         self.threads = int(re.search(r"\.(?:req|max)ntid (\d+)", entry[2])[1])  # type: ignore[index]
         lines, sources, source = text.splitlines(), [], ""
@@ -388,7 +390,9 @@ class Program:
                 if token["predicate"]:
                     instruction.predicate = self.register(scope, token["predicate"])
                 self.instructions.append(instruction)
-                decoding.append((instruction, scope, [operand.strip() for operand in OPERAND.findall(token["operands"])]))
+                decoding.append(
+                    (instruction, scope, [operand.strip() for operand in OPERAND.findall(token["operands"])])
+                )
         for instruction, scope, operands in decoding:
             Decoder(self, scope, instruction, operands).decode()
 
@@ -442,7 +446,8 @@ ELEMENTWISE: dict[str, Callable[..., Lanes]] = {
     "rem": lambda left, right: left - quotient(left, right) * right,
     "min": lambda left, right: (np.fmin if left.dtype.kind == "f" else np.minimum)(left, right),
     "max": lambda left, right: (np.fmax if left.dtype.kind == "f" else np.maximum)(left, right),
-    "neg": np.negative, "abs": np.abs, "not": np.invert, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "neg": np.negative, "abs": np.abs, "not": np.invert, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
     "shl": lambda left, by: shift(left, by, False), "shr": lambda left, by: shift(left, by, True),
     "rcp": approximate(lambda x: 1 / x, 23), "ex2": approximate(np.exp2, 22.5), "lg2": approximate(np.log2, 22),
     "sqrt": approximate(np.sqrt, 23), "rsqrt": approximate(lambda x: x**-0.5, 22.9), "tanh": approximate(np.tanh, 11),
@@ -510,12 +515,16 @@ class Decoder:
         if text in self.program.symbols:
             constant = np.full(LANES, self.program.symbols[text]).astype(dtype)
             return lambda warp: constant
-        if text.startswith("%") and (text.split(".")[0] in ("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid", "%warpid")):
+        if text.startswith("%") and (
+            text.split(".")[0] in ("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid", "%warpid")
+        ):
             return lambda warp: warp.special[text].astype(dtype)
         literal = re.fullmatch(r"(0[fFdD])([0-9a-fA-F]+)|(-?(?:0[xX][0-9a-fA-F]+|\d+))U?", text)
         if literal:
             if literal[1]:
-                value = np.array([int(literal[2], 16)], np.uint32 if literal[1] in ("0f", "0F") else np.uint64).view(dtype)
+                value = np.array([int(literal[2], 16)], np.uint32 if literal[1] in ("0f", "0F") else np.uint64).view(
+                    dtype
+                )
             elif dtype == np.bool_:
                 value = np.array([int(literal[3], 0) != 0])
             else:
@@ -644,7 +653,9 @@ class Decoder:
             names = self.vector(out_of)
             sources = [self.source(name, f"b{int(self.type[1:]) // len(names)}") for name in names]
             dtype = DTYPES[self.type]
-            return lambda warp, mask: target(warp, np.stack([each(warp) for each in sources], 1).view(dtype)[:, 0], mask)
+            return lambda warp, mask: target(
+                warp, np.stack([each(warp) for each in sources], 1).view(dtype)[:, 0], mask
+            )
         source = self.source(out_of, self.type)
         return lambda warp, mask: target(warp, source(warp), mask)
 
@@ -843,7 +854,11 @@ class Decoder:
     # Memory.
 
     def do_ld_param(self) -> Callable[[Warp, Mask], None]:
-        target, address, dtype = self.target(self.operands[0], self.type), self.address(self.operands[1]), DTYPES[self.type]
+        target, address, dtype = (
+            self.target(self.operands[0], self.type),
+            self.address(self.operands[1]),
+            DTYPES[self.type],
+        )
         size = np.dtype(dtype).itemsize
 
         def load(warp: Warp, mask: Mask) -> None:
@@ -946,7 +961,10 @@ class Decoder:
 
     def do_ldmatrix(self) -> Callable[[Warp, Mask], None]:
         self.type = "b32"
-        targets, address = [self.target(name, "b32") for name in self.vector(self.operands[0])], self.address(self.operands[1])
+        targets, address = (
+            [self.target(name, "b32") for name in self.vector(self.operands[0])],
+            self.address(self.operands[1]),
+        )
         transposed = "trans" in self.words
 
         def load(warp: Warp, mask: Mask) -> None:
@@ -958,7 +976,10 @@ class Decoder:
         return load
 
     def do_stmatrix(self) -> Callable[[Warp, Mask], None]:
-        address, sources = self.address(self.operands[0]), [self.source(name, "b32") for name in self.vector(self.operands[1])]
+        address, sources = (
+            self.address(self.operands[0]),
+            [self.source(name, "b32") for name in self.vector(self.operands[1])],
+        )
         transposed = "trans" in self.words
 
         def store(warp: Warp, mask: Mask) -> None:
@@ -970,7 +991,11 @@ class Decoder:
         return store
 
     def do_mma(self) -> Callable[[Warp, Mask], None]:
-        if self.words[1:3] != ["sync", "aligned"] or self.words[4:7] != ["row", "col", "f32"] or self.words[9:] != ["f32"]:
+        if (
+            self.words[1:3] != ["sync", "aligned"]
+            or self.words[4:7] != ["row", "col", "f32"]
+            or self.words[9:] != ["f32"]
+        ):
             raise NotImplementedError(self.instruction.where)
         type_, depth = self.words[7], int(self.words[3].partition("k")[2])
         targets = [self.target(name, "f32") for name in self.vector(self.operands[0])]
@@ -983,8 +1008,7 @@ class Decoder:
             right = left_fragment([part for each in rights for part in (each(warp), each(warp))], type_, depth)[:8]
             total = (left.astype(np.float64) @ right.T.astype(np.float64)).astype(np.float32)
             for at, (target, added) in enumerate(zip(targets, sums, strict=True)):
-                row, column = LANE // 4 + 8 * (at // 2), LANE % 4 * 2 + at % 2
-                target(warp, total[row, column] + added(warp), mask)
+                target(warp, result_fragment(total, at) + added(warp), mask)
 
         return multiply
 
@@ -1029,8 +1053,7 @@ class Decoder:
                 right = described(warp, descriptors[1], range(columns), type_, depth, transposed[1])
                 total = (left.astype(np.float64) @ right.T.astype(np.float64)).astype(np.float32)
                 for at, (target, added) in enumerate(zip(targets, sums, strict=True)):
-                    row, column = LANE // 4 + 8 * (at // 2 % 2), at // 4 * 8 + LANE % 4 * 2 + at % 2
-                    value = total[row, column]
+                    value = result_fragment(total, at)
                     target(warp, value + added(warp) if adds else value, None)
 
             warp.issue("wgmma", act)
@@ -1040,12 +1063,16 @@ class Decoder:
 
 def left_fragment(registers: Sequence[Lanes], type_: str, depth: int) -> np.ndarray:
     """(16, depth) of the left operand: registers alternate between rows 0 to 7 and 8 to 15."""
-    words = np.zeros((16, len(registers) // 2 * 4), np.uint32)
-    for at, register in enumerate(registers):
-        words[LANE // 4 + 8 * (at % 2), LANE % 4 + 4 * (at // 2)] = register
+    parts = np.stack(registers).reshape(-1, 2, 8, 4)  # (depth / 4 words, half, row, word)
+    words = np.ascontiguousarray(parts.transpose(1, 2, 0, 3)).reshape(16, -1)
     tile = as_floats(words, type_)
     assert tile.shape[1] == depth
     return tile
+
+
+def result_fragment(total: np.ndarray, at: int) -> Lanes:
+    """Register number `at` of a result (16, columns): four for each 8 columns, the first two of rows 0 to 7."""
+    return total.reshape(2, 8, -1, 4, 2)[at // 2 % 2, :, at // 4, :, at % 2].reshape(LANES)
 
 
 def described(warp: Warp, descriptor: int, rows: range, type_: str, depth: int, transposed: bool) -> np.ndarray:
@@ -1159,5 +1186,8 @@ def emulated(capability: int = 90, shared_bytes: int = 232448, seed: int = 0) ->
             del stages["cubin"]
 
     changed = {"nvidia": Backend(compiler=Compiler, driver=backends["nvidia"].driver)}
-    with mock.patch.dict(backends, changed), mock.patch.object(driver, "_active", _Driver(capability, shared_bytes, seed)):
+    with (
+        mock.patch.dict(backends, changed),
+        mock.patch.object(driver, "_active", _Driver(capability, shared_bytes, seed)),
+    ):
         yield
