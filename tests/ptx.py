@@ -158,6 +158,8 @@ class Cta:
 
 
 class Warp:
+    """32 threads (PTX: lanes)."""
+
     def __init__(self, program: "Program", cta: Cta, at: int) -> None:
         self.cta, self.number = cta, cta.index * cta.warps + at
         self.machine = cta.machine
@@ -616,23 +618,23 @@ class Decoder:
 
     do_exit = do_ret
 
-    def do_bar(self) -> Callable[[Warp, Mask], None] | None:
+    def do_bar(self) -> None:
         if "warp" in self.words:
-            return None
+            return  # the lanes of a warp are never far from each other here
         if self.words[-1] not in ("sync", "aligned") or self.operands not in (["0"], ["0", str(self.program.threads)]):
             raise NotImplementedError(f"{self.instruction.where} {self.operands}")
-        self.do_ret_like_stop()
-        return None
 
-    do_barrier = do_bar
-
-    def do_ret_like_stop(self) -> None:
         def jump(warp: Warp, taken: Lanes) -> None:
             if not taken.all():
                 raise Diverged(f"lanes {np.flatnonzero(~taken)} are missing")
             warp.cta.arrive(warp)
 
         self.instruction.jump = jump
+
+    do_barrier = do_bar
+
+    def do_nanosleep(self) -> None:
+        return None
 
     # Moving and converting.
 
@@ -1164,7 +1166,7 @@ class _Driver:
 def emulated(capability: int = 90, shared_bytes: int = 232448, seed: int = 0) -> Iterator[None]:
     """Compile and emulate the kernels that are launched inside the `with` block, on CPU tensors.
 
-    Triton must not be interpreting. It keeps what it compiles here apart: set TRITON_CACHE_DIR to a folder of its own.
+    Triton must not be interpreting: TRITON_INTERPRET is not 1 when it is first imported.
 
     Args:
         capability: the compute capability of the GPU that is emulated, 80 or 90.
@@ -1180,6 +1182,9 @@ def emulated(capability: int = 90, shared_bytes: int = 232448, seed: int = 0) ->
         def __init__(self, target: Any) -> None:
             super().__init__(target)
             self.binary_ext = "ptx"
+
+        def hash(self) -> str:
+            return f"{super().hash()}, without a binary"  # what is cached is of no use to a GPU
 
         def add_stages(self, stages: dict[str, Any], *arguments: Any) -> None:
             super().add_stages(stages, *arguments)

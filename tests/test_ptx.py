@@ -34,22 +34,10 @@ ARCHS = ("sm_80", "sm_90")
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the emulated tests run in this process")
-def test_the_emulated_ones(tmp_path: Path) -> None:
+def test_the_emulated_ones() -> None:
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "emulated",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "emulated", "-p", "no:cacheprovider", __file__]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)
