@@ -204,7 +204,7 @@ def test_matrix_products(dtype: torch.dtype, arch: str) -> None:
         tl.store(product_ptr + rows * N + columns, tl.dot(left, right))
 
     generator = torch.Generator().manual_seed(0)
-    for rows, columns, depth in ((64, 16, 64), (64, 32, 32), (16, 16, 128)):
+    for rows, columns, depth in ((64, 16, 64), (64, 32, 32)):
         # Whole numbers: products and sums are exact.
         left, right = (
             torch.randint(-8, 9, size, generator=generator).to(dtype) for size in ((rows, depth), (depth, columns))
@@ -323,10 +323,9 @@ def test_asynchronous_tensor_cores(batch_size: int) -> None:
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("arch", ARCHS)
-def test_weights_that_are_streamed(arch: str) -> None:
+def test_weights_that_are_streamed() -> None:
     layer = Layer(2, 9, 16, 70, torch.bfloat16)
-    with compiled_for(arch, multiprocessors=7, shared_bytes=16 * 1024):
+    with compiled_for("sm_80", multiprocessors=7, shared_bytes=16 * 1024):
         layer = replace(layer, **plans_of(layer))
         assert any(plan is not None and plan.resident_fraction < 1 for plan in (layer.forward, layer.backward))
         layer.check()
@@ -351,11 +350,10 @@ def test_stacks_in_one_launch(bidirectional: bool) -> None:
 
 
 @pytest.mark.emulated
-@pytest.mark.parametrize("arch", ARCHS)
-def test_cells(arch: str) -> None:
-    for dtype in (torch.float32, torch.float16):
-        with compiled_for(arch):
-            test_cell.check(test_cell.arguments(9, 16, 24, dtype), 24)
+@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", torch.float32), ("sm_90", torch.float16)], ids=str)
+def test_cells(arch: str, dtype: torch.dtype) -> None:
+    with compiled_for(arch):
+        test_cell.check(test_cell.arguments(9, 16, 24, dtype), 24)
 
 
 # --- That it finds what it is for ---
