@@ -42,11 +42,13 @@ def why_skipped(marker: str) -> str | None:
         return "needs compiled kernels: TRITON_INTERPRET=1 is set" if INTERPRETED else None
     if importlib.util.find_spec("triton") is None:
         return "needs Triton, which is not installed (it is released for Linux only)"
+    if marker == "emulated":
+        return "needs compiled kernels: test_the_emulated_ones runs it" if INTERPRETED else None
     return None if INTERPRETED else "needs interpreted kernels: run again with TRITON_INTERPRET=1"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for marker in ("gpu", "interpreted"):
+    for marker in ("gpu", "interpreted", "emulated"):
         if item.get_closest_marker(marker) and (reason := why_skipped(marker)):
             pytest.skip(reason)
 

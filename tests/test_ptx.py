@@ -1,0 +1,429 @@
+"""The compiled kernels, emulated (ptx.py): what Triton makes of them, with all threads of several programs.
+
+Tests marked `emulated` compile, which a process that interprets kernels cannot do: there, one test runs them all in a
+process of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lstm_triton import cell_ops, interpreter, ops, planner
+from lstm_triton.autograd import scan_layer
+from lstm_triton.planner import Device, Kind, Plan
+from lstm_triton.reference import lstm_layer
+
+from . import ptx, test_cell
+from .comparing import error, floor_of, nudged
+from .conftest import INTERPRETED
+from .kernel_cases import DTYPES, Layer
+from .ptx import Deadlock, Diverged, Fault, Race
+from .test_stacks import Stack
+
+ARCHS = ("sm_80", "sm_90")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the emulated tests run in this process")
+def test_the_emulated_ones() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "emulated", "-p", "no:cacheprovider", __file__]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    print(done.stdout, done.stderr)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "skipped" not in done.stdout
+
+
+# --- The emulator, on programs by hand ---
+
+
+HEADER = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.extern .shared .align 16 .b8 global_smem[];
+.visible .entry program(
+	.param .u64 .ptr .global .align 1 program_param_0
+)
+.reqntid 64
+{
+	.reg .pred 	%p<9>;
+	.reg .b32 	%r<99>;
+	.reg .b64 	%rd<9>;
+	ld.param.b64 	%rd1, [program_param_0];
+	mov.u32 	%r1, %tid.x;
+	mov.u32 	%r2, %ctaid.x;
+	mul.wide.u32 	%rd2, %r1, 16;
+	add.s64 	%rd3, %rd1, %rd2;
+"""
+
+
+def emulate(body: str, memory: Tensor, programs: int = 1, seed: int = 0) -> None:
+    """Run a program of two warps, which finds in %rd1 the memory, and in %rd3 16 bytes of it for every thread."""
+    ptx.launch(f"{HEADER}{body}\n\tret;\n}}\n", (programs, 1, 1), (memory,), 4096, seed)
+
+
+# Waits until none of the 16 bytes is a sentinel any more: scopes, with registers and labels of their own.
+SPIN = """{
+	.reg .pred missing;
+	.reg .b32 largest;
+WAIT:
+	ld.relaxed.gpu.global.v4.b32 {%r10, %r11, %r12, %r13}, [%rd3];
+	max.u16x2 largest, %r10, %r11;
+	max.u16x2 largest, largest, %r12;
+	max.u16x2 largest, largest, %r13;
+	shr.u32 %r14, largest, 16;
+	setp.eq.b32 missing, %r14, 0xffff;
+	@missing bra WAIT;
+	and.b32 %r14, largest, 65535;
+	setp.eq.b32 missing, %r14, 0xffff;
+	@missing bra WAIT;
+}"""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_programs_wait_for_each_other(seed: int) -> None:
+    """Program 0 writes, word by word and late; program 1 waits and writes the sum elsewhere."""
+    memory = torch.arange(64 * 4, dtype=torch.int32).view(64, 4)
+    buffer = torch.cat([torch.full_like(memory, -1), torch.zeros_like(memory)])
+    body = f"""
+	setp.ne.b32 %p1, %r2, 0;
+	@%p1 bra READ;
+	shl.b32 %r3, %r1, 2;
+	add.s32 %r4, %r3, 1;
+	add.s32 %r5, %r3, 2;
+	add.s32 %r6, %r3, 3;
+	st.global.cg.v4.b32 [%rd3 + 0], {{ %r3, %r4, %r5, %r6 }};
+	bra.uni END;
+READ:
+	{SPIN}
+	{SPIN}
+	add.s32 %r10, %r10, %r11;
+	add.s32 %r12, %r12, %r13;
+	add.s32 %r10, %r10, %r12;
+	st.global.b32 [%rd3+1024], %r10;
+END:
+	"""
+    emulate(body, buffer, programs=2, seed=seed)
+    assert torch.equal(buffer[:64], memory)
+    assert torch.equal(buffer[64:, 0], memory.sum(1))
+
+
+WRITE_SHARED = """
+	shl.b32 %r3, %r1, 2;
+	mov.b32 %r4, global_smem;
+	add.s32 %r4, %r4, %r3;
+	st.shared.b32 [%r4], %r1;
+"""
+READ_SHARED = """
+	xor.b32 %r5, %r3, 128;
+	ld.shared.b32 %r6, [%r5+1024];
+	st.global.b32 [%rd3], %r6;
+"""
+
+
+def test_the_barrier_between_two_warps() -> None:
+    for seed in range(5):
+        memory = torch.zeros(64, 4, dtype=torch.int32)
+        emulate(WRITE_SHARED + "\tbar.sync 0;" + READ_SHARED, memory, seed=seed)
+        assert memory[:, 0].tolist() == [thread ^ 32 for thread in range(64)]
+        with pytest.raises(Race, match=r"shared memory \(.*\.shared\.b32, line"):
+            emulate(WRITE_SHARED + READ_SHARED, memory, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("body", "mistake"),
+    [
+        ("ld.global.b32 %r3, [%rd3+1024];", Fault),  # past the end
+        ("ld.global.b32 %r3, [%rd1+-4];", Fault),
+        ("ld.global.v2.b32 {%r3, %r4}, [%rd1+4];", Fault),  # not aligned
+        ("mov.b64 %rd4, 64; ld.global.b32 %r3, [%rd4];", Fault),  # no address at all
+        ("mov.b32 %r4, 9999; ld.shared.b32 %r3, [%r4];", Fault),
+        ("st.global.b32 [%rd1], %r1;", Race),  # both warps, different values
+        ("setp.lt.u32 %p1, %r1, 40; @%p1 bra NEXT; bar.sync 0; NEXT:", Diverged),
+        ("setp.lt.u32 %p1, %r1, 32; @%p1 bra NEXT; bar.sync 0; NEXT:", Deadlock),  # one warp waits for the other
+        ("AGAIN: ld.volatile.global.b32 %r3, [%rd1]; setp.eq.b32 %p1, %r3, 0; @%p1 bra AGAIN;", Deadlock),
+    ],
+)
+def test_mistakes(body: str, mistake: type[RuntimeError]) -> None:
+    with pytest.raises(mistake):
+        emulate(body, torch.zeros(64, 4, dtype=torch.int32))
+
+
+def test_a_cache_may_be_stale() -> None:
+    """Waiting by ordinary loads: the first-level cache may never show what another program has written."""
+    body = """
+	setp.eq.b32 %p1, %r2, 0;
+	@%p1 st.global.b32 [%rd3], 1;
+	@%p1 bra END;
+AGAIN:
+	ld.global.b32 %r3, [%rd3];
+	setp.eq.b32 %p2, %r3, 0;
+	@%p2 bra AGAIN;
+END:
+	"""
+    with pytest.raises(Race):
+        emulate(body, torch.zeros(64, 4, dtype=torch.int32), programs=2)
+    emulate(body.replace("ld.global", "ld.volatile.global"), torch.zeros(64, 4, dtype=torch.int32), programs=2)
+
+
+def test_unknown_instructions_are_named() -> None:
+    with pytest.raises(NotImplementedError, match=r"atom\.global\.add\.u32, line"):
+        emulate("atom.global.add.u32 %r3, [%rd1], 1;", torch.zeros(4))
+
+
+# --- Matrix products, by every instruction that there is for them ---
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matrix_products(dtype: torch.dtype, arch: str) -> None:
+    """Every layout in shared memory that operands of these sizes have, swizzles among them."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def multiply(
+        left_ptr, right_ptr, product_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr
+    ):  # type: ignore[no-untyped-def]
+        rows, columns, ks = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :], tl.arange(0, K)
+        left = tl.load(left_ptr + rows * K + ks[None, :])
+        right = tl.load(right_ptr + (ks[:, None] * N + columns if ROWS else ks[:, None] + columns * K))
+        tl.store(product_ptr + rows * N + columns, tl.dot(left, right))
+
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns, depth in ((64, 16, 64), (64, 32, 32)):
+        # Whole numbers: products and sums are exact.
+        left, right = (
+            torch.randint(-8, 9, size, generator=generator).to(dtype) for size in ((rows, depth), (depth, columns))
+        )
+        for by_columns in (False, True):
+            product, given = torch.empty(rows, columns), right.t().contiguous() if by_columns else right
+            with ptx.emulated(int(arch[3:])):
+                multiply[(1,)](left, given, product, rows, columns, depth, not by_columns)
+            assert torch.equal(product, left.float() @ right.float())
+
+
+# --- The scans ---
+
+
+@contextmanager
+def compiled_for(
+    arch: str,
+    multiprocessors: int = 6,
+    shared_bytes: int = 160 * 1024,
+    tf32: bool = False,
+    change: Callable[[str], str] = lambda text: text,
+) -> Iterator[list[str]]:
+    """What would be interpreted inside the `with` block is planned and compiled for a GPU, and emulated: its PTX."""
+    device = Device("emulated", arch, multiprocessors, shared_bytes)
+    launched: list[str] = []
+    emulate = ptx.launch
+
+    @contextmanager
+    def emulating(seed: int = 0) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch, ptx.emulated(device.capability, seed=seed):
+            patch.setattr(interpreter, "_seed", seed)
+            yield
+
+    def launch(kernel: Any, plan: Plan, device: torch.device, **arguments: Any) -> None:
+        kernel[(plan.programs,)](**arguments, **ops.constants_of(plan), **ops.compiler_options(plan, is_nvidia=True))
+
+    def launch_cell(kernel: Any, programs: int, options: dict[str, Any], **arguments: Any) -> None:
+        kernel[(programs,)](**arguments, **options)
+
+    def counted(text: str, *arguments: Any) -> None:
+        launched.append(text)
+        emulate(change(text), *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "interpret", emulating)
+        patch.setattr(Device, "of", lambda _: device)
+        patch.setattr(ops, "allows_tf32", lambda: tf32)
+        patch.setattr(ops, "_launch", launch)
+        patch.setattr(cell_ops, "_launch", launch_cell)
+        patch.setattr(ptx, "launch", counted)
+        yield launched
+
+
+def plans_of(layer: Layer, **wanted: int) -> dict[Kind, Plan]:
+    """Of each scan the best plan with these fields, on the device that `compiled_for` has put in place."""
+    found: dict[Kind, Plan] = {}
+    kinds: tuple[Kind, Kind] = ("forward", "backward")
+    for kind in kinds:
+        candidates = planner.candidates(
+            kind, batch_size=layer.batch_size, input_size=layer.input_size, hidden_size=layer.hidden_size,
+            dtype=layer.dtype, device=Device.of(torch.device("cpu")), allow_tf32=ops.allows_tf32(),
+        )  # fmt: skip
+        found[kind] = next(
+            plan for plan in candidates if all(getattr(plan, name) == value for name, value in wanted.items())
+        )
+    return found
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_both_scans(dtype: torch.dtype, arch: str) -> None:
+    """Slices that wait for each other, and more tiles than one."""
+    layer = Layer(2, 9, 10, 32, dtype)
+    with compiled_for(arch, multiprocessors=4):
+        layer = replace(layer, **plans_of(layer, block_batch=8, block_hidden=16, slices=2, batch_tiles=2))
+        layer.check(seed=0)
+
+
+@pytest.mark.emulated
+def test_the_order_of_warps_changes_nothing() -> None:
+    layer = Layer(3, 9, 10, 32, torch.float16)
+    with compiled_for("sm_80", multiprocessors=4):
+        layer = replace(layer, **plans_of(layer, block_batch=8, block_hidden=16, slices=2, batch_tiles=2))
+        one, *others = (layer.run(scan_layer, seed=seed) for seed in range(3))
+    for other in others:
+        for name, tensor in other.items():
+            assert torch.equal(tensor, one[name]), name
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tf32(arch: str) -> None:
+    """It has as many digits as float16: so much is allowed."""
+    layer = Layer(2, 9, 10, 32)
+    with compiled_for(arch, tf32=True) as launched:
+        actual = layer.run(scan_layer)
+    assert all(".tf32" in text for text in launched)
+    reference = layer.run(lstm_layer, Tensor.double)
+    sensitive = layer.run(lstm_layer, lambda tensor: nudged(tensor.double(), torch.float16))
+    for name, tensor in actual.items():
+        found, allowed = error(tensor, reference[name]), floor_of(sensitive[name], reference[name], torch.float16)
+        print(f"{name}: {found:.2e} of {allowed:.2e}")
+        assert found <= allowed, name
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("batch_size", [16, 20], ids=["one tile", "several tiles a program"])
+def test_asynchronous_tensor_cores(batch_size: int) -> None:
+    """16 units, that is 64 rows of weights, a program, and 16 batch rows."""
+    layer = Layer(3, batch_size, 10, 64, torch.float16, reverse=True)
+    with compiled_for("sm_90") as launched:
+        layer.forward = replace(plans_of(layer, block_batch=16, block_hidden=16)["forward"], groups=1)
+        layer.check()
+    assert "wgmma.mma_async.sync.aligned.m64n16k16" in launched[0]
+
+
+@pytest.mark.emulated
+def test_weights_that_are_streamed() -> None:
+    layer = Layer(2, 9, 16, 70, torch.bfloat16)
+    with compiled_for("sm_80", multiprocessors=7, shared_bytes=16 * 1024):
+        layer = replace(layer, **plans_of(layer))
+        assert any(plan is not None and plan.resident_fraction < 1 for plan in (layer.forward, layer.backward))
+        layer.check()
+
+
+@pytest.mark.emulated
+def test_lengths_and_resets() -> None:
+    layer = Layer(3, 9, 5, 40, torch.float16, lengths=(3, 0, 2, 3, 1, 3, 3, 2, 3), resets=True, cells=True)
+    with compiled_for("sm_90"):
+        replace(layer, **plans_of(layer, groups=1, block_batch=8)).check()
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["layers", "directions"])
+def test_stacks_in_one_launch(bidirectional: bool) -> None:
+    """With dropout between the layers, and steps that start anew."""
+    layout = "dense" if bidirectional else "resets"
+    sizes = {"hidden_size": 32, "input_size": 8, "time_steps": 2, "batch_size": 9}
+    stack = Stack(2, bidirectional, torch.float16, layout, dropout=0.5, **sizes)  # type: ignore[arg-type]
+    with compiled_for("sm_90", multiprocessors=8):
+        stack.check()
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(("arch", "dtype"), [("sm_80", torch.float32), ("sm_90", torch.float16)], ids=str)
+def test_cells(arch: str, dtype: torch.dtype) -> None:
+    with compiled_for(arch):
+        test_cell.check(test_cell.arguments(9, 16, 24, dtype), 24)
+
+
+# --- That it finds what it is for ---
+
+
+def output_of(layer: Layer, seed: int = 0) -> Tensor:
+    """Of the forward scan alone."""
+    assert layer.forward is not None
+    with torch.no_grad(), interpreter.interpret(seed), planner.forced(layer.forward):
+        return scan_layer(*layer.tensors(), reverse=layer.reverse)[0]
+
+
+def asynchronous_layer() -> Layer:
+    """Four programs of four warps, on sm_90."""
+    layer = Layer(3, 16, 10, 64, torch.float16)
+    return replace(layer, forward=plans_of(layer, block_batch=16, block_hidden=16, slices=4)["forward"])
+
+
+@pytest.mark.emulated
+def test_negative_control_without_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros where sentinels should be are values that nobody waits for."""
+    with compiled_for("sm_90"):
+        layer = asynchronous_layer()
+        expected = output_of(layer)
+        monkeypatch.setattr(ops, "sentinels", lambda shape, like: like.new_zeros(shape))
+        for seed in range(3):
+            assert not torch.equal(output_of(layer, seed), expected)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    ("instruction", "instead", "finding"),
+    [
+        ("ld.volatile.global", "ld.global", Race),
+        ("st.global.cg", None, Deadlock),
+        ("bar.sync", None, Race),
+        ("fence.proxy.async", None, Race),
+        ("wgmma.wait_group", None, AssertionError),
+    ],
+)
+def test_negative_control_with_other_instructions(
+    instruction: str, instead: str | None, finding: type[Exception]
+) -> None:
+    """Changed, or left out (None), wherever it stands."""
+    pattern = re.escape(instruction) if instead else rf"(@!?%\w+ )?{re.escape(instruction)}[^;]*;"
+
+    def change(text: str) -> str:
+        changed, count = re.subn(pattern, instead or "", text)
+        assert count > 0
+        return changed
+
+    with compiled_for("sm_90"):
+        layer = asynchronous_layer()
+        expected = output_of(layer)
+    with compiled_for("sm_90", change=change), pytest.raises(finding):
+        assert torch.equal(output_of(layer), expected)
+
+
+@pytest.mark.emulated
+def test_negative_control_with_two_threads_for_an_element() -> None:
+    """256 threads for 128 elements of a state tile: one may see the sentinel and the other the value.
+
+    The warps then disagree on whether something is missing: about what they write into shared memory to find out.
+    """
+    layer = Layer(4, 8, 5, 16, torch.float16)
+    with compiled_for("sm_80"):
+        plan = plans_of(layer, block_batch=8, block_hidden=8, slices=2)["forward"]
+        assert (plan.num_warps * 32, plan.block_k) == (128, 16)
+        for seed in range(5):
+            assert output_of(replace(layer, forward=plan), seed).isfinite().all()
+        layer.forward = replace(plan, num_warps=8)
+        with pytest.raises(Race):
+            [output_of(layer, seed) for seed in range(5)]
