@@ -5,5 +5,6 @@
 The way of one case through the files: cases.py (what) -> systems.py (who) -> measure.py (values, then times, on a
 device of devices.py) -> results.py (rows in a JSON file) -> report.py (tables) and pictures.py. test_bench.py puts it
 on pytest-benchmark, which run.py drives; gpu.py runs all of it within a budget, in child processes (worker.py) under
-a watchdog (watchdog.py). tune.py measures plans; resources.py and sass.py tell what the kernels compile to.
+a watchdog (watchdog.py). tune.py measures plans; resources.py and sass.py tell what the kernels compile to, overhead.py
+what a call costs beside them.
 """

@@ -1,8 +1,9 @@
 """`python -m bench.resources --arch sm_90`: what the kernels compile to, for every case, without a GPU.
 
 Compiles the scans ahead of time, as the planner would launch them on a typical GPU of that architecture, and reports
-registers, spills, shared memory, and an estimate of the cycles of one step (bench/sass.py). The kernels of LSTMCell,
-which does not keep its weights on the chip, are reported on request: `--kernel cell cell_backward`.
+registers, spills, shared memory, an estimate of the cycles of one step (bench/sass.py), and the seconds of processor
+time that compiling took, next to nothing where TRITON_CACHE_DIR has the kernel already. The kernels of LSTMCell, which
+does not keep its weights on the chip, are reported on request: `--kernel cell cell_backward`.
 """
 
 import argparse
@@ -88,7 +89,9 @@ def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chose
     if kernel == "cell_backward":
         constants["BLOCK"] = planner.CELL_BACKWARD_BLOCK
         return _compiled(cell_backward, arch, dtype, constants, BACKWARD_OPTIONS, {})
-    constants |= {"INPUT": hidden, "HAS_BIAS": True, "KEEP_GATES": True, **constants_of(chosen)}
+    unit = 16 if hidden % 16 == 0 else 1
+    constants |= {"INPUT": hidden, "INPUT_STRIDE_UNIT": unit, "HAS_BIAS": True, "HAS_OUTPUT": False, "KEEP_GATES": True}
+    constants |= constants_of(chosen)
     return _compiled(cell_forward, arch, dtype, constants, compiler_options(chosen), {})
 
 
@@ -161,8 +164,6 @@ def _compiled(
             aligned.append((at,))
         else:
             signature[name] = "fp32" if name == "dropout" else "i32"
-            if name == "input_stride" and constants["INPUT"] % 16 == 0:
-                aligned.append((at,))
     source = ASTSource(
         kernel,
         signature,
@@ -205,12 +206,21 @@ def resources(binary: Any, is_scan: bool = True) -> dict[str, int | None]:
 
 
 @cache
-def _resources(case: Case, chosen: Plan | CellPlan) -> dict[str, int | None]:
+def _resources(case: Case, chosen: Plan | CellPlan) -> dict[str, int | float | None]:
     dtype, _ = DTYPES[case.dtype]
-    if isinstance(chosen, CellPlan):
-        return resources(compiled_cell(case.kernel, case.arch, case.hidden, dtype, chosen), is_scan=False)
     kind: Kind = "forward" if case.kernel == "forward" else "backward"
-    return resources(compiled(kind, case.arch, case.hidden, dtype, chosen, case.ragged, case.dropout))
+    start = _processor_seconds()
+    if isinstance(chosen, CellPlan):
+        binary = compiled_cell(case.kernel, case.arch, case.hidden, dtype, chosen)
+    else:
+        binary = compiled(kind, case.arch, case.hidden, dtype, chosen, case.ragged, case.dropout)
+    seconds = round(_processor_seconds() - start, 2)
+    return {**resources(binary, is_scan=not isinstance(chosen, CellPlan)), "compile_seconds": seconds}
+
+
+def _processor_seconds() -> float:
+    """Of this process and those that it has started, as Triton starts ptxas."""
+    return sum(os.times()[:4])
 
 
 def report(case: Case) -> dict[str, Any]:
@@ -219,8 +229,8 @@ def report(case: Case) -> dict[str, Any]:
     if case.kernel == AGAIN:
         tiles = (-(-size // block) for size, block in zip((case.batch, case.hidden), planner.AGAIN_BLOCK, strict=True))
         row |= {"programs": math.prod(tiles), "resident_fraction": None, "plan": None, "error": None}
-        return {**row, **resources(compiled_again(case), is_scan=False)}
-    empty = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "step_cycles"))
+        return {**row, **resources(compiled_again(case), is_scan=False), "compile_seconds": None}
+    empty = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "step_cycles", "compile_seconds"))
     try:
         chosen = plan_of(case)
     except ValueError as error:
@@ -274,8 +284,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
         "shared_bytes",
         "programs",
         "step_cycles",
+        "compile_seconds",
     )
-    lines = ["  ".join(f"{name:>12}" for name in (*columns, "resident")) + "  plan"]
+    lines = ["  ".join(f"{name.removesuffix('_seconds'):>12}" for name in (*columns, "resident")) + "  plan"]
     for row in rows:
         values = [row[name] if row[name] is not None else "-" for name in columns]
         resident = "-" if row["resident_fraction"] is None else f"{row['resident_fraction']:.2f}"

@@ -42,10 +42,10 @@ def add_linear(
     return sums
 
 
-@triton.jit(do_not_specialize=["batch_size"])
+@triton.jit(do_not_specialize=["input_stride", "output_stride", "batch_size"])
 def cell_forward(
     input_ptr,  # (B, I)
-    input_stride,  # elements between rows
+    input_stride,  # between rows, in units of INPUT_STRIDE_UNIT elements
     hidden_ptr,  # (B, H), read only if HAS_STATE, as the next one
     cell_ptr,  # (B, H)
     weight_ih_ptr,  # (4H, I)
@@ -54,12 +54,16 @@ def cell_forward(
     bias_hh_ptr,  # (4H,), read only if HAS_BIAS
     hidden_next_ptr,  # (B, H) h'
     cell_next_ptr,  # (B, H) c'
+    output_ptr,  # (B, H) h' once more, written only if HAS_OUTPUT
+    output_stride,  # elements between rows
     gates_ptr,  # (B, 4H) activated gates, written only if KEEP_GATES
     batch_size,
     INPUT: tl.constexpr,
+    INPUT_STRIDE_UNIT: tl.constexpr,  # as of the forward scan
     HIDDEN: tl.constexpr,
     HAS_STATE: tl.constexpr,  # otherwise h and c are zeros
     HAS_BIAS: tl.constexpr,
+    HAS_OUTPUT: tl.constexpr,
     KEEP_GATES: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
@@ -79,10 +83,10 @@ def cell_forward(
     states = rows[:, None] * HIDDEN + units[None, :]
 
     preact = tl.zeros((4 * BLOCK_HIDDEN, BLOCK_BATCH), tl.float32)
+    input_rows = input_ptr + rows * input_stride * INPUT_STRIDE_UNIT
     preact = add_linear(
-        preact, weight_ih_ptr, gate_rows, gate_mask, input_ptr + rows * input_stride, row_mask, INPUT, BLOCK_INPUT,
-        DOT_PRECISION,
-    )  # fmt: skip
+        preact, weight_ih_ptr, gate_rows, gate_mask, input_rows, row_mask, INPUT, BLOCK_INPUT, DOT_PRECISION
+    )
     if HAS_STATE:
         preact = add_linear(
             preact, weight_hh_ptr, gate_rows, gate_mask, hidden_ptr + rows * HIDDEN, row_mask, HIDDEN, BLOCK_K,
@@ -100,7 +104,10 @@ def cell_forward(
     if HAS_STATE:
         cell += tl.load(cell_ptr + states, mask=mask, other=0.0)
     cell, hidden = update_state(input_gate, forget_gate, candidate, output_gate, cell)
-    tl.store(hidden_next_ptr + states, hidden.to(hidden_next_ptr.dtype.element_ty), mask=mask)
+    hidden = hidden.to(hidden_next_ptr.dtype.element_ty)
+    tl.store(hidden_next_ptr + states, hidden, mask=mask)
+    if HAS_OUTPUT:
+        tl.store(output_ptr + rows[:, None] * output_stride + units[None, :], hidden, mask=mask)
     tl.store(cell_next_ptr + states, cell.to(cell_next_ptr.dtype.element_ty), mask=mask)
     if KEEP_GATES:
         gates = gates_ptr + rows[:, None] * (4 * HIDDEN) + units[None, :]

@@ -64,41 +64,31 @@ def scan_layers(
     stack = Stack(weights, directions, bias, reverse)
     states = (input, h_0, c_0, h_reset, c_reset, preact_0, preact_reset)
     tables = () if ragged is None else tuple(ragged)
-    dropout = dropout if stack.num_layers > 1 else 0.0
+    dropout = float(dropout) if stack.num_layers > 1 else 0.0  # an integer would be another type to a kernel
     seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
     options = _Options(directions, bias, reverse, dropout, low_memory and not return_cells, return_cells, len(tables))
     if transforms.in_forward_mode():
         unkept = (input,) * 4  # of no use to the formula
         results = _formula(_Saved(options, states, seed, *unkept, tables, weights))
         return results if return_cells else results[:3]
-    needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in (*states, *weights))
-    if torch.is_grad_enabled() and (needs_gradients or transforms.active()):
+    if torch.is_grad_enabled() and (transforms.active() or _any_requires_grad(*states, *weights)):
         results = _Scan.apply(*states, seed, *options, *tables, *weights)  # type: ignore[no-untyped-call]
         return tuple(results[: 4 if return_cells else 3])
     if ragged is None and input.shape[0] == 1 and preact_0 is None and dropout == 0:
-        return _single_step(input, h_0, c_0, stack, return_cells)
-    hidden, _, cell, _, h_n, c_n = ops.scan_forward(
-        input, h_0, c_0, weights, directions, bias, reverse, return_cells, False, tables, h_reset, c_reset, dropout,
-        seed, preact_0, preact_reset,
+        # As in streaming: there is nobody to exchange states with.
+        output, h_n, c_n = transforms.call(cell_ops.single_step, input[0], h_0, c_0, weights, directions, bias)
+        results = (output.unsqueeze(0), h_n, c_n)
+        return (*results, c_n.unsqueeze(1)) if return_cells else results
+    hidden, _, cell, _, h_n, c_n = transforms.call(
+        ops.scan_forward, input, h_0, c_0, weights, directions, bias, reverse, return_cells, False, tables, h_reset,
+        c_reset, dropout, seed, preact_0, preact_reset,
     )  # fmt: skip
     output = _output(hidden, stack, input, ragged)
     return (output, h_n, c_n, _cells(cell, stack, input, ragged)) if return_cells else (output, h_n, c_n)
 
 
-def _single_step(
-    input: Tensor, h_0: Tensor | None, c_0: Tensor | None, stack: Stack, return_cells: bool
-) -> tuple[Tensor, ...]:
-    """One step without gradients, as in streaming: there is nobody to exchange states with."""
-    below, outputs = input[0], []
-    for lane in range(stack.lanes):
-        weights: list[Tensor | None] = [each[lane] for each in map(stack.named, ops.WEIGHTS[: stack.weights_per_lane])]
-        states = (None if each is None else each[lane] for each in (h_0, c_0))
-        outputs.append(cell_ops.cell_forward(below, *states, *weights, *[None] * (4 - len(weights)), False, "rnn")[:2])
-        if (lane + 1) % stack.directions == 0:
-            below = torch.cat([h for h, _ in outputs[-stack.directions :]], dim=-1)
-    h_n, c_n = (torch.stack(each) for each in zip(*outputs, strict=True))
-    results = (below.unsqueeze(0), h_n, c_n)
-    return (*results, c_n.unsqueeze(1)) if return_cells else results
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def scan_projected_layers(
@@ -264,9 +254,9 @@ class _Scan(torch.autograd.Function):
         (input, h_0, c_0, h_reset, c_reset, preact_0, preact_reset), seed, options, tables, weights = _sorted(arguments)
         keep = not options.low_memory
         stack = Stack(weights, options.directions, options.bias, options.reverse)
-        hidden, passed, cell, gates, h_n, c_n = ops.scan_forward(
-            input, h_0, c_0, *stack, keep, keep, tables, h_reset, c_reset, options.dropout, seed, preact_0,
-            preact_reset, options.low_memory,
+        hidden, passed, cell, gates, h_n, c_n = transforms.call(
+            ops.scan_forward, input, h_0, c_0, *stack, keep, keep, tables, h_reset, c_reset, options.dropout, seed,
+            preact_0, preact_reset, options.low_memory,
         )  # fmt: skip
         ragged = Ragged(*tables) if tables else None
         cells = _cells(cell, stack, input, ragged) if options.return_cells else None
@@ -287,7 +277,7 @@ class _Scan(torch.autograd.Function):
         others = len(_Options._fields) + 1 + len(saved.tables)
         needed = (*ctx.needs_input_grad[:STATES], *ctx.needs_input_grad[STATES + others :])
         # Autocast that is on where backward is called was not asked for by the layer.
-        with torch.autocast(saved.input.device.type, enabled=False):
+        with transforms.without_autocast(saved.input.device):
             if torch.is_grad_enabled():
                 found = _Gradients.apply(  # type: ignore[no-untyped-call]
                     needed, ctx.options, *grads[:4], *saved.tensors()
@@ -338,7 +328,7 @@ class _Gradients(torch.autograd.Function):
                 renewed[place] = tensor
             return _gradients_by_formula(_Saved.of(saved.options, renewed[4:]), ctx.needed, renewed[:4])
 
-        with torch.autocast(saved.input.device.type, enabled=False):
+        with transforms.without_autocast(saved.input.device):
             results, pull_back = torch.func.vjp(gradients, *(every[place] for place in places))[:2]
             present = [grad for grad, need in zip(grads, ctx.needed, strict=True) if need]
             cotangents = (
@@ -362,9 +352,9 @@ def _gradients(saved: _Saved, needed: Sequence[bool], grads: tuple[Tensor | None
     layout = Layout.of(input, stack.hidden_size, tables)
     hidden_size, batch_size = stack.hidden_size, layout.batch_size
     grad_output, grad_h_n, grad_c_n, grad_cells = grads
-    grad_gates, grad_cell = ops.scan_backward(
-        grad_output, grad_h_n, grad_c_n, *stack, saved.cell, saved.gates, tables, batch_size, grad_cells, dropout,
-        saved.seed,
+    grad_gates, grad_cell = transforms.call(
+        ops.scan_backward, grad_output, grad_h_n, grad_c_n, *stack, saved.cell, saved.gates, tables, batch_size,
+        grad_cells, dropout, saved.seed,
     )  # fmt: skip
     grad_cell = grad_cell[..., :hidden_size].to(input.dtype)
 
@@ -387,7 +377,8 @@ def _gradients(saved: _Saved, needed: Sequence[bool], grads: tuple[Tensor | None
         of_weight_ih = of_weight_hh = None
         if next(weight_needed):
             inputs = _inputs(saved, lane // stack.directions, layout)
-            of_weight_ih = torch.cat([gate_major(ops.matmul(rows.t(), each)) for each in inputs], dim=1)
+            of_inputs = [ops.matmul(rows.t(), each) for each in inputs]
+            of_weight_ih = gate_major(of_inputs[0] if len(of_inputs) == 1 else torch.cat(of_inputs, dim=1))
         if next(weight_needed):
             hidden_prev = ops.hidden_before(saved.hidden[lane], layout, ragged, reverse)
             of_weight_hh = gate_major(ops.matmul(rows.t(), hidden_prev))

@@ -100,6 +100,8 @@ def _obstacle(call: "Call") -> str | None:
     device = call.data.device
     if device.type != "cuda" and not (device.type == "cpu" and active()):
         return f"the kernels run on NVIDIA GPUs, not on {device.type!r} tensors"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "torch.jit.trace does not record the kernels"
     for tensor in _tensors(call):
         if tensor.device != device:
             return f"tensors are on several devices, {device} and {tensor.device}"

@@ -176,7 +176,7 @@ def step(
     if torch.is_grad_enabled() and (needs_gradients or transforms.active()):
         h_1, c_1, _ = _Step.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
-        h_1, c_1, _ = cell_ops.cell_forward(*arguments, False, "matmul")
+        h_1, c_1, _ = transforms.call(cell_ops.cell_forward, *arguments, False, "matmul")
     return h_1, c_1
 
 
@@ -187,7 +187,7 @@ class _Step(torch.autograd.Function):
     def forward(*arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         from . import cell_ops
 
-        h_1, c_1, gates = cell_ops.cell_forward(*arguments, True, "matmul")
+        h_1, c_1, gates = transforms.call(cell_ops.cell_forward, *arguments, True, "matmul")
         return h_1, c_1, gates
 
     @staticmethod
@@ -199,7 +199,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_h_1: Tensor, grad_c_1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Autocast that is on where backward is called was not asked for by the cell.
-        with torch.autocast(grad_h_1.device.type, enabled=False):
+        with transforms.without_autocast(grad_h_1.device):
             grads, saved = (grad_h_1, grad_c_1), ctx.saved_tensors
             if torch.is_grad_enabled():
                 return _Gradients.apply(ctx.needs_input_grad, *grads, *saved)  # type: ignore[no-untyped-call, no-any-return]
@@ -238,7 +238,7 @@ class _Gradients(torch.autograd.Function):
             found: tuple[Tensor, ...] = pull_back((grad_h_1, grad_c_1))
             return found
 
-        with torch.autocast(every[0].device.type, enabled=False):
+        with transforms.without_autocast(every[0].device):
             pull_back = torch.func.vjp(gradients, *(every[place] for place in places))[1]
             found = dict(zip(places, pull_back(tuple(grads[place] for place in wanted)), strict=True))
         return None, *(found.get(place) for place in range(len(every))), None, None
@@ -249,7 +249,7 @@ def _gradients(needed: tuple[bool, ...], grad_h_1: Tensor, grad_c_1: Tensor, *sa
     from . import cell_ops
 
     input, h_0, c_0, weight_ih, weight_hh, _, _, c_1, gates = saved
-    grad_gates, grad_c_0 = cell_ops.cell_backward(grad_h_1, grad_c_1, c_0, c_1, gates)
+    grad_gates, grad_c_0 = transforms.call(cell_ops.cell_backward, grad_h_1, grad_c_1, c_0, c_1, gates)
     grad_bias = grad_gates.sum(0) if needed[5] or needed[6] else None
     return (
         grad_gates @ weight_ih if needed[0] else None,

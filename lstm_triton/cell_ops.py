@@ -1,11 +1,12 @@
 """One step of an LSTM layer and its derivative as PyTorch operators: they ask the planner and launch the kernels."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import planner
+from . import ops, planner
+from .ops import Stack
 from .planner import CellPlan, Device
 
 BACKWARD_OPTIONS: dict[str, object] = {"num_warps": planner.CELL_BACKWARD_WARPS, "enable_fp_fusion": True}
@@ -52,36 +53,10 @@ def cell_forward(
 
     All in the input's dtype.
     """
-    from .kernels.cell import cell_forward as kernel
-
-    batch_size, hidden_size = input.shape[0], weight_hh.shape[1]
-    plan = plan_of(input, hidden_size, precision_of)
+    hidden_size = weight_hh.shape[1]
     hidden, cell, gates = _results(input, hidden_size, keep_gates)
-    if input.stride(1) != 1:
-        input = input.contiguous()
-    _launch(
-        kernel,
-        plan.programs,
-        compiler_options(plan),
-        input_ptr=input,
-        input_stride=input.stride(0),
-        hidden_ptr=input if h_0 is None else h_0.contiguous(),
-        cell_ptr=input if c_0 is None else c_0.contiguous(),
-        weight_ih_ptr=weight_ih.contiguous(),
-        weight_hh_ptr=weight_hh.contiguous(),
-        bias_ih_ptr=weight_hh if bias_ih is None else bias_ih.contiguous(),
-        bias_hh_ptr=weight_hh if bias_hh is None else bias_hh.contiguous(),
-        hidden_next_ptr=hidden,
-        cell_next_ptr=cell,
-        gates_ptr=gates,
-        batch_size=batch_size,
-        INPUT=input.shape[1],
-        HIDDEN=hidden_size,
-        HAS_STATE=h_0 is not None,
-        HAS_BIAS=bias_ih is not None,
-        KEEP_GATES=keep_gates,
-        **constants_of(plan),
-    )
+    plan = plan_of(input, hidden_size, precision_of)
+    _step(plan, input, h_0, c_0, (weight_ih, weight_hh, bias_ih, bias_hh), hidden, cell, gates if keep_gates else None)
     return hidden, cell, gates
 
 
@@ -100,6 +75,102 @@ def _(
     return _results(input, weight_hh.shape[1], keep_gates)
 
 
+@torch.library.custom_op("lstm_triton::single_step", mutates_args=())
+def single_step(
+    input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], directions: int, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of a stack of layers, in one launch for each of its lanes.
+
+    Args:
+        input: (B, I), of any strides.
+        h_0, c_0: (lanes, B, H), or both None for zeros.
+        weights, directions, bias: see `ops.Stack`.
+
+    Returns:
+        output: (B, directions * H).
+        h_n, c_n: (lanes, B, H).
+    """
+    stack = Stack(weights, directions, bias, False)
+    output, h_n, c_n = _results_of_stack(input, stack)
+    hidden_size, below = stack.hidden_size, input
+    for lane in range(stack.lanes):
+        at = lane % directions
+        if lane > 0 and at == 0:  # the next layer reads the output of this one
+            below, output = output, torch.empty_like(output)
+        _step(
+            plan_of(below, hidden_size, "rnn"),
+            below,
+            None if h_0 is None else h_0[lane],
+            None if c_0 is None else c_0[lane],
+            weights[stack.weights_per_lane * lane : stack.weights_per_lane * (lane + 1)],
+            h_n[lane],
+            c_n[lane],
+            output=output[:, at * hidden_size : (at + 1) * hidden_size],
+        )
+    return output, h_n, c_n
+
+
+@single_step.register_fake
+def _(
+    input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], directions: int, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _results_of_stack(input, Stack(weights, directions, bias, False))
+
+
+def _results_of_stack(input: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for the output, h_n and c_n."""
+    states = (stack.lanes, input.shape[0], stack.hidden_size)
+    output = input.new_empty((input.shape[0], stack.directions * stack.hidden_size))
+    return output, input.new_empty(states), input.new_empty(states)
+
+
+def _step(
+    plan: CellPlan,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor | None],
+    h_1: Tensor,
+    c_1: Tensor,
+    gates: Tensor | None = None,
+    output: Tensor | None = None,
+) -> None:
+    """Write the results of one step: h and c, and if asked for its gates, and h once more as `output`."""
+    from .kernels.cell import cell_forward
+
+    weight_ih, weight_hh, *biases = (each if each is None else each.contiguous() for each in weights)
+    bias_ih, bias_hh = biases or (None, None)
+    assert weight_hh is not None
+    input, stride_unit = ops.with_aligned_rows(input)
+    arguments = {
+        "input_ptr": input,
+        "input_stride": input.stride(0) // stride_unit,
+        "hidden_ptr": input if h_0 is None else h_0.contiguous(),
+        "cell_ptr": input if c_0 is None else c_0.contiguous(),
+        "weight_ih_ptr": weight_ih,
+        "weight_hh_ptr": weight_hh,
+        "bias_ih_ptr": weight_hh if bias_ih is None else bias_ih,
+        "bias_hh_ptr": weight_hh if bias_hh is None else bias_hh,
+        "hidden_next_ptr": h_1,
+        "cell_next_ptr": c_1,
+        "output_ptr": h_1 if output is None else output,
+        "output_stride": 0 if output is None else output.stride(0),
+        "gates_ptr": h_1 if gates is None else gates,
+        "batch_size": input.shape[0],
+    }
+    constants = {
+        "INPUT": input.shape[1],
+        "INPUT_STRIDE_UNIT": stride_unit,
+        "HIDDEN": weight_hh.shape[1],
+        "HAS_STATE": h_0 is not None,
+        "HAS_BIAS": bias_ih is not None,
+        "HAS_OUTPUT": output is not None,
+        "KEEP_GATES": gates is not None,
+        **constants_of(plan),
+    }
+    ops.launch(cell_forward, (plan.programs,), input.device, arguments, constants, compiler_options(plan))
+
+
 @torch.library.custom_op("lstm_triton::cell_backward", mutates_args=())
 def cell_backward(
     grad_h_1: Tensor, grad_c_1: Tensor, c_0: Tensor | None, c_1: Tensor, gates: Tensor
@@ -114,22 +185,19 @@ def cell_backward(
     from .kernels.cell import cell_backward as kernel
 
     grad_gates, grad_cell = torch.empty_like(gates), torch.empty_like(c_1)
-    _launch(
-        kernel,
-        -(-c_1.numel() // planner.CELL_BACKWARD_BLOCK),
-        BACKWARD_OPTIONS,
-        grad_hidden_ptr=grad_h_1.contiguous(),
-        grad_cell_next_ptr=grad_c_1.contiguous(),
-        gates_ptr=gates,
-        cell_ptr=c_1 if c_0 is None else c_0.contiguous(),
-        cell_next_ptr=c_1,
-        grad_gates_ptr=grad_gates,
-        grad_cell_ptr=grad_cell,
-        batch_size=c_1.shape[0],
-        HIDDEN=c_1.shape[1],
-        HAS_STATE=c_0 is not None,
-        BLOCK=planner.CELL_BACKWARD_BLOCK,
-    )
+    arguments = {
+        "grad_hidden_ptr": grad_h_1.contiguous(),
+        "grad_cell_next_ptr": grad_c_1.contiguous(),
+        "gates_ptr": gates,
+        "cell_ptr": c_1 if c_0 is None else c_0.contiguous(),
+        "cell_next_ptr": c_1,
+        "grad_gates_ptr": grad_gates,
+        "grad_cell_ptr": grad_cell,
+        "batch_size": c_1.shape[0],
+    }
+    block = planner.CELL_BACKWARD_BLOCK
+    constants = {"HIDDEN": c_1.shape[1], "HAS_STATE": c_0 is not None, "BLOCK": block}
+    ops.launch(kernel, (-(-c_1.numel() // block),), gates.device, arguments, constants, BACKWARD_OPTIONS)
     return grad_gates, grad_cell
 
 
@@ -162,12 +230,3 @@ def constants_of(plan: CellPlan) -> dict[str, object]:
 def compiler_options(plan: CellPlan) -> dict[str, object]:
     """A plan as options of Triton's compiler."""
     return {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
-
-
-def _launch(kernel: Any, programs: int, options: dict[str, object], **arguments: Any) -> None:
-    device = arguments["gates_ptr"].device
-    if device.type == "cpu":  # interpreted
-        kernel[(programs,)](**arguments)
-        return
-    with torch.cuda.device(device):
-        kernel[(programs,)](**arguments, **options)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, transforms
 from .ops import Layout, Stack, gate_major, gate_minor
 from .ragged import Ragged
 
@@ -106,9 +106,10 @@ def gradients(
             outside = None if grad_output is None else grad_output[window.rows]
             if outside is not None and ragged is None:
                 outside = outside.unflatten(0, (-1, batch_size))
-            grad_gates, grad_cell = ops.scan_backward(
-                outside, grad_h, grad_c, own.weights, 1, bias, own.reverse, cell, gates, part_tables, batch_size
-            )
+            grad_gates, grad_cell = transforms.call(
+                ops.scan_backward, outside, grad_h, grad_c, own.weights, 1, bias, own.reverse, cell, gates,
+                part_tables, batch_size,
+            )  # fmt: skip
             of_gates = grad_gates[0, part.steps, : 4 * hidden_size]
             sums[0] += gate_major(ops.matmul(of_gates.t(), rows))
             sums[1] += gate_major(ops.matmul(of_gates.t(), hidden_prev))

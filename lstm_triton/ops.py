@@ -7,7 +7,7 @@ direction. Every buffer has a block for each lane. The rows of a block are state
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import planner
+from . import planner, transforms
 from .planner import MIN_DOT_DEPTH, Device, Kind, Launch, Plan, state_stride
 from .ragged import Ragged
 
@@ -117,6 +117,13 @@ class Stack(NamedTuple):
     def layer(self, number: int) -> slice:
         """The lanes of a layer."""
         return slice(number * self.directions, (number + 1) * self.directions)
+
+    def by_direction(self) -> list[tuple[slice, bool]]:
+        """The lanes of each direction, and whether it walks from the last step to the first."""
+        return [
+            (slice(first, None, self.directions), self.is_reverse(first))
+            for first in range(min(self.directions, self.lanes))
+        ]
 
     def of(self, lanes: slice) -> "Stack":
         """Some of the lanes."""
@@ -228,11 +235,10 @@ def scan_forward(
     ragged = Ragged(*tables) if tables else None
     rows_of_cells = layout.state_rows if keep_cells else (2 if layout.ragged else 1) * layout.batch_size
 
-    def new_buffers(lanes: int, drop: bool) -> _Buffers:
-        hidden, passed = (
-            sentinels((count, layout.state_rows, layout.stride), input) for count in (lanes, lanes if drop else 0)
-        )
-        cell = torch.empty((lanes, rows_of_cells, layout.stride), dtype=torch.float32, device=input.device)
+    def new_buffers(lanes: int, drop: bool, hidden: Tensor | None = None) -> _Buffers:
+        hidden = sentinels((lanes, layout.state_rows, layout.stride), input) if hidden is None else hidden
+        passed = sentinels((lanes if drop else 0, layout.state_rows, layout.stride), input)
+        cell = input.new_empty((lanes, rows_of_cells, layout.stride), dtype=torch.float32)
         gates = input.new_empty((lanes if keep_gates else 0, layout.rows, 4 * stack.hidden_size))
         return _Buffers(hidden, passed, cell, gates)
 
@@ -247,32 +253,33 @@ def scan_forward(
     fuse_input = preact_0 is None and preact_reset is None
     for launch in _launches("forward", stack, input, layout.batch_size, fuse_input):
         lanes = slice(launch.lanes.start, launch.lanes.stop)
+        part = stack.of(lanes)
         dropped = _dropped_lanes(launch, stack, dropout)
-        buffers = kept.of(lanes) if keep_cells else new_buffers(launch.plan.lanes, dropped > 0)
-        if low_memory:
-            buffers = buffers._replace(hidden=kept.hidden[lanes])
+        if keep_cells:
+            buffers = kept.of(lanes)
+        else:
+            buffers = new_buffers(launch.plan.lanes, dropped > 0, kept.hidden[lanes] if low_memory else None)
         cell_starts = kept.cell[lanes] if low_memory else None
         starts = [None if each is None else each[lanes] for each in (h_0, c_0, h_reset, c_reset)]
-        _start(buffers, layout, ragged, stack.of(lanes), starts)
+        _start(buffers, layout, ragged, part, starts)
         preacts = [None if each is None else each[lanes] for each in (preact_0, preact_reset)]
         _run_forward(
-            launch, stack.of(lanes), buffers, layout, ragged, below, preacts, keep_cells, cell_starts, dropped, dropout,
-            seed,
-        )  # fmt: skip
-        for at, lane in enumerate(launch.lanes):
-            if ragged is None:
-                last = layout.last(stack.is_reverse(lane))
-                finals = buffers.hidden[at, last], buffers.cell[at, last if keep_cells else slice(None)]
-            else:
-                ends = ragged.ends(stack.is_reverse(lane))
-                finals = buffers.hidden[at, ends], buffers.cell[at, ends if keep_cells else slice(layout.batch_size)]
-            h_n[lane], c_n[lane] = (final[:, : stack.hidden_size] for final in finals)
+            launch, part, buffers, layout, ragged, below, preacts, keep_cells, cell_starts, dropped, dropout, seed
+        )
+        for own, reverse in part.by_direction():
+            last = layout.last(reverse) if ragged is None else ragged.ends(reverse)
+            h_n[lanes][own] = buffers.hidden[own, last, : stack.hidden_size]
+            if keep_cells:
+                c_n[lanes][own] = buffers.cell[own, last, : stack.hidden_size]
+        if not keep_cells:
+            c_n[lanes] = buffers.cell[:, : layout.batch_size, : stack.hidden_size]
+        for at in range(launch.plan.lanes):
             last_hidden = [*last_hidden, buffers.hidden[at]][-directions:]
             if len(outputs) == directions:
                 outputs = []
             source = buffers.passed if at < dropped else buffers.hidden
             outputs.append(source[at, layout.steps, : stack.hidden_size])
-        if len(outputs) == directions:
+        if len(outputs) == directions and launch.lanes.stop < stack.lanes:
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
     if keep_cells or low_memory:
         return *kept, h_n, c_n
@@ -368,8 +375,8 @@ def _run_forward(
     whole = plan.chained or len(windows) == 1
     parts = [slice(0, plan.lanes)] if whole else [slice(at, at + 1) for at in range(plan.lanes)]
     for part in parts:
-        part_plan = replace(plan, lanes=part.stop - part.start)
-        part_stack, hidden = stack.of(part), buffers.hidden[part]
+        part_plan = plan if whole else replace(plan, lanes=1)
+        part_stack, hidden = stack if whole else stack.of(part), buffers.hidden[part]
         for window in reversed(windows) if part_stack.reverse else windows:
             begins = window.steps.stop if part_stack.reverse else window.steps.start
             if cell_starts is not None and (begins % kept_steps == 0 or begins == time_steps):
@@ -377,9 +384,9 @@ def _run_forward(
                 cell_starts[part, number] = buffers.cell[part, : layout.batch_size]
             first, last = window.rows.start, window.rows.stop
             gates = buffers.gates[part]
-            input, stride_unit = below, 1
+            input, stride_unit = hidden, 1
             if plan.fuse_input:
-                input, stride_unit = _with_aligned_rows(input)
+                input, stride_unit = with_aligned_rows(below)
             else:
                 projected = 1 if plan.chained else part_plan.lanes
                 if not keep_gates:
@@ -475,23 +482,24 @@ def _neighbours(values: list[int]) -> list[tuple[int, int]]:
 
 def _start(buffers: _Buffers, layout: Layout, ragged: Ragged | None, stack: Stack, states: list[Tensor | None]) -> None:
     """Write what the steps start from, and what is known beforehand."""
-    for at in range(stack.lanes):
-        h_0, c_0, h_reset, c_reset = (None if state is None else state[at] for state in states)
-        hidden, cell = buffers.hidden[at], buffers.cell[at]
-        reverse = stack.is_reverse(at)
-        initial = layout.initial(reverse) if len(cell) == layout.state_rows else slice(layout.batch_size)
-        _fill(cell[initial], c_0)
+    for lanes, reverse in stack.by_direction():
+        h_0, c_0, h_reset, c_reset = (None if state is None else state[lanes] for state in states)
+        hidden, cell = buffers.hidden[lanes], buffers.cell[lanes]
+        initial = layout.initial(reverse) if cell.shape[1] == layout.state_rows else slice(layout.batch_size)
+        _fill(cell[:, initial], c_0)
         if ragged is None:
-            _fill(hidden[layout.initial(reverse)], h_0)
+            _fill(hidden[:, layout.initial(reverse)], h_0)
             continue
         # NaNs as all NaNs are: here too nobody must mistake one for a sentinel.
-        _fill(hidden[layout.initial(reverse)], h_0, canonical=True)
-        _fill(hidden[layout.initial(not reverse)], None)
-        _fill(hidden[layout.anew], h_reset, canonical=True)
-        _fill(cell[-layout.batch_size :], c_reset)
-        for rows in (hidden, *buffers.passed[at : at + 1]):
-            rows[layout.steps].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
-        buffers.passed[at : at + 1, : layout.batch_size].zero_()
+        _fill(hidden[:, layout.initial(reverse)], h_0, canonical=True)
+        _fill(hidden[:, layout.initial(not reverse)], None)
+        _fill(hidden[:, layout.anew], h_reset, canonical=True)
+        _fill(cell[:, -layout.batch_size :], c_reset)
+    if ragged is not None:
+        no_step = ~ragged.is_step().unsqueeze(1)
+        buffers.hidden[:, layout.steps].masked_fill_(no_step, 0)
+        buffers.passed[:, layout.steps].masked_fill_(no_step, 0)
+        buffers.passed[:, : layout.batch_size].zero_()
 
 
 def add_starts(
@@ -570,8 +578,8 @@ def scan_backward(
 
     grad_gates = sentinels((stack.lanes, layout.state_rows, 4 * layout.stride), gates)
     if ragged is None:
-        for lane in range(stack.lanes):  # nothing comes after the last step
-            grad_gates[lane, layout.initial(not stack.is_reverse(lane))].zero_()
+        for own, reverse_in_time in stack.by_direction():  # nothing comes after the last step
+            grad_gates[own, layout.initial(not reverse_in_time)].zero_()
     else:
         grad_gates[:, : layout.batch_size].zero_()
         grad_gates[:, layout.steps.stop :].zero_()
@@ -661,10 +669,16 @@ def dropout_scale(seed: Tensor, lane: int, dropout: float, like: Tensor, first_r
     from .kernels.lanes import dropout_scales
 
     scale = torch.empty(like.shape, dtype=torch.float32, device=like.device)
-    elements, block = scale.numel(), 1024
-    grid = (-(-elements // block),)
-    with torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext():
-        dropout_scales[grid](seed, lane, dropout, scale, elements, first_row * like.shape[-1], BLOCK=block)
+    arguments = {
+        "seed_ptr": seed,
+        "lane": lane,
+        "probability": dropout,
+        "scale_ptr": scale,
+        "elements": scale.numel(),
+        "first_element": first_row * like.shape[-1],
+    }
+    grid = (-(-scale.numel() // planner.DROPOUT_BLOCK),)
+    launch(dropout_scales, grid, like.device, arguments, {"BLOCK": planner.DROPOUT_BLOCK}, {})
     return scale
 
 
@@ -685,27 +699,28 @@ def gates_again(gates: Tensor, cell: Tensor, stack: Stack, tables: Sequence[Tens
     ragged = Ragged(*tables) if tables else None
     block_batch, block_hidden = planner.AGAIN_BLOCK
     grid = (-(-batch_size // block_batch), -(-stack.hidden_size // block_hidden))
-    options = {} if gates.device.type == "cpu" else {"num_warps": planner.AGAIN_WARPS}
-    biases = [*stack.named("bias_ih"), *stack.named("bias_hh")] if stack.bias else [gates, gates]
-    with torch.cuda.device(gates.device) if gates.is_cuda else contextlib.nullcontext():
-        kernel[grid](
-            gates,
-            *_contiguous(biases),
-            cell,
-            gates if ragged is None else ragged.before,
-            gates if ragged is None else ragged.after,
-            gates if ragged is None else ragged.offsets,
-            gates.shape[1] // batch_size if ragged is None else ragged.offsets.shape[0] - 1,
-            batch_size,
-            int(stack.reverse),
-            HIDDEN=stack.hidden_size,
-            STATE_STRIDE=cell.shape[2],
-            HAS_BIAS=stack.bias,
-            RAGGED=ragged is not None,
-            BLOCK_BATCH=block_batch,
-            BLOCK_HIDDEN=block_hidden,
-            **options,
-        )
+    bias_ih, bias_hh = [*stack.named("bias_ih"), *stack.named("bias_hh")] if stack.bias else [gates, gates]
+    arguments = {
+        "gates_ptr": gates,
+        "bias_ih_ptr": bias_ih.contiguous(),
+        "bias_hh_ptr": bias_hh.contiguous(),
+        "cell_ptr": cell,
+        "before_ptr": gates if ragged is None else ragged.before,
+        "after_ptr": gates if ragged is None else ragged.after,
+        "offsets_ptr": gates if ragged is None else ragged.offsets,
+        "seq_len": gates.shape[1] // batch_size if ragged is None else ragged.offsets.shape[0] - 1,
+        "batch_size": batch_size,
+        "reverse": int(stack.reverse),
+    }
+    constants = {
+        "HIDDEN": stack.hidden_size,
+        "STATE_STRIDE": cell.shape[2],
+        "HAS_BIAS": stack.bias,
+        "RAGGED": ragged is not None,
+        "BLOCK_BATCH": block_batch,
+        "BLOCK_HIDDEN": block_hidden,
+    }
+    launch(kernel, grid, gates.device, arguments, constants, {"num_warps": planner.AGAIN_WARPS})
 
 
 def hidden_before(
@@ -753,13 +768,13 @@ def _regrouped(weight: Tensor, groups: tuple[int, int]) -> Tensor:
 
 
 def _fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
-    """Write a state (B, H) into its state rows."""
+    """Write states (lanes, B, H) into their state rows."""
     if state is None:
         rows.zero_()
         return
-    hidden_size = state.shape[1]
-    rows[:, :hidden_size] = torch.where(state.isnan(), torch.nan, state) if canonical else state
-    rows[:, hidden_size:] = 0
+    hidden_size = state.shape[2]
+    rows[..., :hidden_size] = torch.where(state.isnan(), torch.nan, state) if canonical else state
+    rows[..., hidden_size:] = 0
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -782,8 +797,8 @@ def _lookups(ragged: Ragged | None, plan: Plan, window: Window, unused: Tensor) 
 
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, in TF32 where cuDNN would use it for an LSTM: torch.matmul's own setting is off at first."""
-    if left.dtype == torch.float32 and left.is_cuda:
-        product: Tensor = _cuda_matmul(left, right)
+    if may_take_tf32(left):
+        product: Tensor = transforms.call(_cuda_matmul, left, right)
         return product
     return left @ right
 
@@ -802,9 +817,9 @@ def _(left: Tensor, right: Tensor) -> Tensor:
 def project(rows: Tensor, weight: Tensor, projected: Tensor, add: bool = False) -> None:
     """Write, or add, rows @ weight^T."""
     setting: AbstractContextManager[None] = contextlib.nullcontext()
-    if rows.dtype == torch.float32 and rows.is_cuda:
+    if may_take_tf32(rows):
         setting = _matmul_precision("tf32" if allows_tf32() else "ieee")
-    with torch.autocast(rows.device.type, enabled=False), setting:
+    with transforms.without_autocast(rows.device), setting:
         torch.addmm(projected, rows, weight.t(), beta=int(add), out=projected)
 
 
@@ -837,16 +852,20 @@ def _matmul_precision(precision: str) -> Iterator[None]:
 
 def sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An exchange buffer in which nothing has been published (kernels/exchange.py)."""
-    buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
-    buffer.view(torch.int32 if like.dtype.itemsize == 4 else torch.int16).fill_(-1)
+    buffer = like.new_empty(shape)
+    if buffer.numel() > 0:
+        buffer.view(torch.int32 if like.dtype.itemsize == 4 else torch.int16).fill_(-1)
     return buffer
 
 
-def _with_aligned_rows(input: Tensor) -> tuple[Tensor, int]:
+def with_aligned_rows(input: Tensor) -> tuple[Tensor, int]:
     """An input whose rows are contiguous, aligned if their length allows it; and the unit of its strides."""
     unit = 16 if input.shape[-1] % 16 == 0 else 1
-    if input.stride(-1) != 1 or any(stride % unit for stride in input.stride()[:-1]):
+    *strides, last = input.stride()
+    if last != 1 or any(stride % unit for stride in strides):
         input = input.contiguous()
+    if unit > 1 and input.data_ptr() % 16 != 0:  # columns of a wider tensor: not worth a compilation of its own
+        input = input.clone()
     return input, unit
 
 
@@ -896,9 +915,27 @@ def launch_options(plan: Plan) -> dict[str, object]:
 
 
 def _launch(kernel: Any, plan: Plan, device: torch.device, **arguments: object) -> None:
-    grid = (plan.programs,)
+    launch(kernel, (plan.programs,), device, arguments, constants_of(plan), launch_options(plan))
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    arguments: Mapping[str, object],
+    constants: Mapping[str, object],
+    options: Mapping[str, object],
+) -> None:
+    """Launch a kernel: every one of this library goes through here."""
+    named = {**arguments, **constants}
+    values = [named[name] for name in kernel.arg_names]  # Triton takes longer to find arguments by their names
     if device.type == "cpu":  # interpreted
-        kernel[grid](**arguments, **constants_of(plan))
+        kernel[grid](*values)
         return
     with torch.cuda.device(device):
-        kernel[grid](**arguments, **constants_of(plan), **launch_options(plan))
+        kernel[grid](*values, **options)
+
+
+def may_take_tf32(tensor: Tensor) -> bool:
+    """Whether matrix products of a tensor depend on a setting."""
+    return tensor.dtype == torch.float32 and tensor.is_cuda

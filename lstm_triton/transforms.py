@@ -1,12 +1,17 @@
-"""Which of torch.func's transforms and of PyTorch's forward-mode derivatives a call is inside of.
+"""Which of torch.func's transforms and of PyTorch's forward-mode derivatives a call is inside of, and of what else.
 
 Forward-mode derivatives take the step-by-step formula (reference.py), and so does every vmap where there are no
 kernels: PyTorch's own function has rules for neither. The kernels' rules for vmap are in vmap.py.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 
 def active() -> bool:
@@ -32,3 +37,30 @@ def plain(tensor: Tensor) -> Tensor:
     while not torch.compiler.is_dynamo_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
+
+
+def call(operator: Any, *arguments: Any) -> Any:
+    """Call an operator of this library; as the function that it is, unless somebody sees which operators are called.
+
+    The way through PyTorch's dispatcher and back takes longer than the function itself. It is for torch.compile and
+    torch.export, vmap, modes, and subclasses of tensors, such as those without data.
+    """
+    return operator(*arguments) if _is_observed(arguments) else operator._init_fn(*arguments)
+
+
+def _is_observed(arguments: tuple[Any, ...]) -> bool:
+    if torch.compiler.is_compiling() or active() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    for argument in arguments:
+        if type(argument) not in PLAIN_TYPES and (
+            not isinstance(argument, (list, tuple)) or any(type(each) not in PLAIN_TYPES for each in argument)
+        ):
+            return True
+    return False
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Autocast off, inside the `with` block; nothing at all where it is off anyway."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -115,6 +115,8 @@ def _entries_of(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
 
 torch.library.register_vmap(ops.scan_forward, _scan_forward)
 torch.library.register_vmap(ops.scan_backward, _scan_backward)
-for operator in (ops.dropout_scale, low_memory.gradients, cell_ops.cell_forward, cell_ops.cell_backward):
+for operator in (
+    ops.dropout_scale, low_memory.gradients, cell_ops.cell_forward, cell_ops.single_step, cell_ops.cell_backward,
+):  # fmt: skip
     torch.library.register_vmap(operator, _entries_of(operator))
 torch.library.register_vmap("lstm_triton::matmul", _cuda_matmul)

@@ -1,12 +1,15 @@
 """Autograd around the scans, and the whole module through the interpreted kernels."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
 from lstm_triton import interpreter, ops
@@ -167,6 +170,45 @@ def test_operators_keep_their_promises_to_the_compiler(hidden_size: int, save: b
             grads = (torch.randn(3, 2, hidden_size), None, torch.randn(1, 2, hidden_size))
             arguments = (*grads, given[-1], *options, cell, gates, [], 2)
             torch.library.opcheck(ops.scan_backward, arguments, test_utils=checks)
+
+
+class Seen(TorchDispatchMode):
+    """This library's operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "lstm_triton":
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_operators_are_called_as_such_wherever_that_is_seen() -> None:
+    """By modes, and of tensors without data; elsewhere as functions, with the same results."""
+    module = lstm_triton.LSTM(3, 16)
+    input, step = torch.randn(4, 2, 3), torch.randn(1, 2, 3)
+
+    def train() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(module(input)[0].sum(), list(module.parameters()))
+
+    with interpreter.interpret(), lstm_triton.backend("triton"):
+        expected = train()
+        with Seen() as seen:
+            found = train()
+            with torch.no_grad():
+                module(step)
+        assert seen.names == [f"lstm_triton::{name}" for name in ("scan_forward", "scan_backward", "single_step")]
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = mode.from_tensor(input)
+        with torch.no_grad():
+            assert isinstance(torch.func.functional_call(module, {}, (fake,))[0], FakeTensor)
+
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            train()
+        assert not any(event.key.startswith("lstm_triton") for event in profile.key_averages())
 
 
 def test_compiles_into_one_graph() -> None:

@@ -295,6 +295,18 @@ def test_kernels_in_one_compiled_graph() -> None:
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.interpreted
+def test_traced_without_the_kernels() -> None:
+    """torch.jit.trace would record neither of them nor of what follows from sizes."""
+    from lstm_triton.interpreter import interpret
+
+    module, input = lstm_triton.LSTM(3, 16), torch.randn(5, 2, 3)
+    with interpret(), torch.no_grad():
+        traced = torch.jit.trace(module, (input,), check_trace=False)
+        assert "lstm_triton::" not in str(traced.inlined_graph)
+        torch.testing.assert_close(traced(input + 1), module(input + 1))
+
+
 def test_explain_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     module, input = lstm_triton.LSTM(3, 4, num_layers=2, dropout=0.5), torch.zeros(5, 2, 3)
     before = torch.get_rng_state()

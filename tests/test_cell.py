@@ -497,6 +497,8 @@ def test_operators(states: bool) -> None:
             torch.library.opcheck(torch.ops.lstm_triton.cell_forward, sample)
         _, c_1, gates = cell_ops.cell_forward(input, *state, *weights, True, "matmul")
         torch.library.opcheck(torch.ops.lstm_triton.cell_backward, (h, c, state[1], c_1, gates))
+        stacked = [each.expand(2, -1, -1).contiguous() for each in state] if states else state
+        torch.library.opcheck(torch.ops.lstm_triton.single_step, (input, *stacked, weights * 2, 2, True))
 
 
 # --- torch.func ---
@@ -635,6 +637,16 @@ def test_single_steps_of_a_layer(dtype: torch.dtype, launches: list[str]) -> Non
         assert_as_accurate(h_n, right_h, h)
         assert_as_accurate(c_n, right_c, c)
         assert output.data_ptr() != h_n.data_ptr()
+
+
+@interpreted
+def test_single_steps_under_vmap() -> None:
+    module, input = lstm_triton.LSTM(6, 20, num_layers=2), torch.randn(3, 1, 2, 6)
+    with interpreter.interpret(), lstm_triton.backend("triton"), torch.no_grad():
+        output, (h_n, c_n) = torch.func.vmap(module)(input)
+        expected = [module(each) for each in input]
+    for entry, (one_output, states) in enumerate(expected):
+        torch.testing.assert_close((output[entry], (h_n[entry], c_n[entry])), (one_output, states))
 
 
 @interpreted

@@ -3,7 +3,7 @@ projections, and input projections in windows of time.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import lstm_triton
-from lstm_triton import interpreter, ops, planner
+from lstm_triton import interpreter, ops, planner, transforms
 from lstm_triton.planner import Device, Kind, Plan, candidates
 
 from .comparing import LoopLSTM, assert_results_as_accurate, assert_same, run
@@ -702,14 +702,15 @@ def test_inference_keeps_nothing(bidirectional: bool, lanes: int, layout: str) -
     """Neither gates nor cells, nor the h of layers that are done; the results are those of training, bit by bit."""
     stack = Stack(3, bidirectional, torch.bfloat16, layout, dropout=0.5).launched(lanes)
     found: list[tuple[Tensor, ...]] = []
-    scan_forward: Callable[..., tuple[Tensor, ...]] = ops.scan_forward
+    call = transforms.call
 
-    def watched(*arguments: Any) -> tuple[Tensor, ...]:
-        found.append(scan_forward(*arguments))
+    def watched(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        assert operator is ops.scan_forward
+        found.append(call(operator, *arguments))
         return found[-1]
 
     with pytest.MonkeyPatch.context() as patch, counted_launches() as calls:
-        patch.setattr(ops, "scan_forward", watched)
+        patch.setattr(transforms, "call", watched)
         results = stack.infer()
     for call in calls:
         assert not call["KEEP_GATES"]

@@ -1,0 +1,57 @@
+"""What a call costs beside the kernels, on a pretended GPU (bench/overhead.py): launches, and compilations."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parent.parent
+
+
+def overhead(*arguments: str) -> Any:
+    """The command in a process of its own: here kernels are interpreted, there they would be compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.overhead", "--json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_compilation_for_each_plan(dtype: str) -> None:
+    """Neither the numbers of steps and sequences nor how an input lies in memory cause another one."""
+    [found] = overhead("--compilations", "64", "--dtype", dtype).values()
+    assert found.keys() == {"forward_scan", "backward_scan", "cell_forward"}
+    for kernel in found.values():
+        assert kernel["compiled"] == kernel["constants"]
+    # In training and in inference, a few plans each, for all batch sizes up to 256.
+    assert found["forward_scan"]["constants"] <= 10
+    assert found["backward_scan"]["constants"] <= 3
+    assert found["cell_forward"]["constants"] <= 4
+
+
+def test_what_a_call_launches() -> None:
+    """The kernels; and of PyTorch's operators as few as were once needed."""
+    rows = {row["name"]: row for row in overhead("--seconds", "0.001")}
+    found = {name: (sum(row["operators"].values()), sum(row["launches"].values())) for name, row in rows.items()}
+    assert found.pop("one step") == (0, 1)
+    assert found.pop("one step, with states") == (0, 1)
+    assert found.pop("one step, 2 layers, both directions") == (0, 4)
+    most = {
+        "one step, training": (17, 2),
+        "inference": (6, 1),
+        "inference, with states": (6, 1),
+        "training": (17, 2),
+        "inference, 2 layers, both directions": (22, 2),
+        "training, 2 layers, both directions": (65, 4),
+    }
+    assert found.keys() == most.keys()
+    for name, (operators, launches) in found.items():
+        assert operators <= most[name][0], rows[name]["operators"]
+        assert launches == most[name][1]
