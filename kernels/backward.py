@@ -7,18 +7,71 @@ walks against the forward direction:
     dgates_t, dc_{t-1} = differentiate(...)     (gates.py)
 
 Of CHAINED layers, each but the last one also gets dgates_t W_ih from the layer above, waiting for its dgates_t. The
-gradients of inputs, weights, biases and of h_0 are plain matrix products over dgates, done afterwards. dgates rows are
-gate-minor, so that a unit's four gradients leave in one piece.
+gradients of inputs, weights, biases and of h_0 are plain matrix products over dgates, done afterwards.
+
+dgates rows are gate-minor, so that a unit's four gradients leave in one piece. What belongs to a unit is computed in
+tiles of *pairs*, (BLOCK_BATCH, 2 * BLOCK_HIDDEN): twice for each unit, by the threads that store its first two and its
+last two gradients, which so need not be handed from thread to thread.
 """
 
 import triton
 import triton.language as tl
 
 from .exchange import publish, request
-from .gates import differentiate, join_gates
+from .fragments import fragment_ks, fragment_rows, weight_places
+from .gates import differentiate
 from .lanes import dropout_scale, of_lane, place
-from .product import add_received, load_lefts, no_sums, total
+from .product import add_received, load_left, no_sums, total_of_fragments
 from .ragged import count_turns, look_up, next_turn, no_turn
+
+
+@triton.jit
+def weight_pointers(
+    pointer,  # (4H, H)
+    slice_index,
+    units_end,
+    HIDDEN: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Pointers, mask and k's of a program's first chunk of weights: see load_left."""
+    units, ks = weight_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED)
+    units += slice_index * BLOCK_HIDDEN
+    return pointer + (ks % 4 * HIDDEN + ks // 4).to(tl.int64) * HIDDEN + units, units < units_end, ks
+
+
+@triton.jit
+def load_weights(
+    pointer,
+    slice_index,
+    units_end,
+    HIDDEN: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    REGISTER_CHUNKS: tl.constexpr,
+    RESIDENT_CHUNKS: tl.constexpr,
+):
+    """The chunks that stay on the chip, as many in registers as there are to be, the others in shared memory."""
+    weights = ()
+    for chunk in tl.static_range(RESIDENT_CHUNKS):
+        pointers, mask, ks = weight_pointers(
+            pointer, slice_index, units_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, chunk >= REGISTER_CHUNKS
+        )
+        weights = weights + (
+            load_left(
+                pointers, mask, ks, chunk, BLOCK_K // 4 * HIDDEN, 4 * HIDDEN, BLOCK_K, SPLIT_K, chunk >= REGISTER_CHUNKS
+            ),
+        )
+    return weights
+
+
+@triton.jit
+def as_pairs(values, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """(UNITS, ROWS) -> (ROWS, 2 * UNITS), each of them twice."""
+    return tl.reshape(tl.broadcast_to(tl.trans(values)[:, :, None], (ROWS, UNITS, 2)), (ROWS, 2 * UNITS))
 
 
 @triton.jit(
@@ -80,6 +133,7 @@ def backward_scan(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
+    REGISTER_CHUNKS: tl.constexpr,  # of the resident ones
     GROUP_CHUNKS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
@@ -104,23 +158,24 @@ def backward_scan(
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
     rows = tl.arange(0, BLOCK_BATCH)
-    ks = tl.arange(0, BLOCK_K)
-    local_units = slice_index * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    units = local_units[None, :]
+    ks = fragment_ks(BLOCK_K, SPLIT_K)
+    pairs = tl.arange(0, 2 * BLOCK_HIDDEN)[None, :]
+    units = slice_index * BLOCK_HIDDEN + pairs // 2
     gate_minor = slice_index * 4 * BLOCK_HIDDEN + tl.arange(0, 4 * BLOCK_HIDDEN)[None, :]
 
-    weight_offsets = (ks % 4 * HIDDEN + ks // 4).to(tl.int64)[None, :] * HIDDEN + local_units[:, None]
-    weight_ptrs = weight_hh_ptr + weight_offsets
     CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * HIDDEN
-    weights = load_lefts(
-        weight_ptrs, local_units < HIDDEN, ks, RESIDENT_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K
+    weights = load_weights(
+        weight_hh_ptr, slice_index, HIDDEN, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS, RESIDENT_CHUNKS
+    )
+    weight_ptrs, weight_mask, weight_ks = weight_pointers(
+        weight_hh_ptr, slice_index, HIDDEN, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=False
     )
     if CHAINED:
-        above_ptrs = of_lane(weight_ih_ptrs, lane + 1, LANES) + weight_offsets
-        above_mask = local_units < tl.where(lane < LANES - 1, HIDDEN, 0)
-        weights_above = load_lefts(
-            above_ptrs, above_mask, ks, RESIDENT_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K
-        )
+        above_end = tl.where(lane < LANES - 1, HIDDEN, 0)
+        weights_above = load_weights(
+            of_lane(weight_ih_ptrs, lane + 1, LANES), slice_index, above_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K,
+            REGISTER_CHUNKS, RESIDENT_CHUNKS,
+        )  # fmt: skip
         above_ptr = grad_gates_ptr + state_rows * (4 * STATE_STRIDE)
 
     grad_output_ptrs = grad_output_ptr + rows[:, None].to(tl.int64) * grad_output_stride_batch + units
@@ -160,7 +215,8 @@ def backward_scan(
             end = tl.where(reverse != 0, 0, row_count + batch_size)  # of the rows after the last steps
             last_mask = ((successor >= end) & (successor < end + batch_size))[:, None] & (units < HIDDEN)
             # Rows without a step read row 0, which nobody has to be waited for.
-            grad_gates_next = grad_gates_ptr + tl.maximum(successor, 0)[:, None].to(tl.int64) * (4 * STATE_STRIDE)
+            next_rows = fragment_rows(tl.maximum(successor, 0), BLOCK_BATCH)
+            grad_gates_next = grad_gates_ptr + next_rows.to(tl.int64) * (4 * STATE_STRIDE)
             cell_prev_ptrs = cell_ptr + source[:, None].to(tl.int64) * STATE_STRIDE + units
             output_row = step_row * grad_output_stride_batch
         else:
@@ -172,7 +228,8 @@ def backward_scan(
             to_next_row = tl.where(reverse != 0, -batch_size, batch_size)
             row_mask = (first_row + rows < batch_size)[:, None]
             last_mask = (first_row + rows < tl.where(step == 0, batch_size, 0))[:, None] & (units < HIDDEN)
-            read_rows = tl.minimum(rows, batch_size - 1 - first_row)[:, None]  # past the batch: its last row once more
+            # Past the batch: its last row once more.
+            read_rows = fragment_rows(tl.minimum(rows, batch_size - 1 - first_row), BLOCK_BATCH)
             grad_gates_next = grad_gates_ptr + (step_row + batch_size + to_next_row) * (4 * STATE_STRIDE)
             grad_gates_next += read_rows * (4 * STATE_STRIDE)
             cell_prev_ptrs = cell_ptrs + (step_row + batch_size - to_next_row) * STATE_STRIDE
@@ -180,7 +237,7 @@ def backward_scan(
         state_row = step_row + batch_size
         mask = row_mask & (units < HIDDEN)
 
-        grad_gates_next += ks[None, :]
+        grad_gates_next += ks
         if not CHAINED:
             grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if RAGGED:
@@ -216,29 +273,29 @@ def backward_scan(
         if CHAINED:
             if lane < LANES - 1:
                 if RAGGED:
-                    above_rows = tl.where(source >= 0, state_row + rows, 0)[:, None]
+                    above_rows = fragment_rows(tl.where(source >= 0, state_row + rows, 0), BLOCK_BATCH)
                 else:
                     above_rows = state_row + read_rows
-                above = above_ptr + above_rows * (4 * STATE_STRIDE) + ks[None, :]
+                above = above_ptr + above_rows * (4 * STATE_STRIDE) + ks
                 above_tiles = request(above, ks, 0, GROUP, WRITTEN, BLOCK_K)
                 sums = add_received(
-                    sums, above_tiles, above, step >= 0, weights_above, above_ptrs, local_units < HIDDEN, ks,
-                    CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-                    DOT_PRECISION, PACKED,
+                    sums, above_tiles, above, step >= 0, weights_above, weight_ptrs, weight_mask,
+                    weight_ks, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
+                    SPLIT_K, DOT_PRECISION, PACKED,
                 )  # fmt: skip
         if DROPOUT:
             if CHAINED:  # what the layer above gives back passes through dropout, the own next step does not
-                from_outside += tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
+                from_outside += as_pairs(total_of_fragments(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
                 sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
             from_outside *= scale
         if CHAINED:
             grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)  # not before: see forward.py
         sums = add_received(
             sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs,
-            local_units < HIDDEN, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
+            weight_mask, weight_ks, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
             SPLIT_K, DOT_PRECISION, PACKED,
         )  # fmt: skip
-        grad_hidden = tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
+        grad_hidden = as_pairs(total_of_fragments(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
         grad_hidden += from_outside + grad_last.to(tl.float32)
 
         grad_cell_now = grad_cell + grad_here.to(tl.float32) if GRAD_CELLS else grad_cell
@@ -246,9 +303,9 @@ def backward_scan(
             input_gate.to(tl.float32), forget_gate.to(tl.float32), candidate.to(tl.float32), output_gate.to(tl.float32),
             cell_prev, cell, grad_hidden, grad_cell_now,
         )  # fmt: skip
-        grad_gates = join_gates(
-            grad_input_preact, grad_forget_preact, grad_cell_preact, grad_output_preact, BLOCK_HIDDEN, BLOCK_BATCH
-        )
+        even = tl.where(pairs % 2 == 0, grad_input_preact, grad_cell_preact)
+        odd = tl.where(pairs % 2 == 0, grad_forget_preact, grad_output_preact)
+        grad_gates = tl.reshape(tl.join(even, odd), (BLOCK_BATCH, 4 * BLOCK_HIDDEN))
         if HIDDEN % BLOCK_HIDDEN != 0:
             grad_gates = tl.where(gate_minor < 4 * HIDDEN, grad_gates, 0.0)  # see forward.py
         publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), grad_gates, row_mask & (gate_minor < WRITTEN))

@@ -42,7 +42,7 @@ def request(pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.con
     tiles = ()
     for chunk in tl.static_range(first, first + COUNT):
         if (chunk + 1) * BLOCK_K > SIZE:
-            mask = (chunk * BLOCK_K + ks < SIZE)[None, :]
+            mask = chunk * BLOCK_K + ks < SIZE
             tile = tl.load(pointers + chunk * BLOCK_K, mask=mask, other=0.0, volatile=True)
         else:
             tile = tl.load(pointers + chunk * BLOCK_K, volatile=True)

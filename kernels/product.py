@@ -2,13 +2,15 @@
 
 Both are cut along K into chunks of BLOCK_K. A weight chunk is a tile (M, BLOCK_K), a state chunk (rows, BLOCK_K); the
 result is (M, rows), float32: M first, so that tensor cores see the weights as their tall operand and small batches
-waste little. SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time.
+waste little. SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time. Then both
+may also be tiles of *fragments* (fragments.py), of other shapes: states of four axes, weights with places of two.
 """
 
 import triton
 import triton.language as tl
 
 from .exchange import any_missing, request
+from .fragments import fragments_of_state, fragments_of_weights, ordered
 
 
 @triton.jit
@@ -21,8 +23,10 @@ def as_left(tile, M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr)
 
 @triton.jit
 def as_right(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
-    """(rows, BLOCK_K) states as the right operand of a dot."""
-    if SPLIT_K > 1:
+    """A state chunk as the right operand of a dot."""
+    if len(tile.shape) == 4:
+        right = fragments_of_state(tile, ROWS, BLOCK_K, SPLIT_K)
+    elif SPLIT_K > 1:
         right = tl.permute(tl.reshape(tile, (ROWS, SPLIT_K, BLOCK_K // SPLIT_K)), (1, 2, 0))
     else:
         right = tl.trans(tile)
@@ -61,8 +65,20 @@ def total(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
     for chain in tl.static_range(1, ACCUMULATORS):
         result += sums[chain]
     if SPLIT_K > 1:
-        result = tl.sum(result, axis=0)
+        # By halves: all parts of an element then come to one thread at once. tl.sum makes three exchanges of it.
+        result = tl.permute(result, (1, 2, 0))
+        for _ in tl.static_range(4):
+            if result.shape[2] > 1:
+                even, odd = tl.split(tl.reshape(result, (result.shape[0], result.shape[1], result.shape[2] // 2, 2)))
+                result = even + odd
+        result = tl.reshape(result, (result.shape[0], result.shape[1]))
     return result
+
+
+@triton.jit
+def total_of_fragments(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
+    result = total(sums, SPLIT_K, ACCUMULATORS)
+    return ordered(result, result.shape[0], result.shape[1])
 
 
 @triton.jit
@@ -75,11 +91,23 @@ def load_left(
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    SHARED: tl.constexpr = False,
 ):
-    """One weight chunk; pointers: (M, BLOCK_K) of chunk 0, the next chunk's are CHUNK_STRIDE elements further."""
-    mask = m_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)[None, :]
+    """One weight chunk; pointers: those of chunk 0, the next chunk's are CHUNK_STRIDE elements further.
+
+    They are (M, BLOCK_K), with a mask of M and the numbers of the columns, or those of `weight_places`, with a mask and
+    numbers for each of them.
+    """
+    if len(m_mask.shape) == 2:
+        mask = m_mask & (chunk * BLOCK_K + ks < SIZE)
+    else:
+        mask = m_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)[None, :]
     tile = tl.load(pointers + tl.cast(chunk, tl.int64) * CHUNK_STRIDE, mask=mask, other=0.0)
-    return as_left(tile, tile.shape[0], BLOCK_K, SPLIT_K)
+    if len(m_mask.shape) == 2:
+        left = fragments_of_weights(tile, tile.numel // BLOCK_K, BLOCK_K, SPLIT_K, SHARED)
+    else:
+        left = as_left(tile, tile.shape[0], BLOCK_K, SPLIT_K)
+    return left
 
 
 @triton.jit
@@ -109,6 +137,7 @@ def add_received(
     lefts,  # RESIDENT weight chunks
     weight_pointers,  # for the weight chunks that are not resident: see load_left
     m_mask,
+    weight_ks,
     ks,
     CHUNK_STRIDE: tl.constexpr,
     WEIGHT_SIZE: tl.constexpr,  # K as far as there are weights
@@ -132,8 +161,8 @@ def add_received(
         )
     for streamed in range(RESIDENT, (WEIGHT_SIZE + BLOCK_K - 1) // BLOCK_K):
         # Asked for before the wait: the weights are there already.
-        left = load_left(weight_pointers, m_mask, ks, streamed, CHUNK_STRIDE, WEIGHT_SIZE, BLOCK_K, SPLIT_K)
-        mask = (streamed * BLOCK_K + ks < STATE_SIZE)[None, :]
+        left = load_left(weight_pointers, m_mask, weight_ks, streamed, CHUNK_STRIDE, WEIGHT_SIZE, BLOCK_K, SPLIT_K)
+        mask = streamed * BLOCK_K + ks < STATE_SIZE
         tile = tl.load(state_pointers + streamed * BLOCK_K, mask=mask, other=0.0, volatile=True)
         while any_missing((tile,), 1, PACKED) & wait:
             tile = tl.load(state_pointers + streamed * BLOCK_K, mask=mask, other=0.0, volatile=True)
