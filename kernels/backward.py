@@ -9,16 +9,16 @@ walks against the forward direction:
 Of CHAINED layers, each but the last one also gets dgates_t W_ih from the layer above, waiting for its dgates_t. The
 gradients of inputs, weights, biases and of h_0 are plain matrix products over dgates, done afterwards.
 
-dgates rows are gate-minor, so that a unit's four gradients leave in one piece. What belongs to a unit is computed in
-tiles of *pairs*, (BLOCK_BATCH, 2 * BLOCK_HIDDEN): twice for each unit, by the threads that store its first two and its
-last two gradients, which so need not be handed from thread to thread.
+dgates rows are gate-minor, so that a unit's four gradients leave in one piece. What belongs to a unit is computed
+twice, by the threads that store its first two and its last two gradients, which so need not be handed from thread to
+thread: there are tiles of *pairs*, (BLOCK_BATCH * 2 * BLOCK_HIDDEN,).
 """
 
 import triton
 import triton.language as tl
 
 from .exchange import publish, request
-from .fragments import fragment_ks, fragment_rows, weight_places
+from .fragments import state_places, weight_places
 from .gates import differentiate
 from .lanes import dropout_scale, of_lane, place
 from .product import add_received, load_left, no_sums, total_of_fragments
@@ -70,8 +70,8 @@ def load_weights(
 
 @triton.jit
 def as_pairs(values, UNITS: tl.constexpr, ROWS: tl.constexpr):
-    """(UNITS, ROWS) -> (ROWS, 2 * UNITS), each of them twice."""
-    return tl.reshape(tl.broadcast_to(tl.trans(values)[:, :, None], (ROWS, UNITS, 2)), (ROWS, 2 * UNITS))
+    """(UNITS, ROWS) -> (ROWS * 2 * UNITS,)"""
+    return tl.reshape(tl.broadcast_to(tl.trans(values)[:, :, None], (ROWS, UNITS, 2)), (ROWS * 2 * UNITS,))
 
 
 @triton.jit(
@@ -157,11 +157,11 @@ def backward_scan(
     weight_hh_ptr = of_lane(weight_hh_ptrs, lane, LANES)
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
-    rows = tl.arange(0, BLOCK_BATCH)
-    ks = fragment_ks(BLOCK_K, SPLIT_K)
-    pairs = tl.arange(0, 2 * BLOCK_HIDDEN)[None, :]
-    units = slice_index * BLOCK_HIDDEN + pairs // 2
-    gate_minor = slice_index * 4 * BLOCK_HIDDEN + tl.arange(0, 4 * BLOCK_HIDDEN)[None, :]
+    tile_rows, ks = state_places(BLOCK_BATCH, BLOCK_K, SPLIT_K)
+    pairs = tl.arange(0, BLOCK_BATCH * 2 * BLOCK_HIDDEN)
+    rows = pairs // (2 * BLOCK_HIDDEN)
+    units = slice_index * BLOCK_HIDDEN + pairs // 2 % BLOCK_HIDDEN
+    gate_minor = slice_index * 4 * BLOCK_HIDDEN + pairs % (2 * BLOCK_HIDDEN) * 2  # the first of two neighbours
 
     CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * HIDDEN
     weights = load_weights(
@@ -178,15 +178,15 @@ def backward_scan(
         )  # fmt: skip
         above_ptr = grad_gates_ptr + state_rows * (4 * STATE_STRIDE)
 
-    grad_output_ptrs = grad_output_ptr + rows[:, None].to(tl.int64) * grad_output_stride_batch + units
-    grad_hidden_ptrs = grad_hidden_ptr + rows[:, None] * HIDDEN + units
-    grad_cell_ptrs = grad_cell_ptr + rows[:, None] * STATE_STRIDE + units
-    gates_ptrs = gates_ptr + rows[:, None] * (4 * HIDDEN) + units
-    cell_ptrs = cell_ptr + rows[:, None] * STATE_STRIDE + units
-    grad_gates_ptrs = grad_gates_ptr + rows[:, None] * (4 * STATE_STRIDE) + gate_minor
+    grad_output_ptrs = grad_output_ptr + rows.to(tl.int64) * grad_output_stride_batch + units
+    grad_hidden_ptrs = grad_hidden_ptr + rows * HIDDEN + units
+    grad_cell_ptrs = grad_cell_ptr + rows * STATE_STRIDE + units
+    gates_ptrs = gates_ptr + rows * (4 * HIDDEN) + units
+    cell_ptrs = cell_ptr + rows * STATE_STRIDE + units
+    grad_gates_ptrs = grad_gates_ptr + (rows * (4 * STATE_STRIDE) + gate_minor)[:, None] + tl.arange(0, 2)[None, :]
 
     first_row = group * BLOCK_BATCH
-    grad_cell_mask = (first_row + rows < batch_size)[:, None] & (units < STATE_STRIDE)
+    grad_cell_mask = (first_row + rows < batch_size) & (units < STATE_STRIDE)
     grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=grad_cell_mask, other=0.0)
     grad_anew = tl.zeros_like(grad_cell)  # of the states to start anew from
     grad_anew_ptrs = grad_cell_ptrs + batch_size.to(tl.int64) * STATE_STRIDE
@@ -202,6 +202,8 @@ def backward_scan(
         )
         source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
         successor_next = look_up(successors_ptr, turn_next, rows, BLOCK_BATCH)
+        tile_source_next = look_up(sources_ptr, turn_next, tile_rows, BLOCK_BATCH)
+        tile_successor_next = look_up(successors_ptr, turn_next, tile_rows, BLOCK_BATCH)
         turn_after = next_turn(
             turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
         )
@@ -209,15 +211,15 @@ def backward_scan(
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
             source, successor = source_next, successor_next
+            tile_source, tile_successor = tile_source_next, tile_successor_next
             first_row = turn_next[1] * BLOCK_BATCH
             step_row = turn_next[3].to(tl.int64) + first_row
-            row_mask = (source >= 0)[:, None]
+            row_mask = source >= 0
             end = tl.where(reverse != 0, 0, row_count + batch_size)  # of the rows after the last steps
-            last_mask = ((successor >= end) & (successor < end + batch_size))[:, None] & (units < HIDDEN)
+            last_mask = (successor >= end) & (successor < end + batch_size) & (units < HIDDEN)
             # Rows without a step read row 0, which nobody has to be waited for.
-            next_rows = fragment_rows(tl.maximum(successor, 0), BLOCK_BATCH)
-            grad_gates_next = grad_gates_ptr + next_rows.to(tl.int64) * (4 * STATE_STRIDE)
-            cell_prev_ptrs = cell_ptr + source[:, None].to(tl.int64) * STATE_STRIDE + units
+            grad_gates_next = grad_gates_ptr + tl.maximum(tile_successor, 0).to(tl.int64) * (4 * STATE_STRIDE)
+            cell_prev_ptrs = cell_ptr + source.to(tl.int64) * STATE_STRIDE + units
             output_row = step_row * grad_output_stride_batch
         else:
             if SEVERAL_TILES:
@@ -226,10 +228,9 @@ def backward_scan(
             time = tl.where(reverse != 0, step, seq_len - 1 - step).to(tl.int64)
             step_row = time * batch_size + first_row
             to_next_row = tl.where(reverse != 0, -batch_size, batch_size)
-            row_mask = (first_row + rows < batch_size)[:, None]
-            last_mask = (first_row + rows < tl.where(step == 0, batch_size, 0))[:, None] & (units < HIDDEN)
-            # Past the batch: its last row once more.
-            read_rows = fragment_rows(tl.minimum(rows, batch_size - 1 - first_row), BLOCK_BATCH)
+            row_mask = first_row + rows < batch_size
+            last_mask = (first_row + rows < tl.where(step == 0, batch_size, 0)) & (units < HIDDEN)
+            read_rows = tl.minimum(tile_rows, batch_size - 1 - first_row)  # past the batch: its last row once more
             grad_gates_next = grad_gates_ptr + (step_row + batch_size + to_next_row) * (4 * STATE_STRIDE)
             grad_gates_next += read_rows * (4 * STATE_STRIDE)
             cell_prev_ptrs = cell_ptrs + (step_row + batch_size - to_next_row) * STATE_STRIDE
@@ -237,13 +238,15 @@ def backward_scan(
         state_row = step_row + batch_size
         mask = row_mask & (units < HIDDEN)
 
-        grad_gates_next += ks
+        grad_gates_next = grad_gates_next[:, None] + ks
         if not CHAINED:
             grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if RAGGED:
             turn_next = turn_after
             source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
             successor_next = look_up(successors_ptr, turn_next, rows, BLOCK_BATCH)
+            tile_source_next = look_up(sources_ptr, turn_next, tile_rows, BLOCK_BATCH)
+            tile_successor_next = look_up(successors_ptr, turn_next, tile_rows, BLOCK_BATCH)
             turn_after = next_turn(
                 turn_after, turns - 2 - index, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles,
                 SEVERAL_TILES,
@@ -260,23 +263,23 @@ def backward_scan(
         grad_output = tl.load(grad_output_ptrs + output_row, mask=output_mask, other=0.0)
         grad_last = tl.load(grad_hidden_ptrs + first_row.to(tl.int64) * HIDDEN, mask=last_mask, other=0.0)
         if GRAD_CELLS:
-            grad_here = tl.load(grad_cells_ptr + (step_row + rows[:, None]) * HIDDEN + units, mask=mask, other=0.0)
+            grad_here = tl.load(grad_cells_ptr + (step_row + rows) * HIDDEN + units, mask=mask, other=0.0)
         if SEVERAL_TILES:
             tl.debug_barrier()  # other threads of this program may have written it, one step ago
             grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=mask, other=0.0)
 
         from_outside = grad_output.to(tl.float32)
         if DROPOUT:
-            elements = (step_row + rows)[:, None] * HIDDEN + units
+            elements = (step_row + rows) * HIDDEN + units
             scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
         sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
         if CHAINED:
             if lane < LANES - 1:
                 if RAGGED:
-                    above_rows = fragment_rows(tl.where(source >= 0, state_row + rows, 0), BLOCK_BATCH)
+                    above_rows = tl.where(tile_source >= 0, state_row + tile_rows, 0)
                 else:
                     above_rows = state_row + read_rows
-                above = above_ptr + above_rows * (4 * STATE_STRIDE) + ks
+                above = (above_ptr + above_rows * (4 * STATE_STRIDE))[:, None] + ks
                 above_tiles = request(above, ks, 0, GROUP, WRITTEN, BLOCK_K)
                 sums = add_received(
                     sums, above_tiles, above, step >= 0, weights_above, weight_ptrs, weight_mask,
@@ -305,13 +308,13 @@ def backward_scan(
         )  # fmt: skip
         even = tl.where(pairs % 2 == 0, grad_input_preact, grad_cell_preact)
         odd = tl.where(pairs % 2 == 0, grad_forget_preact, grad_output_preact)
-        grad_gates = tl.reshape(tl.join(even, odd), (BLOCK_BATCH, 4 * BLOCK_HIDDEN))
         if HIDDEN % BLOCK_HIDDEN != 0:
-            grad_gates = tl.where(gate_minor < 4 * HIDDEN, grad_gates, 0.0)  # see forward.py
-        publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), grad_gates, row_mask & (gate_minor < WRITTEN))
+            even, odd = tl.where(units < HIDDEN, even, 0.0), tl.where(units < HIDDEN, odd, 0.0)  # see forward.py
+        written_mask = (row_mask & (gate_minor < WRITTEN))[:, None]
+        publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), tl.join(even, odd), written_mask)
         if RAGGED:
             # What flows into a state to start anew from stays there.
-            anew = (source >= row_count + 2 * batch_size)[:, None]
+            anew = source >= row_count + 2 * batch_size
             if SEVERAL_TILES:
                 anew_ptrs = grad_anew_ptrs + first_row.to(tl.int64) * STATE_STRIDE
                 grad_anew = tl.load(anew_ptrs, mask=mask & anew, other=0.0)

@@ -7,9 +7,9 @@ row. So states go from memory to where they are multiplied, and weights stay the
 handed from thread to thread in every step, by way of shared memory and barriers.
 
 A chunk is BLOCK_K deep; SPLIT_K warps share it, and 4 threads of a warp its part of BLOCK_K // SPLIT_K. It is the
-compiler that assigns elements to threads: the shapes below are such that it does so in this way (a load spreads its last
-elements over the threads of a warp, then over the warps, and what is left over registers), and then sees that nothing
-has to move. Where it does otherwise, results are the same.
+compiler that assigns elements to threads: the shapes below are such that it does so in this way (a load spreads its
+last elements over the threads of a warp, then over the warps, and what is left over registers), and then sees that
+nothing has to move. Where it does otherwise, results are the same.
 """
 
 import triton
@@ -20,21 +20,16 @@ THREADS_OF_ROW = tl.constexpr(4)
 
 
 @triton.jit
-def fragment_rows(rows, ROWS: tl.constexpr):
-    """(ROWS,) -> (ROWS // 8, 1, 8, 1), to be broadcast to a state chunk."""
-    return tl.reshape(rows, (ROWS // ROWS_OF_WARP, 1, ROWS_OF_WARP, 1))
-
-
-@triton.jit
-def fragment_ks(BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
-    """(1, SPLIT_K, 1, BLOCK_K // SPLIT_K) the columns of a state chunk."""
-    parts = tl.arange(0, SPLIT_K)[None, :, None, None] * (BLOCK_K // SPLIT_K)
-    return parts + tl.arange(0, BLOCK_K // SPLIT_K)[None, None, None, :]
+def state_places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Rows (ROWS * SPLIT_K,) and k's (ROWS * SPLIT_K, BLOCK_K // SPLIT_K) of the elements of a state chunk."""
+    parts = tl.arange(0, ROWS * SPLIT_K)
+    ks = (parts // ROWS_OF_WARP % SPLIT_K * (BLOCK_K // SPLIT_K))[:, None] + tl.arange(0, BLOCK_K // SPLIT_K)[None, :]
+    return parts // (ROWS_OF_WARP * SPLIT_K) * ROWS_OF_WARP + parts % ROWS_OF_WARP, ks
 
 
 @triton.jit
 def fragments_of_state(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
-    """(ROWS // 8, SPLIT_K, 8, BLOCK_K // SPLIT_K) -> (SPLIT_K, BLOCK_K // SPLIT_K, ROWS), K reordered."""
+    """A tile loaded from `state_places` -> (SPLIT_K, BLOCK_K // SPLIT_K, ROWS), K reordered."""
     VECTOR: tl.constexpr = BLOCK_K // SPLIT_K // THREADS_OF_ROW  # elements that a thread loads at once
     tile = tl.reshape(tile, (ROWS // ROWS_OF_WARP, SPLIT_K, ROWS_OF_WARP, THREADS_OF_ROW, 4, VECTOR // 4))
     return tl.reshape(tl.permute(tile, (1, 4, 3, 5, 0, 2)), (SPLIT_K, BLOCK_K // SPLIT_K, ROWS))
@@ -42,21 +37,22 @@ def fragments_of_state(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K:
 
 @triton.jit
 def weight_places(M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr):
-    """(m, k): where in a chunk the elements of a weight tile are, each (registers, threads and neighbours).
+    """m's and k's, each (M * BLOCK_K,), of the elements of a weight chunk.
 
     Neighbouring m's, which are neighbours in memory, too, go to one thread. Tiles for SHARED memory are loaded by other
     warps than multiply them, so that the compiler puts them there.
     """
     VECTOR: tl.constexpr = BLOCK_K // SPLIT_K // THREADS_OF_ROW
     NEIGHBOURS: tl.constexpr = min(M // ROWS_OF_WARP, 2)
-    registers = tl.arange(0, M // (ROWS_OF_WARP * NEIGHBOURS) * VECTOR)[:, None]
-    columns = tl.arange(0, NEIGHBOURS * THREADS_OF_ROW * ROWS_OF_WARP * SPLIT_K)[None, :]
-    threads = columns // NEIGHBOURS
+    elements = tl.arange(0, M * BLOCK_K)
+    threads = elements // NEIGHBOURS
     warps = threads // (THREADS_OF_ROW * ROWS_OF_WARP)
+    registers = warps // SPLIT_K
+    warps = warps % SPLIT_K
     parts = warps % 2 * (SPLIT_K // 2) + warps // 2 if SHARED else warps
     ms = registers // VECTOR * ROWS_OF_WARP + threads // THREADS_OF_ROW % ROWS_OF_WARP
     ks = (parts * THREADS_OF_ROW + threads % THREADS_OF_ROW) * VECTOR + registers % VECTOR
-    return ms * NEIGHBOURS + columns % NEIGHBOURS, ks
+    return ms * NEIGHBOURS + elements % NEIGHBOURS, ks
 
 
 @triton.jit

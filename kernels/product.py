@@ -3,7 +3,7 @@
 Both are cut along K into chunks of BLOCK_K. A weight chunk is a tile (M, BLOCK_K), a state chunk (rows, BLOCK_K); the
 result is (M, rows), float32: M first, so that tensor cores see the weights as their tall operand and small batches
 waste little. SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time. Then both
-may also be tiles of *fragments* (fragments.py), of other shapes: states of four axes, weights with places of two.
+may also be *fragments* (fragments.py), tiles of other shapes.
 """
 
 import triton
@@ -24,7 +24,7 @@ def as_left(tile, M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr)
 @triton.jit
 def as_right(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
     """A state chunk as the right operand of a dot."""
-    if len(tile.shape) == 4:
+    if tile.shape[1] < BLOCK_K:
         right = fragments_of_state(tile, ROWS, BLOCK_K, SPLIT_K)
     elif SPLIT_K > 1:
         right = tl.permute(tl.reshape(tile, (ROWS, SPLIT_K, BLOCK_K // SPLIT_K)), (1, 2, 0))
@@ -95,15 +95,14 @@ def load_left(
 ):
     """One weight chunk; pointers: those of chunk 0, the next chunk's are CHUNK_STRIDE elements further.
 
-    They are (M, BLOCK_K), with a mask of M and the numbers of the columns, or those of `weight_places`, with a mask and
-    numbers for each of them.
+    They are (M, BLOCK_K), or those of `weight_places`, with a mask and a k for each of them.
     """
-    if len(m_mask.shape) == 2:
+    if len(pointers.shape) == 1:
         mask = m_mask & (chunk * BLOCK_K + ks < SIZE)
     else:
         mask = m_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)[None, :]
     tile = tl.load(pointers + tl.cast(chunk, tl.int64) * CHUNK_STRIDE, mask=mask, other=0.0)
-    if len(m_mask.shape) == 2:
+    if len(pointers.shape) == 1:
         left = fragments_of_weights(tile, tile.numel // BLOCK_K, BLOCK_K, SPLIT_K, SHARED)
     else:
         left = as_left(tile, tile.shape[0], BLOCK_K, SPLIT_K)

@@ -51,10 +51,9 @@ def streamed_layer(dtype: torch.dtype = torch.float32) -> Layer:
     plans = {}
     for kind in ("forward", "backward"):
         found = candidates(kind, device=device, **sizes)  # type: ignore[arg-type]
-        chosen = next(each for each in found if each.chunks > 2 and each.batch_tiles > each.groups)
         if kind == "backward":  # registers would hold all weights of so small a layer
-            chosen = replace(chosen, resident_chunks=2, register_chunks=1, group_chunks=1)
-        assert chosen.resident_fraction < 1
+            found = [replace(each, resident_chunks=2, register_chunks=1, group_chunks=1) for each in found]
+        chosen = next(each for each in found if each.resident_fraction < 1 and each.batch_tiles > each.groups)
         plans[kind] = chosen
     return Layer(3, 20, 5, 148, dtype, **plans)
 
