@@ -172,10 +172,14 @@ def backward_scan(
     )
     if CHAINED:
         above_end = tl.where(lane < LANES - 1, HIDDEN, 0)
+        weight_ih_ptr = of_lane(weight_ih_ptrs, lane + 1, LANES)
         weights_above = load_weights(
-            of_lane(weight_ih_ptrs, lane + 1, LANES), slice_index, above_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K,
-            REGISTER_CHUNKS, RESIDENT_CHUNKS,
+            weight_ih_ptr, slice_index, above_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
+            RESIDENT_CHUNKS,
         )  # fmt: skip
+        above_ptrs, above_mask, _ = weight_pointers(
+            weight_ih_ptr, slice_index, above_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=False
+        )
         above_ptr = grad_gates_ptr + state_rows * (4 * STATE_STRIDE)
 
     grad_output_ptrs = grad_output_ptr + rows.to(tl.int64) * grad_output_stride_batch + units
@@ -282,7 +286,7 @@ def backward_scan(
                 above = (above_ptr + above_rows * (4 * STATE_STRIDE))[:, None] + ks
                 above_tiles = request(above, ks, 0, GROUP, WRITTEN, BLOCK_K)
                 sums = add_received(
-                    sums, above_tiles, above, step >= 0, weights_above, weight_ptrs, weight_mask,
+                    sums, above_tiles, above, step >= 0, weights_above, above_ptrs, above_mask,
                     weight_ks, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
                     SPLIT_K, DOT_PRECISION, PACKED,
                 )  # fmt: skip

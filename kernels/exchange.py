@@ -34,7 +34,7 @@ def publish(pointers, value, mask):
 
 @triton.jit
 def request(pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load COUNT neighbouring (rows, BLOCK_K) tiles from chunk `first` on, all in flight together.
+    """Load COUNT neighbouring (rows, BLOCK_K) tiles from chunk `first` on, all in flight together; ks: their columns.
 
     Columns from SIZE on read 0, which is never the sentinel. Rows are not masked (that would cost instructions before
     every load): the caller lets rows past the batch point at one within it.

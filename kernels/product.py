@@ -67,7 +67,7 @@ def total(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
     if SPLIT_K > 1:
         # By halves: all parts of an element then come to one thread at once. tl.sum makes three exchanges of it.
         result = tl.permute(result, (1, 2, 0))
-        for _ in tl.static_range(4):
+        for _ in tl.static_range(4):  # enough for 16 parts
             if result.shape[2] > 1:
                 even, odd = tl.split(tl.reshape(result, (result.shape[0], result.shape[1], result.shape[2] // 2, 2)))
                 result = even + odd
@@ -77,6 +77,7 @@ def total(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
 
 @triton.jit
 def total_of_fragments(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
+    """(M, rows) of products of fragments"""
     result = total(sums, SPLIT_K, ACCUMULATORS)
     return ordered(result, result.shape[0], result.shape[1])
 
@@ -131,7 +132,7 @@ def load_lefts(
 def add_received(
     sums,
     tiles,  # the first GROUP chunks of the state as `request`ed by the caller
-    state_pointers,  # (rows, BLOCK_K) of chunk 0
+    state_pointers,  # of chunk 0
     wait,  # whether the state comes from peers of this launch
     lefts,  # RESIDENT weight chunks
     weight_pointers,  # for the weight chunks that are not resident: see load_left

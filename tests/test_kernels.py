@@ -15,7 +15,7 @@ from lstm_triton.autograd import scan_layer
 from lstm_triton.interpreter import Deadlock
 from lstm_triton.planner import Device, Launch, candidates, plan
 
-from .kernel_cases import DTYPES, Layer, interpretable, layers
+from .kernel_cases import DTYPES, Layer, interpretable, layers, streamed
 
 pytestmark = pytest.mark.interpreted
 
@@ -51,10 +51,7 @@ def streamed_layer(dtype: torch.dtype = torch.float32) -> Layer:
     plans = {}
     for kind in ("forward", "backward"):
         found = candidates(kind, device=device, **sizes)  # type: ignore[arg-type]
-        if kind == "backward":  # registers would hold all weights of so small a layer
-            found = [replace(each, resident_chunks=2, register_chunks=1, group_chunks=1) for each in found]
-        chosen = next(each for each in found if each.resident_fraction < 1 and each.batch_tiles > each.groups)
-        plans[kind] = chosen
+        plans[kind] = next(each for each in streamed(found, kind) if each.batch_tiles > each.groups)
     return Layer(3, 20, 5, 148, dtype, **plans)
 
 
