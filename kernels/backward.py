@@ -7,18 +7,71 @@ walks against the forward direction:
     dgates_t, dc_{t-1} = differentiate(...)     (gates.py)
 
 Of CHAINED layers, each but the last one also gets dgates_t W_ih from the layer above, waiting for its dgates_t. The
-gradients of inputs, weights, biases and of h_0 are plain matrix products over dgates, done afterwards. dgates rows are
-gate-minor, so that a unit's four gradients leave in one piece.
+gradients of inputs, weights, biases and of h_0 are plain matrix products over dgates, done afterwards.
+
+dgates rows are gate-minor, so that a unit's four gradients leave in one piece. What belongs to a unit is computed
+twice, by the threads that store its first two and its last two gradients, which so need not be handed from thread to
+thread: there are tiles of *pairs*, (BLOCK_BATCH * 2 * BLOCK_HIDDEN,).
 """
 
 import triton
 import triton.language as tl
 
 from .exchange import publish, request
-from .gates import differentiate, join_gates
+from .fragments import state_places, weight_places
+from .gates import differentiate
 from .lanes import dropout_scale, of_lane, place
-from .product import add_received, load_lefts, no_sums, total
+from .product import add_received, load_left, no_sums, total_of_fragments
 from .ragged import count_turns, look_up, next_turn, no_turn
+
+
+@triton.jit
+def weight_pointers(
+    pointer,  # (4H, H)
+    slice_index,
+    units_end,
+    HIDDEN: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Pointers, mask and k's of a program's first chunk of weights: see load_left."""
+    units, ks = weight_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED)
+    units += slice_index * BLOCK_HIDDEN
+    return pointer + (ks % 4 * HIDDEN + ks // 4).to(tl.int64) * HIDDEN + units, units < units_end, ks
+
+
+@triton.jit
+def load_weights(
+    pointer,
+    slice_index,
+    units_end,
+    HIDDEN: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    REGISTER_CHUNKS: tl.constexpr,
+    RESIDENT_CHUNKS: tl.constexpr,
+):
+    """The chunks that stay on the chip, as many in registers as there are to be, the others in shared memory."""
+    weights = ()
+    for chunk in tl.static_range(RESIDENT_CHUNKS):
+        pointers, mask, ks = weight_pointers(
+            pointer, slice_index, units_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, chunk >= REGISTER_CHUNKS
+        )
+        weights = weights + (
+            load_left(
+                pointers, mask, ks, chunk, BLOCK_K // 4 * HIDDEN, 4 * HIDDEN, BLOCK_K, SPLIT_K, chunk >= REGISTER_CHUNKS
+            ),
+        )
+    return weights
+
+
+@triton.jit
+def as_pairs(values, UNITS: tl.constexpr, ROWS: tl.constexpr):
+    """(UNITS, ROWS) -> (ROWS * 2 * UNITS,)"""
+    return tl.reshape(tl.broadcast_to(tl.trans(values)[:, :, None], (ROWS, UNITS, 2)), (ROWS * 2 * UNITS,))
 
 
 @triton.jit(
@@ -80,6 +133,7 @@ def backward_scan(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
+    REGISTER_CHUNKS: tl.constexpr,  # of the resident ones
     GROUP_CHUNKS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
@@ -104,35 +158,40 @@ def backward_scan(
     weight_hh_ptr = of_lane(weight_hh_ptrs, lane, LANES)
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
-    rows = tl.arange(0, BLOCK_BATCH)
-    ks = tl.arange(0, BLOCK_K)
-    local_units = slice_index * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    units = local_units[None, :]
-    gate_minor = slice_index * 4 * BLOCK_HIDDEN + tl.arange(0, 4 * BLOCK_HIDDEN)[None, :]
+    tile_rows, ks = state_places(BLOCK_BATCH, BLOCK_K, SPLIT_K)
+    pairs = tl.arange(0, BLOCK_BATCH * 2 * BLOCK_HIDDEN)
+    rows = pairs // (2 * BLOCK_HIDDEN)
+    units = slice_index * BLOCK_HIDDEN + pairs // 2 % BLOCK_HIDDEN
+    gate_minor = slice_index * 4 * BLOCK_HIDDEN + pairs % (2 * BLOCK_HIDDEN) * 2  # the first of two neighbours
 
-    weight_offsets = (ks % 4 * HIDDEN + ks // 4).to(tl.int64)[None, :] * HIDDEN + local_units[:, None]
-    weight_ptrs = weight_hh_ptr + weight_offsets
     CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * HIDDEN
-    weights = load_lefts(
-        weight_ptrs, local_units < HIDDEN, ks, RESIDENT_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K
+    weights = load_weights(
+        weight_hh_ptr, slice_index, HIDDEN, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS, RESIDENT_CHUNKS
+    )
+    weight_ptrs, weight_mask, weight_ks = weight_pointers(
+        weight_hh_ptr, slice_index, HIDDEN, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=False
     )
     if CHAINED:
-        above_ptrs = of_lane(weight_ih_ptrs, lane + 1, LANES) + weight_offsets
-        above_mask = local_units < tl.where(lane < LANES - 1, HIDDEN, 0)
-        weights_above = load_lefts(
-            above_ptrs, above_mask, ks, RESIDENT_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K
+        above_end = tl.where(lane < LANES - 1, HIDDEN, 0)
+        weight_ih_ptr = of_lane(weight_ih_ptrs, lane + 1, LANES)
+        weights_above = load_weights(
+            weight_ih_ptr, slice_index, above_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
+            RESIDENT_CHUNKS,
+        )  # fmt: skip
+        above_ptrs, above_mask, _ = weight_pointers(
+            weight_ih_ptr, slice_index, above_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=False
         )
         above_ptr = grad_gates_ptr + state_rows * (4 * STATE_STRIDE)
 
-    grad_output_ptrs = grad_output_ptr + rows[:, None].to(tl.int64) * grad_output_stride_batch + units
-    grad_hidden_ptrs = grad_hidden_ptr + rows[:, None] * HIDDEN + units
-    grad_cell_ptrs = grad_cell_ptr + rows[:, None] * STATE_STRIDE + units
-    gates_ptrs = gates_ptr + rows[:, None] * (4 * HIDDEN) + units
-    cell_ptrs = cell_ptr + rows[:, None] * STATE_STRIDE + units
-    grad_gates_ptrs = grad_gates_ptr + rows[:, None] * (4 * STATE_STRIDE) + gate_minor
+    grad_output_ptrs = grad_output_ptr + rows.to(tl.int64) * grad_output_stride_batch + units
+    grad_hidden_ptrs = grad_hidden_ptr + rows * HIDDEN + units
+    grad_cell_ptrs = grad_cell_ptr + rows * STATE_STRIDE + units
+    gates_ptrs = gates_ptr + rows * (4 * HIDDEN) + units
+    cell_ptrs = cell_ptr + rows * STATE_STRIDE + units
+    grad_gates_ptrs = grad_gates_ptr + (rows * (4 * STATE_STRIDE) + gate_minor)[:, None] + tl.arange(0, 2)[None, :]
 
     first_row = group * BLOCK_BATCH
-    grad_cell_mask = (first_row + rows < batch_size)[:, None] & (units < STATE_STRIDE)
+    grad_cell_mask = (first_row + rows < batch_size) & (units < STATE_STRIDE)
     grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=grad_cell_mask, other=0.0)
     grad_anew = tl.zeros_like(grad_cell)  # of the states to start anew from
     grad_anew_ptrs = grad_cell_ptrs + batch_size.to(tl.int64) * STATE_STRIDE
@@ -148,6 +207,8 @@ def backward_scan(
         )
         source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
         successor_next = look_up(successors_ptr, turn_next, rows, BLOCK_BATCH)
+        tile_source_next = look_up(sources_ptr, turn_next, tile_rows, BLOCK_BATCH)
+        tile_successor_next = look_up(successors_ptr, turn_next, tile_rows, BLOCK_BATCH)
         turn_after = next_turn(
             turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
         )
@@ -155,14 +216,15 @@ def backward_scan(
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
             source, successor = source_next, successor_next
+            tile_source, tile_successor = tile_source_next, tile_successor_next
             first_row = turn_next[1] * BLOCK_BATCH
             step_row = turn_next[3].to(tl.int64) + first_row
-            row_mask = (source >= 0)[:, None]
+            row_mask = source >= 0
             end = tl.where(reverse != 0, 0, row_count + batch_size)  # of the rows after the last steps
-            last_mask = ((successor >= end) & (successor < end + batch_size))[:, None] & (units < HIDDEN)
+            last_mask = (successor >= end) & (successor < end + batch_size) & (units < HIDDEN)
             # Rows without a step read row 0, which nobody has to be waited for.
-            grad_gates_next = grad_gates_ptr + tl.maximum(successor, 0)[:, None].to(tl.int64) * (4 * STATE_STRIDE)
-            cell_prev_ptrs = cell_ptr + source[:, None].to(tl.int64) * STATE_STRIDE + units
+            grad_gates_next = grad_gates_ptr + tl.maximum(tile_successor, 0).to(tl.int64) * (4 * STATE_STRIDE)
+            cell_prev_ptrs = cell_ptr + source.to(tl.int64) * STATE_STRIDE + units
             output_row = step_row * grad_output_stride_batch
         else:
             if SEVERAL_TILES:
@@ -171,9 +233,9 @@ def backward_scan(
             time = tl.where(reverse != 0, step, seq_len - 1 - step).to(tl.int64)
             step_row = time * batch_size + first_row
             to_next_row = tl.where(reverse != 0, -batch_size, batch_size)
-            row_mask = (first_row + rows < batch_size)[:, None]
-            last_mask = (first_row + rows < tl.where(step == 0, batch_size, 0))[:, None] & (units < HIDDEN)
-            read_rows = tl.minimum(rows, batch_size - 1 - first_row)[:, None]  # past the batch: its last row once more
+            row_mask = first_row + rows < batch_size
+            last_mask = (first_row + rows < tl.where(step == 0, batch_size, 0)) & (units < HIDDEN)
+            read_rows = tl.minimum(tile_rows, batch_size - 1 - first_row)  # past the batch: its last row once more
             grad_gates_next = grad_gates_ptr + (step_row + batch_size + to_next_row) * (4 * STATE_STRIDE)
             grad_gates_next += read_rows * (4 * STATE_STRIDE)
             cell_prev_ptrs = cell_ptrs + (step_row + batch_size - to_next_row) * STATE_STRIDE
@@ -181,13 +243,15 @@ def backward_scan(
         state_row = step_row + batch_size
         mask = row_mask & (units < HIDDEN)
 
-        grad_gates_next += ks[None, :]
+        grad_gates_next = grad_gates_next[:, None] + ks
         if not CHAINED:
             grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if RAGGED:
             turn_next = turn_after
             source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
             successor_next = look_up(successors_ptr, turn_next, rows, BLOCK_BATCH)
+            tile_source_next = look_up(sources_ptr, turn_next, tile_rows, BLOCK_BATCH)
+            tile_successor_next = look_up(successors_ptr, turn_next, tile_rows, BLOCK_BATCH)
             turn_after = next_turn(
                 turn_after, turns - 2 - index, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles,
                 SEVERAL_TILES,
@@ -204,42 +268,42 @@ def backward_scan(
         grad_output = tl.load(grad_output_ptrs + output_row, mask=output_mask, other=0.0)
         grad_last = tl.load(grad_hidden_ptrs + first_row.to(tl.int64) * HIDDEN, mask=last_mask, other=0.0)
         if GRAD_CELLS:
-            grad_here = tl.load(grad_cells_ptr + (step_row + rows[:, None]) * HIDDEN + units, mask=mask, other=0.0)
+            grad_here = tl.load(grad_cells_ptr + (step_row + rows) * HIDDEN + units, mask=mask, other=0.0)
         if SEVERAL_TILES:
             tl.debug_barrier()  # other threads of this program may have written it, one step ago
             grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=mask, other=0.0)
 
         from_outside = grad_output.to(tl.float32)
         if DROPOUT:
-            elements = (step_row + rows)[:, None] * HIDDEN + units
+            elements = (step_row + rows) * HIDDEN + units
             scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
         sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
         if CHAINED:
             if lane < LANES - 1:
                 if RAGGED:
-                    above_rows = tl.where(source >= 0, state_row + rows, 0)[:, None]
+                    above_rows = tl.where(tile_source >= 0, state_row + tile_rows, 0)
                 else:
                     above_rows = state_row + read_rows
-                above = above_ptr + above_rows * (4 * STATE_STRIDE) + ks[None, :]
+                above = (above_ptr + above_rows * (4 * STATE_STRIDE))[:, None] + ks
                 above_tiles = request(above, ks, 0, GROUP, WRITTEN, BLOCK_K)
                 sums = add_received(
-                    sums, above_tiles, above, step >= 0, weights_above, above_ptrs, local_units < HIDDEN, ks,
+                    sums, above_tiles, above, step >= 0, weights_above, above_ptrs, above_mask, weight_ks, ks,
                     CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
                     DOT_PRECISION, THREAD_ELEMENTS, PACKED,
                 )  # fmt: skip
         if DROPOUT:
             if CHAINED:  # what the layer above gives back passes through dropout, the own next step does not
-                from_outside += tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
+                from_outside += as_pairs(total_of_fragments(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
                 sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
             from_outside *= scale
         if CHAINED:
             grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)  # not before: see forward.py
         sums = add_received(
             sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs,
-            local_units < HIDDEN, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
+            weight_mask, weight_ks, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
             SPLIT_K, DOT_PRECISION, THREAD_ELEMENTS, PACKED,
         )  # fmt: skip
-        grad_hidden = tl.trans(total(sums, SPLIT_K, ACCUMULATORS))
+        grad_hidden = as_pairs(total_of_fragments(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
         grad_hidden += from_outside + grad_last.to(tl.float32)
 
         grad_cell_now = grad_cell + grad_here.to(tl.float32) if GRAD_CELLS else grad_cell
@@ -247,15 +311,15 @@ def backward_scan(
             input_gate.to(tl.float32), forget_gate.to(tl.float32), candidate.to(tl.float32), output_gate.to(tl.float32),
             cell_prev, cell, grad_hidden, grad_cell_now,
         )  # fmt: skip
-        grad_gates = join_gates(
-            grad_input_preact, grad_forget_preact, grad_cell_preact, grad_output_preact, BLOCK_HIDDEN, BLOCK_BATCH
-        )
+        even = tl.where(pairs % 2 == 0, grad_input_preact, grad_cell_preact)
+        odd = tl.where(pairs % 2 == 0, grad_forget_preact, grad_output_preact)
         if HIDDEN % BLOCK_HIDDEN != 0:
-            grad_gates = tl.where(gate_minor < 4 * HIDDEN, grad_gates, 0.0)  # see forward.py
-        publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), grad_gates, row_mask & (gate_minor < WRITTEN))
+            even, odd = tl.where(units < HIDDEN, even, 0.0), tl.where(units < HIDDEN, odd, 0.0)  # see forward.py
+        written_mask = (row_mask & (gate_minor < WRITTEN))[:, None]
+        publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), tl.join(even, odd), written_mask)
         if RAGGED:
             # What flows into a state to start anew from stays there.
-            anew = (source >= row_count + 2 * batch_size)[:, None]
+            anew = source >= row_count + 2 * batch_size
             if SEVERAL_TILES:
                 anew_ptrs = grad_anew_ptrs + first_row.to(tl.int64) * STATE_STRIDE
                 grad_anew = tl.load(anew_ptrs, mask=mask & anew, other=0.0)

@@ -36,7 +36,7 @@ def publish(pointers, value, mask):
 
 @triton.jit
 def request(pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load COUNT neighbouring (rows, BLOCK_K) tiles from chunk `first` on, all in flight together.
+    """Load COUNT neighbouring (rows, BLOCK_K) tiles from chunk `first` on, all in flight together; ks: their columns.
 
     Columns from SIZE on read 0, which is never the sentinel. Rows are not masked (that would cost instructions before
     every load): the caller lets rows past the batch point at one within it.
@@ -44,7 +44,7 @@ def request(pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.con
     tiles = ()
     for chunk in tl.static_range(first, first + COUNT):
         if (chunk + 1) * BLOCK_K > SIZE:
-            mask = (chunk * BLOCK_K + ks < SIZE)[None, :]
+            mask = chunk * BLOCK_K + ks < SIZE
             tile = tl.load(pointers + chunk * BLOCK_K, mask=mask, other=0.0, volatile=True)
         else:
             tile = tl.load(pointers + chunk * BLOCK_K, volatile=True)

@@ -229,9 +229,9 @@ def forward_scan(
                 below = below_ptr + below_rows * STATE_STRIDE + ks[None, :]
                 below_tiles = request(below, ks, 0, GROUP, WRITTEN, BLOCK_K)
                 sums = add_received(
-                    sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, gate_mask, ks, BLOCK_K, HIDDEN,
-                    WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
-                    THREAD_ELEMENTS, PACKED,
+                    sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, gate_mask, ks, ks, BLOCK_K, HIDDEN,
+                    WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, THREAD_ELEMENTS,
+                    PACKED,
                 )  # fmt: skip
             # Not before: both states at once would take too many registers, and the layer below is a step ahead.
             hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
@@ -275,7 +275,7 @@ def forward_scan(
             )
 
         sums = add_received(
-            sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, gate_mask, ks,
+            sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, gate_mask, ks, ks,
             BLOCK_K, HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
             THREAD_ELEMENTS, PACKED,
         )  # fmt: skip

@@ -71,10 +71,3 @@ def split_gates(tile, UNITS: tl.constexpr, ROWS: tl.constexpr):
     input_gate, candidate = tl.split(even)
     forget_gate, output_gate = tl.split(odd)
     return input_gate, forget_gate, candidate, output_gate
-
-
-@triton.jit
-def join_gates(input_gate, forget_gate, candidate, output_gate, UNITS: tl.constexpr, ROWS: tl.constexpr):
-    """Four tiles (ROWS, UNITS) -> (ROWS, 4 * UNITS), gate-minor."""
-    pairs = tl.join(tl.join(input_gate, candidate), tl.join(forget_gate, output_gate))
-    return tl.reshape(pairs, (ROWS, 4 * UNITS))

@@ -2,13 +2,15 @@
 
 Both are cut along K into chunks of BLOCK_K. A weight chunk is a tile (M, BLOCK_K), a state chunk (rows, BLOCK_K); the
 result is (M, rows), float32: M first, so that tensor cores see the weights as their tall operand and small batches
-waste little. SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time.
+waste little. SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time. Then both
+may also be *fragments* (fragments.py), tiles of other shapes.
 """
 
 import triton
 import triton.language as tl
 
 from .exchange import any_missing, receive, request
+from .fragments import fragments_of_state, fragments_of_weights, ordered
 from .spin import spin
 
 
@@ -22,8 +24,10 @@ def as_left(tile, M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr)
 
 @triton.jit
 def as_right(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
-    """(rows, BLOCK_K) states as the right operand of a dot."""
-    if SPLIT_K > 1:
+    """A state chunk as the right operand of a dot."""
+    if tile.shape[1] < BLOCK_K:
+        right = fragments_of_state(tile, ROWS, BLOCK_K, SPLIT_K)
+    elif SPLIT_K > 1:
         right = tl.permute(tl.reshape(tile, (ROWS, SPLIT_K, BLOCK_K // SPLIT_K)), (1, 2, 0))
     else:
         right = tl.trans(tile)
@@ -62,8 +66,21 @@ def total(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
     for chain in tl.static_range(1, ACCUMULATORS):
         result += sums[chain]
     if SPLIT_K > 1:
-        result = tl.sum(result, axis=0)
+        # By halves: all parts of an element then come to one thread at once. tl.sum makes three exchanges of it.
+        result = tl.permute(result, (1, 2, 0))
+        for _ in tl.static_range(4):  # enough for 16 parts
+            if result.shape[2] > 1:
+                even, odd = tl.split(tl.reshape(result, (result.shape[0], result.shape[1], result.shape[2] // 2, 2)))
+                result = even + odd
+        result = tl.reshape(result, (result.shape[0], result.shape[1]))
     return result
+
+
+@triton.jit
+def total_of_fragments(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
+    """(M, rows) of products of fragments"""
+    result = total(sums, SPLIT_K, ACCUMULATORS)
+    return ordered(result, result.shape[0], result.shape[1])
 
 
 @triton.jit
@@ -76,11 +93,22 @@ def load_left(
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    SHARED: tl.constexpr = False,
 ):
-    """One weight chunk; pointers: (M, BLOCK_K) of chunk 0, the next chunk's are CHUNK_STRIDE elements further."""
-    mask = m_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)[None, :]
+    """One weight chunk; pointers: those of chunk 0, the next chunk's are CHUNK_STRIDE elements further.
+
+    They are (M, BLOCK_K), or those of `weight_places`, with a mask and a k for each of them.
+    """
+    if len(pointers.shape) == 1:
+        mask = m_mask & (chunk * BLOCK_K + ks < SIZE)
+    else:
+        mask = m_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)[None, :]
     tile = tl.load(pointers + tl.cast(chunk, tl.int64) * CHUNK_STRIDE, mask=mask, other=0.0)
-    return as_left(tile, tile.shape[0], BLOCK_K, SPLIT_K)
+    if len(pointers.shape) == 1:
+        left = fragments_of_weights(tile, tile.numel // BLOCK_K, BLOCK_K, SPLIT_K, SHARED)
+    else:
+        left = as_left(tile, tile.shape[0], BLOCK_K, SPLIT_K)
+    return left
 
 
 @triton.jit
@@ -105,11 +133,12 @@ def load_lefts(
 def add_received(
     sums,
     tiles,  # the first GROUP chunks of the state as `request`ed by the caller
-    state_pointers,  # (rows, BLOCK_K) of chunk 0
+    state_pointers,  # of chunk 0
     wait,  # whether the state comes from peers of this launch
     lefts,  # RESIDENT weight chunks
     weight_pointers,  # for the weight chunks that are not resident: see load_left
     m_mask,
+    weight_ks,
     ks,
     CHUNK_STRIDE: tl.constexpr,
     WEIGHT_SIZE: tl.constexpr,  # K as far as there are weights
@@ -136,8 +165,8 @@ def add_received(
         )
     for streamed in range(RESIDENT, (WEIGHT_SIZE + BLOCK_K - 1) // BLOCK_K):
         # Asked for before the wait: the weights are there already.
-        left = load_left(weight_pointers, m_mask, ks, streamed, CHUNK_STRIDE, WEIGHT_SIZE, BLOCK_K, SPLIT_K)
-        pointers, mask = state_pointers + streamed * BLOCK_K, (streamed * BLOCK_K + ks < STATE_SIZE)[None, :]
+        left = load_left(weight_pointers, m_mask, weight_ks, streamed, CHUNK_STRIDE, WEIGHT_SIZE, BLOCK_K, SPLIT_K)
+        pointers, mask = state_pointers + streamed * BLOCK_K, streamed * BLOCK_K + ks < STATE_SIZE
         tile = tl.load(pointers, mask=mask, other=0.0, volatile=True)
         if THREAD_ELEMENTS > 0:
             tile = spin((tile,), pointers, wait, 1, BLOCK_K, THREAD_ELEMENTS, PACKED)[0]

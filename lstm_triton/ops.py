@@ -634,6 +634,7 @@ def scan_backward(
             HIDDEN=hidden_size,
             STATE_STRIDE=layout.stride,
             GRAD_CELLS=grad_cells is not None,
+            REGISTER_CHUNKS=launch.plan.register_chunks,
             DROPOUT=dropped > 0,
         )
     return grad_gates, grad_cell

@@ -22,6 +22,11 @@ Kind = Literal["forward", "backward"]
 # Of a thread's 255 registers, how many may hold what it has requested: more makes the compiler spill.
 LOAD_REGISTERS = {"16 bit": 96, "tf32": 64, "tf32x3": 16, "ieee": 32}
 LOAD_REGISTERS_OF_LARGE_TILES = 64
+# Backward, where what has been requested is multiplied as it is, or cut into two TF32 parts first.
+LOAD_REGISTERS_OF_FRAGMENTS = {"16 bit": 128, "tf32": 128, "tf32x3": 24, "ieee": 32}
+# Backward, those for requested states, sums and weights, of which the gates of every 8 rows take some.
+OPERAND_REGISTERS = 232
+GATE_REGISTERS = 32
 MIN_DOT_DEPTH = 16
 MAX_RESIDENT_CHUNKS = 32  # each is unrolled into the kernel
 MAX_INPUT_CHUNKS = 4
@@ -99,6 +104,7 @@ class Plan:
         block_input: the same for the input projection.
         split_k: parts of a chunk that different warps multiply at the same time.
         resident_chunks: chunks of the recurrent weights that stay on the chip.
+        register_chunks: those of them that stay in registers, backward; the others stay in shared memory.
         chunks: chunks of the recurrent weights in all; what is not resident is read every step.
         group_chunks: resident chunks of the state that are requested together.
         accumulators: independent chains of dots.
@@ -132,6 +138,7 @@ class Plan:
     predicted_cycles: int = 0
     lanes: int = 1
     chained: bool = False
+    register_chunks: int = 0
 
     @property
     def programs(self) -> int:
@@ -513,8 +520,12 @@ def _fitted(
     else:
         num_warps = split_k = 4 if kind == "forward" and weight_rows * block_batch <= 512 and size == 2 else 8
     if kind == "forward":
-        row_bytes = min(row_bytes, 512)
-    block_k = _chunk(depth, row_bytes // size)
+        block_k = _chunk(depth, min(row_bytes, 512) // size)
+    else:
+        # Of every chunk, four threads of each warp take 16 bytes of a row (kernels/fragments.py).
+        part = 64 // size
+        num_warps = split_k = min(8, max(2, _power_of_2(_divide_up(depth, part))))
+        block_k = split_k * part
     # No element of a state tile may be polled by two threads: one might see the sentinel and the other the value.
     # Each thread has 32 bits or more, as it loads.
     while num_warps * device.threads_per_warp * 4 > block_batch * block_k * size:
@@ -525,25 +536,37 @@ def _fitted(
     split_k = min(split_k, block_k // MIN_DOT_DEPTH)
     chunks = _divide_up(depth, block_k)
 
-    chunk_registers = max(1, block_batch * block_k * size // (4 * num_warps * device.threads_per_warp))
-    load_registers = LOAD_REGISTERS["16 bit" if size == 2 else precision]
-    if block_batch >= 64:
-        load_registers = min(load_registers, LOAD_REGISTERS_OF_LARGE_TILES)
+    # Full precision keeps two TF32 parts of every weight.
     states = 2 if chained else 1  # the own state, and that of the layer below or above
+    chunk_bytes = states * weight_rows * block_k * size * (2 if precision == "tf32x3" else 1)
+    register_bytes = 4 * num_warps * device.threads_per_warp  # of one register in every thread
+    chunk_registers = max(1, block_batch * block_k * size // register_bytes)
+    limits = LOAD_REGISTERS_OF_FRAGMENTS if kind == "backward" else LOAD_REGISTERS
+    load_registers = limits["16 bit" if size == 2 else precision]
+    if block_batch >= (64 if kind == "forward" else 32):
+        load_registers = min(load_registers, LOAD_REGISTERS_OF_LARGE_TILES)
     rounds = _divide_up(chunks, max(1, load_registers // chunk_registers))
     group_chunks = _divide_up(chunks, rounds)
     if rounds > 1 and (block_batch > 16 or (asynchronous and kind == "forward")):
         return None  # spills
 
-    # Full precision keeps two TF32 parts of every weight.
-    chunk_bytes = states * weight_rows * block_k * size * (2 if precision == "tf32x3" else 1)
-    staging = states * block_batch * block_k * size * (group_chunks if asynchronous else 1)
+    accumulators, register_chunks = 1 if asynchronous or split_k > 1 else 2, 0
+    in_registers = kind == "backward" and not device.arch.startswith("gfx")  # AMD's operands are made otherwise
+    if kind == "backward":
+        tiles = max(1, weight_rows // 16) * (block_batch // 8)  # of 4 registers, which do not wait for each other
+        accumulators = min(chunks, max(1, 4 // tiles))
+        if in_registers and precision != "tf32x3":
+            weight_registers = OPERAND_REGISTERS - GATE_REGISTERS * (block_batch // 8)
+            weight_registers -= group_chunks * chunk_registers + 4 * accumulators * tiles
+            register_chunks = min(chunks, max(0, weight_registers) // max(1, chunk_bytes // register_bytes))
+
+    staging = 0 if in_registers else states * block_batch * block_k * size * (group_chunks if asynchronous else 1)
     partial_sums = 4 * split_k * weight_rows * block_batch if split_k > 1 else 0
     input_chunks = _divide_up(input_size, block_input) if fuse_input else 0
     input_bytes = (weight_rows + block_batch) * block_input * size * input_chunks
     room = device.shared_bytes - max(staging, partial_sums, 8 * weight_rows * block_batch) - input_bytes - 2048
-    resident_chunks = min(chunks, MAX_RESIDENT_CHUNKS, room // chunk_bytes)
-    if resident_chunks < chunks:
+    resident_chunks = min(chunks, MAX_RESIDENT_CHUNKS, register_chunks + room // chunk_bytes)
+    if resident_chunks < chunks and not in_registers:
         resident_chunks -= 1  # a streamed chunk passes through shared memory, too
     if resident_chunks < (chunks if chained else 1) or (
         fuse_input and (resident_chunks < chunks or input_chunks > MAX_INPUT_CHUNKS)
@@ -557,9 +580,11 @@ def _fitted(
     state_bytes = states * block_batch * depth * size
     from_l2 = state_bytes + streamed_chunks * chunk_bytes
     through_shared = 2 * (state_bytes + partial_sums) + chunk_bytes * (chunks + streamed_chunks) + input_bytes
+    if in_registers:
+        through_shared = 2 * partial_sums + chunk_bytes * (resident_chunks - register_chunks)
     work = max(from_l2 // LINK_BYTES_PER_CYCLE, from_l2 * programs // L2_BYTES_PER_CYCLE)
     work += through_shared // SHARED_BYTES_PER_CYCLE + (rounds - 1) * ROUND_CYCLES + GATE_CYCLES
-    work += SPLIT_K_CYCLES if split_k > 1 else 0
+    work += SPLIT_K_CYCLES if split_k > 1 and not in_registers else 0
     # A program that serves several tiles works on the others while one is under way: only work adds up.
     cycles = max(work + EXCHANGE_CYCLES, _divide_up(batch_tiles, groups) * work)
     if not fuse_input and kind == "forward":
@@ -578,7 +603,7 @@ def _fitted(
         resident_chunks=resident_chunks,
         chunks=chunks,
         group_chunks=min(group_chunks, resident_chunks),
-        accumulators=1 if asynchronous or split_k > 1 else 2,
+        accumulators=accumulators,
         fuse_input=fuse_input,
         dot_precision=precision,
         thread_elements=block_batch * block_k // (num_warps * device.threads_per_warp) if device.capability else 0,
@@ -587,6 +612,7 @@ def _fitted(
         predicted_cycles=cycles,
         lanes=lanes,
         chained=chained,
+        register_chunks=register_chunks,
     )
 
 

@@ -230,3 +230,14 @@ def layers(draw: st.DrawFn, largest_hidden: int = 50, ragged: bool = False) -> L
 def interpretable(plan: Plan) -> Plan:
     """The plan without what only a GPU can do: the interpreter has no inline assembly."""
     return replace(plan, thread_elements=0, packed=False, dot_precision="ieee")
+
+
+def streamed(found: list[Plan], kind: Kind) -> list[Plan]:
+    """The plans by which some weights are read in every step.
+
+    Backward, registers would hold all those of a small layer: there is one chunk in them, and one is streamed.
+    """
+    if kind == "backward":
+        found = [replace(each, resident_chunks=each.chunks - 1, group_chunks=1) for each in found if each.chunks > 1]
+        found = [replace(each, register_chunks=min(1, each.resident_chunks - 1)) for each in found]
+    return [each for each in found if each.resident_fraction < 1]

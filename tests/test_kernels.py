@@ -15,7 +15,7 @@ from lstm_triton.autograd import scan_layer
 from lstm_triton.interpreter import Deadlock
 from lstm_triton.planner import Device, Launch, candidates, plan
 
-from .kernel_cases import DTYPES, Layer, interpretable, layers
+from .kernel_cases import DTYPES, Layer, interpretable, layers, streamed
 
 pytestmark = pytest.mark.interpreted
 
@@ -46,13 +46,13 @@ def test_input_projection_both_ways(input_size: int, fuse_input: bool) -> None:
 
 def streamed_layer(dtype: torch.dtype = torch.float32) -> Layer:
     """A layer whose weights do not all fit on the device, with more batch tiles than programs to take them."""
-    sizes = {"batch_size": 20, "input_size": 5, "hidden_size": 150, "dtype": dtype, "allow_tf32": False}
+    sizes = {"batch_size": 20, "input_size": 5, "hidden_size": 148, "dtype": dtype, "allow_tf32": False}
     device = Device("tiny", "interpreter", 20, (24 if dtype.itemsize == 4 else 20) * 1024)
     plans = {}
     for kind in ("forward", "backward"):
         found = candidates(kind, device=device, **sizes)  # type: ignore[arg-type]
-        plans[kind] = next(each for each in found if each.resident_fraction < 1 and each.batch_tiles > each.groups)
-    return Layer(3, 20, 5, 150, dtype, **plans)
+        plans[kind] = next(each for each in streamed(found, kind) if each.batch_tiles > each.groups)
+    return Layer(3, 20, 5, 148, dtype, **plans)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -47,7 +47,10 @@ def test_every_candidate_covers_the_layer_and_fits_the_device(
         assert each.thread_elements in (0, each.block_batch * each.block_k // threads)
         assert (each.thread_elements > 0) == (device.capability > 0)
         rows = each.block_hidden * (4 if kind == "forward" else 1)
-        assert rows * each.block_k * each.resident_chunks * size < device.shared_bytes
+        assert 0 <= each.register_chunks <= each.resident_chunks
+        assert kind == "backward" or each.register_chunks == 0
+        in_shared = each.resident_chunks - each.register_chunks
+        assert rows * each.block_k * in_shared * size < device.shared_bytes
         for block in (
             each.block_batch,
             each.block_hidden,

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lstm_triton import cell_ops, interpreter, ops, planner
+from lstm_triton import interpreter, ops, planner
 from lstm_triton.autograd import scan_layer
 from lstm_triton.planner import Device, Kind, Plan
 from lstm_triton.reference import lstm_layer
@@ -238,11 +238,11 @@ def compiled_for(
             patch.setattr(interpreter, "_seed", seed)
             yield
 
-    def launch(kernel: Any, plan: Plan, device: torch.device, **arguments: Any) -> None:
-        kernel[(plan.programs,)](**arguments, **ops.constants_of(plan), **ops.compiler_options(plan, is_nvidia=True))
-
-    def launch_cell(kernel: Any, programs: int, options: dict[str, Any], **arguments: Any) -> None:
-        kernel[(programs,)](**arguments, **options)
+    def launch(
+        kernel: Any, grid: Any, device: Any, arguments: dict[str, Any], constants: Any, options: dict[str, Any]
+    ) -> None:
+        options = {name: value for name, value in options.items() if name != "launch_cooperative_grid"}
+        kernel[grid](**arguments, **constants, **options)
 
     def counted(text: str, *arguments: Any) -> None:
         launched.append(text)
@@ -252,8 +252,7 @@ def compiled_for(
         patch.setattr(interpreter, "interpret", emulating)
         patch.setattr(Device, "of", lambda _: device)
         patch.setattr(ops, "allows_tf32", lambda: tf32)
-        patch.setattr(ops, "_launch", launch)
-        patch.setattr(cell_ops, "_launch", launch_cell)
+        patch.setattr(ops, "launch", launch)
         patch.setattr(ptx, "launch", counted)
         yield launched
 

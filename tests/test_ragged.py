@@ -28,7 +28,7 @@ from .comparing import (
     run,
     twins,
 )
-from .kernel_cases import DTYPES, Layer, layers
+from .kernel_cases import DTYPES, Layer, layers, streamed
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 SEEDS = (0, 1, 2)
@@ -71,7 +71,7 @@ def streamed_layer(reverse: bool, **options: Any) -> Layer:
     plans = {}
     for kind in ("forward", "backward"):
         found = candidates(kind, device=device, **sizes)  # type: ignore[arg-type]
-        plans[kind] = next(each for each in found if each.resident_fraction < 1 and each.batch_tiles > each.groups == 1)
+        plans[kind] = next(each for each in streamed(found, kind) if each.batch_tiles > each.groups == 1)
     return Layer(3, 27, 5, 90, torch.float16, reverse, lengths=lengths, **plans, **options)
 
 

@@ -1,0 +1,78 @@
+"""Operands of the product (product.py) as tensor cores want them, loaded straight into the registers.
+
+Of an operand of an mma instruction, thread t of a warp holds row t // 4 of every eight, of a state or of weights, and
+some of that row's elements; three threads beside it hold the others. As a sum can be taken in any order, it does not
+matter which ones, as long as both operands agree. Here they are those that a thread loads at once, 16 bytes of a state
+row. So states go from memory to where they are multiplied, and weights stay there throughout: neither has to be
+handed from thread to thread in every step, by way of shared memory and barriers.
+
+A chunk is BLOCK_K deep; SPLIT_K warps share it, and 4 threads of a warp its part of BLOCK_K // SPLIT_K. It is the
+compiler that assigns elements to threads: the shapes below are such that it does so in this way (a load spreads its
+last elements over the threads of a warp, then over the warps, and what is left over registers), and then sees that
+nothing has to move. Where it does otherwise, results are the same.
+"""
+
+import triton
+import triton.language as tl
+
+ROWS_OF_WARP = tl.constexpr(8)
+THREADS_OF_ROW = tl.constexpr(4)
+
+
+@triton.jit
+def state_places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """Rows (ROWS * SPLIT_K,) and k's (ROWS * SPLIT_K, BLOCK_K // SPLIT_K) of the elements of a state chunk."""
+    parts = tl.arange(0, ROWS * SPLIT_K)
+    ks = (parts // ROWS_OF_WARP % SPLIT_K * (BLOCK_K // SPLIT_K))[:, None] + tl.arange(0, BLOCK_K // SPLIT_K)[None, :]
+    return parts // (ROWS_OF_WARP * SPLIT_K) * ROWS_OF_WARP + parts % ROWS_OF_WARP, ks
+
+
+@triton.jit
+def fragments_of_state(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+    """A tile loaded from `state_places` -> (SPLIT_K, BLOCK_K // SPLIT_K, ROWS), K reordered."""
+    VECTOR: tl.constexpr = BLOCK_K // SPLIT_K // THREADS_OF_ROW  # elements that a thread loads at once
+    tile = tl.reshape(tile, (ROWS // ROWS_OF_WARP, SPLIT_K, ROWS_OF_WARP, THREADS_OF_ROW, 4, VECTOR // 4))
+    return tl.reshape(tl.permute(tile, (1, 4, 3, 5, 0, 2)), (SPLIT_K, BLOCK_K // SPLIT_K, ROWS))
+
+
+@triton.jit
+def weight_places(M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr):
+    """m's and k's, each (M * BLOCK_K,), of the elements of a weight chunk.
+
+    Neighbouring m's, which are neighbours in memory, too, go to one thread. Tiles for SHARED memory are loaded by other
+    warps than multiply them, so that the compiler puts them there.
+    """
+    VECTOR: tl.constexpr = BLOCK_K // SPLIT_K // THREADS_OF_ROW
+    NEIGHBOURS: tl.constexpr = min(M // ROWS_OF_WARP, 2)
+    elements = tl.arange(0, M * BLOCK_K)
+    threads = elements // NEIGHBOURS
+    warps = threads // (THREADS_OF_ROW * ROWS_OF_WARP)
+    registers = warps // SPLIT_K
+    warps = warps % SPLIT_K
+    parts = warps % 2 * (SPLIT_K // 2) + warps // 2 if SHARED else warps
+    ms = registers // VECTOR * ROWS_OF_WARP + threads // THREADS_OF_ROW % ROWS_OF_WARP
+    ks = (parts * THREADS_OF_ROW + threads % THREADS_OF_ROW) * VECTOR + registers % VECTOR
+    return ms * NEIGHBOURS + elements % NEIGHBOURS, ks
+
+
+@triton.jit
+def fragments_of_weights(tile, M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr):
+    """A tile loaded from `weight_places` -> (SPLIT_K, M, BLOCK_K // SPLIT_K), M in the order that `ordered` undoes."""
+    VECTOR: tl.constexpr = BLOCK_K // SPLIT_K // THREADS_OF_ROW
+    NEIGHBOURS: tl.constexpr = min(M // ROWS_OF_WARP, 2)
+    FIRST: tl.constexpr = M // (ROWS_OF_WARP * NEIGHBOURS)
+    if SHARED:
+        tile = tl.reshape(tile, (FIRST, 4, VECTOR // 4, SPLIT_K // 2, 2, ROWS_OF_WARP, THREADS_OF_ROW, NEIGHBOURS))
+        tile = tl.permute(tile, (4, 3, 0, 7, 5, 1, 6, 2))
+    else:
+        tile = tl.reshape(tile, (FIRST, 4, VECTOR // 4, SPLIT_K, ROWS_OF_WARP, THREADS_OF_ROW, NEIGHBOURS))
+        tile = tl.permute(tile, (3, 0, 6, 4, 1, 5, 2))
+    return tl.reshape(tile, (SPLIT_K, M, BLOCK_K // SPLIT_K))
+
+
+@triton.jit
+def ordered(sums, M: tl.constexpr, ROWS: tl.constexpr):
+    """(M, ROWS) sums over fragments -> the same in the order of the weights."""
+    NEIGHBOURS: tl.constexpr = min(M // ROWS_OF_WARP, 2)
+    sums = tl.reshape(sums, (M // (ROWS_OF_WARP * NEIGHBOURS), NEIGHBOURS, ROWS_OF_WARP, ROWS))
+    return tl.reshape(tl.permute(sums, (0, 2, 1, 3)), (M, ROWS))
