@@ -21,7 +21,7 @@ def wait_for(
 ):  # fmt: skip
     """`receive`, of which nobody uses what it returns."""
     if THREAD_ELEMENTS > 0:
-        receive(tiles, pointers, ks, first, COUNT, SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED)
+        receive(tiles, pointers, ks, first, COUNT, SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, False)
     else:
         # Not with `receive`: tiles carried by its loop and then not used crash the compiler of Triton 3.6.
         missing = any_missing(tiles, COUNT, PACKED) & wait
@@ -128,7 +128,7 @@ def exchange_scan(
             pointers, streamed_mask = previous + streamed * BLOCK_K, (streamed * BLOCK_K + ks < WRITTEN)[None, :]
             tile = tl.load(pointers, mask=streamed_mask, other=0.0, volatile=True)
             if THREAD_ELEMENTS > 0:
-                spin((tile,), pointers, step > 0, 1, BLOCK_K, THREAD_ELEMENTS, PACKED)
+                spin((tile,), pointers, step > 0, 1, BLOCK_K, THREAD_ELEMENTS, PACKED, False)
             else:
                 missing = any_missing((tile,), 1, PACKED) & (step > 0)
                 while missing:

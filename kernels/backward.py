@@ -289,7 +289,7 @@ def backward_scan(
                 sums = add_received(
                     sums, above_tiles, above, step >= 0, weights_above, above_ptrs, above_mask, weight_ks, ks,
                     CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-                    DOT_PRECISION, THREAD_ELEMENTS, PACKED,
+                    DOT_PRECISION, THREAD_ELEMENTS, PACKED, CHAINED,
                 )  # fmt: skip
         if DROPOUT:
             if CHAINED:  # what the layer above gives back passes through dropout, the own next step does not
@@ -301,7 +301,7 @@ def backward_scan(
         sums = add_received(
             sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs,
             weight_mask, weight_ks, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
-            SPLIT_K, DOT_PRECISION, THREAD_ELEMENTS, PACKED,
+            SPLIT_K, DOT_PRECISION, THREAD_ELEMENTS, PACKED, CHAINED,
         )  # fmt: skip
         grad_hidden = as_pairs(total_of_fragments(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
         grad_hidden += from_outside + grad_last.to(tl.float32)

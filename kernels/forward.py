@@ -231,7 +231,7 @@ def forward_scan(
                 sums = add_received(
                     sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, gate_mask, ks, ks, BLOCK_K, HIDDEN,
                     WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, THREAD_ELEMENTS,
-                    PACKED,
+                    PACKED, CHAINED,
                 )  # fmt: skip
             # Not before: both states at once would take too many registers, and the layer below is a step ahead.
             hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
@@ -277,7 +277,7 @@ def forward_scan(
         sums = add_received(
             sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, gate_mask, ks, ks,
             BLOCK_K, HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
-            THREAD_ELEMENTS, PACKED,
+            THREAD_ELEMENTS, PACKED, CHAINED,
         )  # fmt: skip
         preact = total(sums, SPLIT_K, ACCUMULATORS)
         input_preact, forget_preact, cell_preact, output_preact = split_gates(preact, BLOCK_HIDDEN, BLOCK_BATCH)

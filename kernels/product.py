@@ -151,6 +151,7 @@ def add_received(
     DOT_PRECISION: tl.constexpr,
     THREAD_ELEMENTS: tl.constexpr,
     PACKED: tl.constexpr,
+    TOGETHER: tl.constexpr,  # see spin.py
 ):
     """Add weights @ state^T to the sums, waiting for the state as needed."""
     for first in tl.static_range(0, RESIDENT, GROUP):
@@ -158,7 +159,7 @@ def add_received(
             tiles = request(state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
         tiles = receive(
             tiles, state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K, wait, THREAD_ELEMENTS,
-            PACKED,
+            PACKED, TOGETHER,
         )  # fmt: skip
         sums = add_products(
             sums, lefts, first, tiles, min(GROUP, RESIDENT - first), ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION
@@ -169,7 +170,7 @@ def add_received(
         pointers, mask = state_pointers + streamed * BLOCK_K, streamed * BLOCK_K + ks < STATE_SIZE
         tile = tl.load(pointers, mask=mask, other=0.0, volatile=True)
         if THREAD_ELEMENTS > 0:
-            tile = spin((tile,), pointers, wait, 1, BLOCK_K, THREAD_ELEMENTS, PACKED)[0]
+            tile = spin((tile,), pointers, wait, 1, BLOCK_K, THREAD_ELEMENTS, PACKED, TOGETHER)[0]
         else:
             while any_missing((tile,), 1, PACKED) & wait:
                 tile = tl.load(pointers, mask=mask, other=0.0, volatile=True)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.constexpr_function
-def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED):
+def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED, TOGETHER):
     """PTX for one thread, which holds ELEMENTS elements of each of COUNT tiles.
 
     Operands: the words of all tiles on return; the same on entry; the addresses of the elements of the first tile; and,
@@ -40,7 +40,9 @@ def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED):
             lines += [] if by_maximum else marks("bits", f"${word}")
             lines += [f"{combine} seen{number}, seen{number}, {f'${word}' if by_maximum else 'bits'};"]
         lines += [f"{combine} all, all, seen{number};"]
-    lines += [*is_missing("all"), "setp.eq.b32 yes, bits, 0;", "@yes bra received;"]
+    lines += [*is_missing("all"), "setp.ne.b32 yes, bits, 0;"]
+    lines += ["vote.sync.any.pred yes, yes, 0xFFFFFFFF;"] if TOGETHER else []
+    lines += ["@!yes bra received;"]
     for number, vector in enumerate(vectors):
         chunk, word = divmod(vector[0], words)
         source = f"[${address + word * 32 // BITS} + {chunk * CHUNK_BYTES}]"
@@ -72,12 +74,15 @@ def spin(
     BLOCK_K: tl.constexpr,
     THREAD_ELEMENTS: tl.constexpr,  # of a tile, in one thread
     PACKED: tl.constexpr,  # there are instructions for two 16-bit elements at a time
+    # The threads of a warp end their waits together. Values that are the same for all of them may then stay in registers
+    # that a warp has once, but the compiler may move loads from before the wait to behind it.
+    TOGETHER: tl.constexpr,
 ):
     """The tiles when none of their elements is the sentinel, or at once if not to `wait`."""
     BITS: tl.constexpr = tiles[0].dtype.primitive_bitwidth
     sign_bits = tl.where(wait, -0x7FFF8000 if BITS == 16 else -0x80000000, 0).to(tl.int32)
     return tl.inline_asm_elementwise(
-        _code(COUNT, THREAD_ELEMENTS, BITS, BLOCK_K * BITS // 8, PACKED),
+        _code(COUNT, THREAD_ELEMENTS, BITS, BLOCK_K * BITS // 8, PACKED, TOGETHER),
         _constraints(COUNT, THREAD_ELEMENTS, BITS),
         tiles + (pointers.to(tl.int64), sign_bits),
         dtype=_types(tiles[0].dtype, COUNT),
