@@ -74,8 +74,8 @@ def spin(
     BLOCK_K: tl.constexpr,
     THREAD_ELEMENTS: tl.constexpr,  # of a tile, in one thread
     PACKED: tl.constexpr,  # there are instructions for two 16-bit elements at a time
-    # The threads of a warp end their waits together. Values that are the same for all of them may then stay in registers
-    # that a warp has once, but the compiler may move loads from before the wait to behind it.
+    # The threads of a warp end their waits together. What is the same for all of them may then stay in registers that a
+    # warp has once, but the compiler may move loads from before the wait to behind it.
     TOGETHER: tl.constexpr,
 ):
     """The tiles when none of their elements is the sentinel, or at once if not to `wait`."""
