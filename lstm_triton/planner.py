@@ -565,6 +565,8 @@ def _fitted(
     input_chunks = _divide_up(input_size, block_input) if fuse_input else 0
     input_bytes = (weight_rows + block_batch) * block_input * size * input_chunks
     room = device.shared_bytes - max(staging, partial_sums, 8 * weight_rows * block_batch) - input_bytes - 2048
+    if room < 0:
+        return None
     resident_chunks = min(chunks, MAX_RESIDENT_CHUNKS, register_chunks + room // chunk_bytes)
     if resident_chunks < chunks and not in_registers:
         resident_chunks -= 1  # a streamed chunk passes through shared memory, too
