@@ -111,6 +111,19 @@ def _install() -> None:
 
     builder.create_fp_trunc = create_fp_trunc
 
+    plain_patch, prepared = interpreter._patch_lang, set()
+
+    def patch_lang(function: Any) -> Any:
+        # Triton prepares the language anew for every function that a program calls: once a module and launch is enough.
+        if schedule.scheduler is None:
+            prepared.clear()
+        elif function.__module__ in prepared:
+            return None
+        prepared.add(function.__module__)
+        return plain_patch(function)
+
+    interpreter._patch_lang = patch_lang
+
     plain_run = interpreter.InterpretedFunction.run
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
