@@ -559,6 +559,8 @@ def _fitted(
             weight_registers = OPERAND_REGISTERS - GATE_REGISTERS * (block_batch // 8)
             weight_registers -= group_chunks * chunk_registers + 4 * accumulators * tiles
             register_chunks = min(chunks, max(0, weight_registers) // max(1, chunk_bytes // register_bytes))
+            if rounds > 1 and block_batch > 8:  # the next round's states are under way beside those being multiplied
+                register_chunks = min(register_chunks, 4)
 
     staging = 0 if in_registers else states * block_batch * block_k * size * (group_chunks if asynchronous else 1)
     partial_sums = 4 * split_k * weight_rows * block_batch if split_k > 1 else 0
