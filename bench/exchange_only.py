@@ -11,22 +11,21 @@ import triton.language as tl
 
 from lstm_triton.kernels.exchange import any_missing, publish, receive, request
 from lstm_triton.kernels.lanes import place
-from lstm_triton.kernels.spin import spin
 
 
 @triton.jit
 def wait_for(
     tiles, pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, wait,
-    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr,
+    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr = False,
 ):  # fmt: skip
     """`receive`, of which nobody uses what it returns."""
     if THREAD_ELEMENTS > 0:
-        receive(tiles, pointers, ks, first, COUNT, SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, False)
+        receive(tiles, pointers, ks, first, COUNT, SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, False, MASKED)
     else:
         # Not with `receive`: tiles carried by its loop and then not used crash the compiler of Triton 3.6.
         missing = any_missing(tiles, COUNT, PACKED) & wait
         while missing:
-            again = request(pointers, ks, first, COUNT, SIZE, BLOCK_K)
+            again = request(pointers, ks, first, COUNT, SIZE, BLOCK_K, MASKED)
             missing = any_missing(again, COUNT, PACKED)
 
 
@@ -125,15 +124,21 @@ def exchange_scan(
                 THREAD_ELEMENTS, PACKED,
             )  # fmt: skip
         for streamed in range(RESIDENT_CHUNKS, CHUNKS):
-            pointers, streamed_mask = previous + streamed * BLOCK_K, (streamed * BLOCK_K + ks < WRITTEN)[None, :]
-            tile = tl.load(pointers, mask=streamed_mask, other=0.0, volatile=True)
-            if THREAD_ELEMENTS > 0:
-                spin((tile,), pointers, step > 0, 1, BLOCK_K, THREAD_ELEMENTS, PACKED, False)
-            else:
-                missing = any_missing((tile,), 1, PACKED) & (step > 0)
-                while missing:
-                    next_tile = tl.load(pointers, mask=streamed_mask, other=0.0, volatile=True)
-                    missing = any_missing((next_tile,), 1, PACKED)
+            pointers, streamed_ks = previous + streamed * BLOCK_K, streamed * BLOCK_K + ks
+            streamed_tiles = request(pointers, streamed_ks, 0, 1, WRITTEN, BLOCK_K, MASKED=True)
+            wait_for(
+                streamed_tiles,
+                pointers,
+                streamed_ks,
+                0,
+                1,
+                WRITTEN,
+                BLOCK_K,
+                step > 0,
+                THREAD_ELEMENTS,
+                PACKED,
+                MASKED=True,
+            )
 
         publish(state_ptr + (step_rows + batch_size) * WIDTH + own, values, row_mask & (own < WIDTH))
         if SAVE:

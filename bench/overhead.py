@@ -121,12 +121,8 @@ def pretended_gpu() -> Iterator[Compilations]:
         patch(triton.compiler, "compile", compilations)
         for kernel in (forward_scan, backward_scan, cell_forward, cell_backward, gates_again, dropout_scales):
             kernel.device_caches.clear()
-        previous = driver._active
-        driver.set_active(Driver())
-        try:
-            yield compilations
-        finally:
-            driver._active = previous
+        patch(driver, "_active", Driver())
+        yield compilations
 
 
 class Operators(TorchDispatchMode):

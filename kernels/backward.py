@@ -21,30 +21,13 @@ from .exchange import publish, request
 from .fragments import state_places, weight_places
 from .gates import differentiate
 from .lanes import dropout_scale, of_lane, place
-from .product import add_received, load_left, no_sums, total_of_fragments
+from .product import add_received, load_lefts, no_sums, total_of_fragments
 from .ragged import count_turns, look_up, next_turn, no_turn
 
 
 @triton.jit
-def weight_pointers(
-    pointer,  # (4H, H)
-    slice_index,
-    units_end,
-    HIDDEN: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    SHARED: tl.constexpr,
-):
-    """Pointers, mask and k's of a program's first chunk of weights: see load_left."""
-    units, ks = weight_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED)
-    units += slice_index * BLOCK_HIDDEN
-    return pointer + (ks % 4 * HIDDEN + ks // 4).to(tl.int64) * HIDDEN + units, units < units_end, ks
-
-
-@triton.jit
 def load_weights(
-    pointer,
+    pointer,  # (4H, H)
     slice_index,
     units_end,
     HIDDEN: tl.constexpr,
@@ -54,18 +37,24 @@ def load_weights(
     REGISTER_CHUNKS: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
 ):
-    """The chunks that stay on the chip, as many in registers as there are to be, the others in shared memory."""
-    weights = ()
-    for chunk in tl.static_range(RESIDENT_CHUNKS):
-        pointers, mask, ks = weight_pointers(
-            pointer, slice_index, units_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, chunk >= REGISTER_CHUNKS
-        )
-        weights = weights + (
-            load_left(
-                pointers, mask, ks, chunk, BLOCK_K // 4 * HIDDEN, 4 * HIDDEN, BLOCK_K, SPLIT_K, chunk >= REGISTER_CHUNKS
-            ),
-        )
-    return weights
+    """The chunks that stay on the chip, as many in registers as there are to be, the others in shared memory.
+
+    Then, for those that do not, the first chunk's pointers, mask and k's: see load_left.
+    """
+    CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * HIDDEN
+    pointer += slice_index * BLOCK_HIDDEN
+    units_end -= slice_index * BLOCK_HIDDEN
+    units, shared_ks = weight_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=True)
+    pointers = pointer + (shared_ks % 4 * HIDDEN + shared_ks // 4).to(tl.int64) * HIDDEN + units
+    in_shared = load_lefts(
+        pointers, units < units_end, shared_ks, REGISTER_CHUNKS, RESIDENT_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K,
+        SPLIT_K, SHARED=True,
+    )  # fmt: skip
+    units, ks = weight_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=False)
+    pointers = pointer + (ks % 4 * HIDDEN + ks // 4).to(tl.int64) * HIDDEN + units
+    mask = units < units_end
+    in_registers = load_lefts(pointers, mask, ks, 0, REGISTER_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K)
+    return in_registers + in_shared, pointers, mask, ks
 
 
 @triton.jit
@@ -165,22 +154,15 @@ def backward_scan(
     gate_minor = slice_index * 4 * BLOCK_HIDDEN + pairs % (2 * BLOCK_HIDDEN) * 2  # the first of two neighbours
 
     CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * HIDDEN
-    weights = load_weights(
+    weights, weight_ptrs, weight_mask, weight_ks = load_weights(
         weight_hh_ptr, slice_index, HIDDEN, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS, RESIDENT_CHUNKS
-    )
-    weight_ptrs, weight_mask, weight_ks = weight_pointers(
-        weight_hh_ptr, slice_index, HIDDEN, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=False
     )
     if CHAINED:
         above_end = tl.where(lane < LANES - 1, HIDDEN, 0)
-        weight_ih_ptr = of_lane(weight_ih_ptrs, lane + 1, LANES)
-        weights_above = load_weights(
-            weight_ih_ptr, slice_index, above_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
-            RESIDENT_CHUNKS,
+        weights_above, above_ptrs, above_mask, _ = load_weights(
+            of_lane(weight_ih_ptrs, lane + 1, LANES), slice_index, above_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K,
+            REGISTER_CHUNKS, RESIDENT_CHUNKS,
         )  # fmt: skip
-        above_ptrs, above_mask, _ = weight_pointers(
-            weight_ih_ptr, slice_index, above_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=False
-        )
         above_ptr = grad_gates_ptr + state_rows * (4 * STATE_STRIDE)
 
     grad_output_ptrs = grad_output_ptr + rows.to(tl.int64) * grad_output_stride_batch + units

@@ -35,15 +35,19 @@ def publish(pointers, value, mask):
 
 
 @triton.jit
-def request(pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr):
+def request(
+    pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
+    MASKED: tl.constexpr = False,
+):  # fmt: skip
     """Load COUNT neighbouring (rows, BLOCK_K) tiles from chunk `first` on, all in flight together; ks: their columns.
 
-    Columns from SIZE on read 0, which is never the sentinel. Rows are not masked (that would cost instructions before
+    Columns from SIZE on read 0, which is never the sentinel; MASKED, wherever the tiles lie: of a chunk that is known
+    at run time only, pointers and ks are its own. Rows are not masked (that would cost instructions before
     every load): the caller lets rows past the batch point at one within it.
     """
     tiles = ()
     for chunk in tl.static_range(first, first + COUNT):
-        if (chunk + 1) * BLOCK_K > SIZE:
+        if MASKED or (chunk + 1) * BLOCK_K > SIZE:
             mask = chunk * BLOCK_K + ks < SIZE
             tile = tl.load(pointers + chunk * BLOCK_K, mask=mask, other=0.0, volatile=True)
         else:
@@ -80,7 +84,7 @@ def any_missing(tiles, COUNT: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def receive(
     tiles, pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, wait,
-    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, TOGETHER: tl.constexpr,
+    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, TOGETHER: tl.constexpr, MASKED: tl.constexpr = False,
 ):  # fmt: skip
     """What `request` gave, with the same arguments, once all of it has been published if to `wait` for that."""
     if THREAD_ELEMENTS > 0:
@@ -89,5 +93,5 @@ def receive(
         tiles = spin(tiles, pointers + first * BLOCK_K, wait, COUNT, BLOCK_K, THREAD_ELEMENTS, PACKED, TOGETHER)
     else:
         while any_missing(tiles, COUNT, PACKED) & wait:
-            tiles = request(pointers, ks, first, COUNT, SIZE, BLOCK_K)
+            tiles = request(pointers, ks, first, COUNT, SIZE, BLOCK_K, MASKED)
     return tiles

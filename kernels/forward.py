@@ -137,17 +137,17 @@ def forward_scan(
     gate_mask = gate_minor < 4 * HIDDEN
 
     weight_ptrs = weight_hh_ptr + gate_rows * HIDDEN + ks[None, :]
-    weights_hh = load_lefts(weight_ptrs, gate_mask, ks, RESIDENT_CHUNKS, BLOCK_K, HIDDEN, BLOCK_K, SPLIT_K)
+    weights_hh = load_lefts(weight_ptrs, gate_mask, ks, 0, RESIDENT_CHUNKS, BLOCK_K, HIDDEN, BLOCK_K, SPLIT_K)
     if CHAINED:
         # The layer below has as many units, so its chunks are those of the own state.
         below_ptrs = weight_ih_ptr + gate_rows * HIDDEN + ks[None, :]
         below_mask = gate_minor < tl.where(lane > 0, 4 * HIDDEN, 0)
-        weights_ih = load_lefts(below_ptrs, below_mask, ks, RESIDENT_CHUNKS, BLOCK_K, HIDDEN, BLOCK_K, SPLIT_K)
+        weights_ih = load_lefts(below_ptrs, below_mask, ks, 0, RESIDENT_CHUNKS, BLOCK_K, HIDDEN, BLOCK_K, SPLIT_K)
         below_ptr = (passed_ptr if DROPOUT else hidden_ptr) - state_rows.to(tl.int64) * STATE_STRIDE
     else:
         input_weight_ptrs = weight_ih_ptr + gate_rows * INPUT + input_ks[None, :]
         weights_ih = load_lefts(
-            input_weight_ptrs, gate_mask, input_ks, INPUT_CHUNKS, BLOCK_INPUT, INPUT, BLOCK_INPUT, SPLIT_K
+            input_weight_ptrs, gate_mask, input_ks, 0, INPUT_CHUNKS, BLOCK_INPUT, INPUT, BLOCK_INPUT, SPLIT_K
         )
     if HAS_BIAS:
         bias_ih_ptr = of_lane(bias_ih_ptrs, lane, LANES)

@@ -9,9 +9,8 @@ may also be *fragments* (fragments.py), tiles of other shapes.
 import triton
 import triton.language as tl
 
-from .exchange import any_missing, receive, request
+from .exchange import receive, request
 from .fragments import fragments_of_state, fragments_of_weights, ordered
-from .spin import spin
 
 
 @triton.jit
@@ -116,16 +115,18 @@ def load_lefts(
     pointers,
     m_mask,
     ks,
-    COUNT: tl.constexpr,
+    FIRST: tl.constexpr,
+    END: tl.constexpr,
     CHUNK_STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    SHARED: tl.constexpr = False,
 ):
-    """The first COUNT weight chunks: loaded before the time loop, they stay in shared memory throughout."""
+    """The weight chunks from FIRST up to END: loaded before the time loop, they stay on the chip throughout."""
     lefts = ()
-    for chunk in tl.static_range(COUNT):
-        lefts = lefts + (load_left(pointers, m_mask, ks, chunk, CHUNK_STRIDE, SIZE, BLOCK_K, SPLIT_K),)
+    for chunk in tl.static_range(FIRST, END):
+        lefts = lefts + (load_left(pointers, m_mask, ks, chunk, CHUNK_STRIDE, SIZE, BLOCK_K, SPLIT_K, SHARED),)
     return lefts
 
 
@@ -167,12 +168,11 @@ def add_received(
     for streamed in range(RESIDENT, (WEIGHT_SIZE + BLOCK_K - 1) // BLOCK_K):
         # Asked for before the wait: the weights are there already.
         left = load_left(weight_pointers, m_mask, weight_ks, streamed, CHUNK_STRIDE, WEIGHT_SIZE, BLOCK_K, SPLIT_K)
-        pointers, mask = state_pointers + streamed * BLOCK_K, streamed * BLOCK_K + ks < STATE_SIZE
-        tile = tl.load(pointers, mask=mask, other=0.0, volatile=True)
-        if THREAD_ELEMENTS > 0:
-            tile = spin((tile,), pointers, wait, 1, BLOCK_K, THREAD_ELEMENTS, PACKED, TOGETHER)[0]
-        else:
-            while any_missing((tile,), 1, PACKED) & wait:
-                tile = tl.load(pointers, mask=mask, other=0.0, volatile=True)
-        sums = add_products(sums, (left,), 0, (tile,), 1, ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION)
+        pointers, streamed_ks = state_pointers + streamed * BLOCK_K, streamed * BLOCK_K + ks
+        requested = request(pointers, streamed_ks, 0, 1, STATE_SIZE, BLOCK_K, MASKED=True)
+        received = receive(
+            requested, pointers, streamed_ks, 0, 1, STATE_SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, TOGETHER,
+            MASKED=True,
+        )  # fmt: skip
+        sums = add_products(sums, (left,), 0, received, 1, ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION)
     return sums

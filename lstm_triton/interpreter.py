@@ -111,7 +111,8 @@ def _install() -> None:
 
     builder.create_fp_trunc = create_fp_trunc
 
-    plain_patch, prepared = interpreter._patch_lang, set()
+    plain_patch = interpreter._patch_lang
+    prepared: set[str] = set()
 
     def patch_lang(function: Any) -> Any:
         # Triton prepares the language anew for every function that a program calls: once a module and launch is enough.

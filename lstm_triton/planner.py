@@ -536,8 +536,8 @@ def _fitted(
     split_k = min(split_k, block_k // MIN_DOT_DEPTH)
     chunks = _divide_up(depth, block_k)
 
-    # Full precision keeps two TF32 parts of every weight.
     states = 2 if chained else 1  # the own state, and that of the layer below or above
+    # Full precision keeps two TF32 parts of every weight.
     chunk_bytes = states * weight_rows * block_k * size * (2 if precision == "tf32x3" else 1)
     register_bytes = 4 * num_warps * device.threads_per_warp  # of one register in every thread
     chunk_registers = max(1, block_batch * block_k * size // register_bytes)

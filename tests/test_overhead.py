@@ -1,26 +1,17 @@
 """What a call costs beside the kernels, on a pretended GPU (bench/overhead.py): launches, and compilations."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("triton")
+from .processes import output_of_python
 
-ROOT = Path(__file__).parent.parent
+pytest.importorskip("triton")
 
 
 def overhead(*arguments: str) -> Any:
-    """The command in a process of its own: here kernels are interpreted, there they would be compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.overhead", "--json", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(output_of_python("-m", "bench.overhead", "--json", *arguments))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,19 +1,16 @@
 """What the kernels compile to, ahead of time and without a GPU (bench/resources.py)."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import resources, sass
 
+from .processes import output_of_python
+
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parent.parent
 FIELDS = {
     "kernel", "arch", "hidden", "batch", "dtype", "registers", "spill_bytes", "shared_bytes", "programs",
     "resident_fraction", "step_cycles",
@@ -21,12 +18,7 @@ FIELDS = {
 
 
 def report(*arguments: str) -> list[dict[str, Any]]:
-    """The command in a process of its own: here kernels are interpreted, there they are compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.resources", "--json", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    rows: list[dict[str, Any]] = json.loads(done.stdout)
+    rows: list[dict[str, Any]] = json.loads(output_of_python("-m", "bench.resources", "--json", *arguments))
     for row in rows:
         print({name: row[name] for name in sorted(FIELDS)})
         assert row.keys() >= FIELDS
@@ -226,12 +218,7 @@ print(json.dumps(found))
 
 def test_a_thread_waits_for_vectors_that_lie_side_by_side() -> None:
     """What kernels/spin.py takes for granted: how the compiler deals a tile out among the threads."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", LAYOUTS], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for thread_elements, itemsize, waits in json.loads(done.stdout):
+    for thread_elements, itemsize, waits in json.loads(output_of_python("-c", LAYOUTS)):
         assert waits
         for elements, side_by_side in waits:
             assert elements == thread_elements
