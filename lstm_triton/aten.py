@@ -83,7 +83,7 @@ def native(
     """`torch._VF.lstm`, with gradients that can be differentiated again, and taken in evaluation mode, on GPUs as well.
 
     There that function is cuDNN's, which refuses both. cuDNN goes on to compute results and first derivatives; for
-    second ones PyTorch's function without cuDNN computes the layers again.
+    second ones PyTorch's function without cuDNN computes the layers again. It also takes autocast on every processor.
 
     Raises:
         RuntimeError: when a second derivative is taken through cuDNN's dropout, whose mask is not known.
@@ -93,6 +93,9 @@ def native(
         data, h_0, c_0, *weights = tensors
         options = (bias, num_layers, dropout, training, bidirectional)
         results: Results
+        if batch_sizes is None and (dtype := _dtype_to_convert_to(tensors)) is not None:
+            with transforms.without_autocast(data.device):
+                return lstm(*(tensor.to(dtype) for tensor in tensors), training=training, dropout=dropout)
         # By the name that `lstm_triton.accelerate` does not take over.
         if batch_sizes is None:
             results = torch.lstm(data, (h_0, c_0), weights, *options, batch_first)
@@ -115,6 +118,31 @@ def native(
     differentiable = partial(lstm, training=True, dropout=dropout)
     results: Results = _Native.apply(differentiable, dropout > 0, *tensors)  # type: ignore[no-untyped-call]
     return results
+
+
+def _without_onednns_layers() -> set[torch.dtype]:
+    """The dtypes in which oneDNN has no LSTM for this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return set()
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return {dtype for dtype, is_supported in supported.items() if not is_supported()}
+
+
+_WITHOUT_ONEDNNS_LAYERS = _without_onednns_layers()
+
+
+def _dtype_to_convert_to(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """What autocast makes of a batch on a CPU where oneDNN has no layers in that dtype; otherwise None.
+
+    PyTorch chooses oneDNN's layers before it casts, and fails there: "could not create a primitive descriptor".
+    """
+    if not tensors[0].is_cpu or not torch.backends.mkldnn.enabled:
+        return None
+    dtype = transforms.autocast_dtype(tensors)
+    return dtype if dtype in _WITHOUT_ONEDNNS_LAYERS else None
 
 
 def _is_cudnns(tensor: Tensor) -> bool:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from . import transforms
+
 if TYPE_CHECKING:
     from .functional import Call
     from .planner import CellPlan, Kind, Plan
@@ -74,13 +76,7 @@ def choose(requested: str | None, call: "Call") -> Choice:
 
 def autocast_dtype(call: "Call") -> torch.dtype | None:
     """The dtype autocast gives to all tensors of a call; None: it is off, or leaves them alone as it does float64."""
-    device_type = call.data.device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return None
-    for tensor in _tensors(call):
-        if not tensor.is_floating_point() or tensor.dtype == torch.float64:
-            return None
-    return torch.get_autocast_dtype(device_type)
+    return transforms.autocast_dtype(_tensors(call))
 
 
 def _tensors(call: "Call") -> list[Tensor]:

@@ -4,6 +4,7 @@ Forward-mode derivatives take the step-by-step formula (reference.py), and so do
 kernels: PyTorch's own function has rules for neither. The kernels' rules for vmap are in vmap.py.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -57,6 +58,17 @@ def _is_observed(arguments: tuple[Any, ...]) -> bool:
         ):
             return True
     return False
+
+
+def autocast_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """The dtype autocast gives to tensors of one device; None: it is off, or leaves them alone as it does float64."""
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    for tensor in tensors:
+        if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -208,6 +209,38 @@ def run(
     leaves |= dict(zip(("h_reset", "c_reset"), anew or (), strict=False))
     results |= {f"gradient of {name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
     return {name: tensor.detach().clone() for name, tensor in results.items()}
+
+
+@cache
+def can_autocast(dtype: torch.dtype) -> bool:
+    """Whether nn.LSTM can be computed under autocast to that dtype on the CPU, which depends on the processor."""
+    try:
+        with torch.autocast("cpu", dtype):
+            nn.LSTM(1, 1)(torch.zeros(1, 1, 1))
+    except RuntimeError as error:
+        if "could not create a primitive descriptor" in str(error):
+            return False
+        raise
+    return True
+
+
+def stock_in_autocast(
+    stock: nn.LSTM,
+    input: Tensor | PackedSequence,
+    hx: Sequence[Tensor] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Tensor]:
+    """`run` of an nn.LSTM under autocast on the CPU; where it fails for this processor, of the converted module."""
+    packed = isinstance(input, PackedSequence)  # which autocast leaves alone
+    if packed or can_autocast(dtype):
+        with torch.autocast("cpu", dtype):
+            return run(stock, input, hx)
+    results = run(
+        copy.deepcopy(stock).to(dtype), input.to(dtype), None if hx is None else type(hx)(h.to(dtype) for h in hx)
+    )
+    dtypes = {name: stock.weight_hh_l0.dtype for name in results if name.startswith("gradient")}
+    dtypes["gradient of input"] = input.dtype
+    return {name: tensor.to(dtypes.get(name, dtype)) for name, tensor in results.items()}
 
 
 def assert_same(actual: Any, expected: Any) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import lstm_triton
 from lstm_triton import aten, reference
 from lstm_triton.ragged import dense
-from tests.comparing import assert_same, run
+from tests.comparing import assert_same, run, stock_in_autocast
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 
@@ -121,8 +121,7 @@ def test_compiled_with_states_autocast_and_dropout() -> None:
     ours.load_state_dict(stock.state_dict())
     input, hx = torch.randn(5, 2, 3), (torch.randn(2, 2, 4), torch.randn(2, 2, 4))
     expected = run(stock, input, hx)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected_in_bfloat16 = run(stock, input, hx)
+    expected_in_bfloat16 = stock_in_autocast(stock, input, hx)
     ours.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run(ours, input, hx), expected)
     with torch.autocast("cpu", torch.bfloat16):
@@ -158,9 +157,9 @@ def test_backend_chosen_inside_and_outside() -> None:
         with lstm_triton.backend("aten"):
             return ours(input)[0]
 
-    assert_same(on_aten(input), ours(input)[0])
+    torch.testing.assert_close(on_aten(input), ours(input)[0])  # what keeps nothing for backward may round differently
     compiled = torch.compile(ours, backend="eager")
     compiled(input)
     with lstm_triton.backend("triton"), pytest.raises(RuntimeError, match="the kernels run on NVIDIA GPUs"):
         compiled(input)  # what was compiled for another backend is not used
-    assert_same(compiled(input)[0], ours(input)[0])
+    torch.testing.assert_close(compiled(input)[0], ours(input)[0])

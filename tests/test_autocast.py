@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 import lstm_triton
 from lstm_triton import interpreter
-from tests.comparing import assert_as_accurate, assert_results_as_accurate, assert_same, run, twins
+from tests.comparing import (
+    assert_as_accurate,
+    assert_results_as_accurate,
+    assert_same,
+    can_autocast,
+    run,
+    stock_in_autocast,
+    twins,
+)
 
 PATHS = [
     pytest.param(nullcontext, id="fallback"),
@@ -25,31 +33,28 @@ def test_dtypes_are_nn_lstms(path: Any, input_dtype: torch.dtype) -> None:
     ours, stock = twins(3, 8, num_layers=2, bidirectional=True)
     input, hx = torch.randn(4, 2, 3, dtype=input_dtype), (torch.randn(4, 2, 8), torch.randn(4, 2, 8))
     for states in (None, hx):
-        with torch.autocast("cpu", torch.bfloat16):
-            expected = run(stock, input, states)
-            with path():
-                actual = run(ours, input, states)
+        expected = stock_in_autocast(stock, input, states)
+        with path(), torch.autocast("cpu", torch.bfloat16):
+            actual = run(ours, input, states)
         assert {name: t.dtype for name, t in actual.items()} == {name: t.dtype for name, t in expected.items()}
         assert actual["output"].dtype == torch.bfloat16
         assert actual["gradient of weight_hh_l0"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_float16_where_pytorchs_own_function_may_refuse_it(training: bool) -> None:
-    """Whether it does depends on the processor: the same results, or the same error."""
-
-    def results(module: nn.RNNBase) -> Any:
-        with torch.autocast("cpu", torch.float16), torch.set_grad_enabled(training):
-            try:
-                return module(torch.ones(4, 2, 3))
-            except RuntimeError as error:
-                return str(error).splitlines()[0]
-
-    ours, stock = (results(module) for module in twins(3, 8))
-    if isinstance(stock, str):
-        assert ours == stock
-    else:
-        assert_same(ours, stock)
+@pytest.mark.parametrize("with_states", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_pytorchs_own_function_may_refuse(dtype: torch.dtype, with_states: bool) -> None:
+    """Whether it does depends on the processor: the same results, or those of the converted module."""
+    ours, stock = twins(3, 8, num_layers=2, bidirectional=True)
+    hx = (torch.randn(4, 2, 8), torch.randn(4, 2, 8)) if with_states else None
+    input = torch.randn(4, 2, 3)
+    expected = stock_in_autocast(stock, input, hx, dtype)
+    with torch.autocast("cpu", dtype):
+        assert_same(run(ours, input, hx), expected)
+        with torch.no_grad():
+            output, _ = ours(input, hx)
+    assert output.dtype == dtype
+    torch.testing.assert_close(output, expected["output"])
 
 
 @pytest.mark.interpreted
@@ -85,7 +90,10 @@ def test_inside_and_outside(path: Any, enabled: bool) -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 def test_training_in_bfloat16(path: Any) -> None:
-    """Master weights stay float32, their updates follow those of nn.LSTM, and the loss goes down."""
+    """Master weights stay float32, their updates follow those of nn.LSTM, and the loss goes down.
+
+    nn.LSTM is in float32 where its processor refuses bfloat16.
+    """
     losses, weights = [], []
     for module in twins(3, 8):
         head = nn.Linear(8, 1, bias=False)
@@ -97,8 +105,9 @@ def test_training_in_bfloat16(path: Any) -> None:
         found: list[float] = []
         for _ in range(5):
             optimizer.zero_grad()
-            with path() if isinstance(module, lstm_triton.LSTM) else nullcontext():
-                with torch.autocast("cpu", torch.bfloat16):
+            is_ours = isinstance(module, lstm_triton.LSTM)
+            with path() if is_ours else nullcontext():
+                with torch.autocast("cpu", torch.bfloat16, enabled=is_ours or can_autocast(torch.bfloat16)):
                     loss = (head(module(input)[0][-1]).float() - target).square().mean()
                 loss.backward()
             optimizer.step()
@@ -150,32 +159,23 @@ OVERFLOW = 2.0**127  # the largest in float32: the gradients are infinite
 @pytest.mark.parametrize("scale", [SCALE, OVERFLOW], ids=["step", "skipped step"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_grad_scaler_on_the_fallback(dtype: torch.dtype, scale: float) -> None:
-    """nn.LSTM's gradients, weights and next scale, bit by bit; or its error, where it refuses float16."""
+    """nn.LSTM's gradients, weights and next scale, bit by bit where it does not refuse."""
     input = torch.randn(4, 2, 3).to(dtype).float()
-
-    def found(module: nn.RNNBase) -> Any:
-        try:
-            return scaled_step(module, input, scale, dtype)
-        except RuntimeError as error:
-            return str(error).splitlines()[0]
-
-    ours, stock = (found(module) for module in rounded_twins(dtype))
-    if isinstance(stock, str):
-        assert dtype == torch.float16
-        assert ours == stock
-    else:
-        assert_same(ours, stock)
-        assert stock["scale"] == (scale / 2 if scale == OVERFLOW else scale)
+    ours, stock = rounded_twins(dtype)
+    actual = scaled_step(ours, input, scale, dtype)
+    if can_autocast(dtype):
+        assert_same(actual, scaled_step(stock, input, scale, dtype))
+    assert actual["scale"] == (scale / 2 if scale == OVERFLOW else scale)
 
 
-@pytest.mark.interpreted
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_grad_scaler_with_kernels(dtype: torch.dtype) -> None:
+def test_accuracy_with_grad_scaler(path: Any, dtype: torch.dtype) -> None:
     """Scaled gradients as accurate as those of nn.LSTM in that dtype, and the step that follows from them."""
     ours, stock = rounded_twins(dtype)
     before = {name: weight.detach().clone() for name, weight in ours.named_parameters()}
     input = torch.randn(4, 2, 3).to(dtype)
-    with interpreter.interpret():
+    with path():
         actual = scaled_step(ours, input.float(), SCALE, dtype)
     exact = scaled_step(copy.deepcopy(stock).double(), input.double(), SCALE, None)
     expected = scaled_step(stock.to(dtype), input, SCALE, None)
