@@ -132,7 +132,7 @@ def compiled(
             **input_constants_of(chosen, hidden, unit),
         }
     else:
-        constants |= {"GRAD_CELLS": False, "REGISTER_CHUNKS": chosen.register_chunks}
+        constants |= {"GRAD_CELLS": False}
     options = compiler_options(chosen, is_nvidia=arch.startswith("sm_"))
     return _compiled(kernel, arch, dtype, constants, options, TYPES, chosen.lanes)
 

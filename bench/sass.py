@@ -120,7 +120,8 @@ def step_cycles(cubin: bytes) -> int:
         now = max([now, *(ready[board] for board in range(SCOREBOARDS) if instruction.waits >> board & 1)])
         latency = LATENCY.get(instruction.opcode, OTHER_LATENCY)
         if instruction.sets < SCOREBOARDS:
-            ready[instruction.sets] = now + latency
+            # A scoreboard counts what is under way: it is released by the last of several.
+            ready[instruction.sets] = max(ready[instruction.sets], now + latency)
         if instruction.sets_when_read < SCOREBOARDS:
             ready[instruction.sets_when_read] = max(
                 ready[instruction.sets_when_read], now + min(latency, OTHER_LATENCY)

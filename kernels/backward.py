@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .exchange import publish, request
-from .fragments import state_places, weight_places
+from .fragments import column_places, row_places
 from .gates import differentiate
 from .lanes import dropout_scale, of_lane, place
 from .product import add_received, load_lefts, no_sums, total_of_fragments
@@ -44,13 +44,13 @@ def load_weights(
     CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * HIDDEN
     pointer += slice_index * BLOCK_HIDDEN
     units_end -= slice_index * BLOCK_HIDDEN
-    units, shared_ks = weight_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=True)
+    units, shared_ks = column_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=True)
     pointers = pointer + (shared_ks % 4 * HIDDEN + shared_ks // 4).to(tl.int64) * HIDDEN + units
     in_shared = load_lefts(
         pointers, units < units_end, shared_ks, REGISTER_CHUNKS, RESIDENT_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K,
         SPLIT_K, SHARED=True,
     )  # fmt: skip
-    units, ks = weight_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=False)
+    units, ks = column_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=False)
     pointers = pointer + (ks % 4 * HIDDEN + ks // 4).to(tl.int64) * HIDDEN + units
     mask = units < units_end
     in_registers = load_lefts(pointers, mask, ks, 0, REGISTER_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K)
@@ -147,7 +147,7 @@ def backward_scan(
     weight_hh_ptr = of_lane(weight_hh_ptrs, lane, LANES)
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
-    tile_rows, ks = state_places(BLOCK_BATCH, BLOCK_K, SPLIT_K)
+    tile_rows, ks = row_places(BLOCK_BATCH, BLOCK_K, SPLIT_K)
     pairs = tl.arange(0, BLOCK_BATCH * 2 * BLOCK_HIDDEN)
     rows = pairs // (2 * BLOCK_HIDDEN)
     units = slice_index * BLOCK_HIDDEN + pairs // 2 % BLOCK_HIDDEN

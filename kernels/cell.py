@@ -32,12 +32,12 @@ def add_linear(
     DOT_PRECISION: tl.constexpr,
 ):
     """Add weight[gate_rows] @ rows^T to the sums."""
-    ks = tl.arange(0, BLOCK_K)
-    weight_ptrs = weight_ptr + gate_rows[:, None] * SIZE + ks[None, :]
+    ks = tl.arange(0, BLOCK_K)[None, :]
+    weight_ptrs = weight_ptr + gate_rows[:, None] * SIZE + ks
     for chunk in range((SIZE + BLOCK_K - 1) // BLOCK_K):
         left = load_left(weight_ptrs, gate_mask, ks, chunk, BLOCK_K, SIZE, BLOCK_K, 1)
-        mask = row_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)[None, :]
-        right = tl.load(row_ptrs[:, None] + chunk * BLOCK_K + ks[None, :], mask=mask, other=0.0)
+        mask = row_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)
+        right = tl.load(row_ptrs[:, None] + chunk * BLOCK_K + ks, mask=mask, other=0.0)
         sums = tl.dot(left, tl.trans(right), sums, input_precision=DOT_PRECISION)
     return sums
 

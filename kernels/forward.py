@@ -20,7 +20,7 @@ import triton.language as tl
 from .exchange import publish, request
 from .gates import activate, split_gates, update_state
 from .lanes import dropout_scale, of_lane, place
-from .product import add_products, add_received, load_lefts, no_sums, total
+from .product import add_products, add_received, load_lefts, no_sums, places, total
 from .ragged import count_turns, look_up, next_turn, no_turn
 
 
@@ -30,6 +30,34 @@ def load_bias(bias_ih_ptr, bias_hh_ptr, units, gate: tl.constexpr, HIDDEN: tl.co
     bias_ih = tl.load(bias_ih_ptr + gate * HIDDEN + units, mask=units < HIDDEN, other=0.0).to(tl.float32)
     bias_hh = tl.load(bias_hh_ptr + gate * HIDDEN + units, mask=units < HIDDEN, other=0.0).to(tl.float32)
     return (bias_ih + bias_hh)[None, :]
+
+
+@triton.jit
+def load_weights(
+    pointer,  # (4H, SIZE)
+    slice_index,
+    gates_end,
+    HIDDEN: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    REGISTER_CHUNKS: tl.constexpr,
+    RESIDENT_CHUNKS: tl.constexpr,
+):
+    """Gate-minor rows of a weight: see `load_weights` in backward.py."""
+    rows, shared_ks = places(4 * BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=True)
+    gate_minor = slice_index * 4 * BLOCK_HIDDEN + rows
+    pointer += (gate_minor % 4 * HIDDEN + gate_minor // 4).to(tl.int64)[:, None] * SIZE
+    mask = gate_minor < gates_end
+    in_shared = load_lefts(
+        pointer + shared_ks, mask, shared_ks, REGISTER_CHUNKS, RESIDENT_CHUNKS, BLOCK_K, SIZE, BLOCK_K, SPLIT_K,
+        SHARED=True,
+    )  # fmt: skip
+    _, ks = places(4 * BLOCK_HIDDEN, BLOCK_K, SPLIT_K)
+    pointers = pointer + ks
+    in_registers = load_lefts(pointers, mask, ks, 0, REGISTER_CHUNKS, BLOCK_K, SIZE, BLOCK_K, SPLIT_K)
+    return in_registers + in_shared, pointers, mask, ks
 
 
 @triton.jit(
@@ -100,6 +128,7 @@ def forward_scan(
     BLOCK_INPUT: tl.constexpr,  # BLOCK_K's counterpart for the input projection
     SPLIT_K: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,  # how many chunks of W_hh stay on the chip; the others are read every step
+    REGISTER_CHUNKS: tl.constexpr,  # of these, how many stay in registers; they are fragments (fragments.py)
     GROUP_CHUNKS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
@@ -127,27 +156,27 @@ def forward_scan(
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
     rows = tl.arange(0, BLOCK_BATCH)
-    ks = tl.arange(0, BLOCK_K)
-    input_ks = tl.arange(0, BLOCK_INPUT)
+    tile_rows, ks = places(BLOCK_BATCH, BLOCK_K, SPLIT_K)
+    _, input_ks = places(BLOCK_BATCH, BLOCK_INPUT, SPLIT_K)
     units = slice_index * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     unit_mask = (units < HIDDEN)[None, :]
     written_mask = (units < WRITTEN)[None, :]
-    gate_minor = slice_index * 4 * BLOCK_HIDDEN + tl.arange(0, 4 * BLOCK_HIDDEN)
-    gate_rows = (gate_minor % 4 * HIDDEN + gate_minor // 4).to(tl.int64)[:, None]
-    gate_mask = gate_minor < 4 * HIDDEN
 
-    weight_ptrs = weight_hh_ptr + gate_rows * HIDDEN + ks[None, :]
-    weights_hh = load_lefts(weight_ptrs, gate_mask, ks, 0, RESIDENT_CHUNKS, BLOCK_K, HIDDEN, BLOCK_K, SPLIT_K)
+    weights_hh, weight_ptrs, weight_mask, weight_ks = load_weights(
+        weight_hh_ptr, slice_index, 4 * HIDDEN, HIDDEN, BLOCK_HIDDEN, HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
+        RESIDENT_CHUNKS,
+    )  # fmt: skip
     if CHAINED:
         # The layer below has as many units, so its chunks are those of the own state.
-        below_ptrs = weight_ih_ptr + gate_rows * HIDDEN + ks[None, :]
-        below_mask = gate_minor < tl.where(lane > 0, 4 * HIDDEN, 0)
-        weights_ih = load_lefts(below_ptrs, below_mask, ks, 0, RESIDENT_CHUNKS, BLOCK_K, HIDDEN, BLOCK_K, SPLIT_K)
+        below_end = tl.where(lane > 0, 4 * HIDDEN, 0)
+        weights_ih, below_ptrs, below_mask, _ = load_weights(
+            weight_ih_ptr, slice_index, below_end, HIDDEN, BLOCK_HIDDEN, HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
+            RESIDENT_CHUNKS,
+        )  # fmt: skip
         below_ptr = (passed_ptr if DROPOUT else hidden_ptr) - state_rows.to(tl.int64) * STATE_STRIDE
     else:
-        input_weight_ptrs = weight_ih_ptr + gate_rows * INPUT + input_ks[None, :]
-        weights_ih = load_lefts(
-            input_weight_ptrs, gate_mask, input_ks, 0, INPUT_CHUNKS, BLOCK_INPUT, INPUT, BLOCK_INPUT, SPLIT_K
+        weights_ih, _, _, _ = load_weights(
+            weight_ih_ptr, slice_index, 4 * HIDDEN, HIDDEN, BLOCK_HIDDEN, INPUT, BLOCK_INPUT, SPLIT_K, 0, INPUT_CHUNKS
         )
     if HAS_BIAS:
         bias_ih_ptr = of_lane(bias_ih_ptrs, lane, LANES)
@@ -161,7 +190,7 @@ def forward_scan(
     cell_ptrs = cell_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     passed_ptrs = passed_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     gates_ptrs = gates_ptr + rows[:, None] * (4 * HIDDEN) + units[None, :]
-    input_ptrs = input_ptr + rows[:, None].to(tl.int64) * input_stride_batch * INPUT_STRIDE_UNIT + input_ks[None, :]
+    input_ptrs = input_ptr + tile_rows[:, None].to(tl.int64) * input_stride_batch * INPUT_STRIDE_UNIT + input_ks
 
     first_row = group * BLOCK_BATCH
     cell_row = first_row.to(tl.int64)
@@ -179,18 +208,20 @@ def forward_scan(
             turn_next, turns, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
         )
         source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
+        tile_source_next = look_up(sources_ptr, turn_next, tile_rows, BLOCK_BATCH)
         turn_after = next_turn(
             turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
         )
     for index in range(turns):
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
-            source = source_next
+            source, tile_source = source_next, tile_source_next
             first_row = turn_next[1] * BLOCK_BATCH
             step_row = turn_next[3].to(tl.int64) + first_row
             row_mask = (source >= 0)[:, None]
+            tile_mask = (tile_source >= 0)[:, None]
             # Rows without a step read row 0, which nobody has to be waited for.
-            hidden_prev = hidden_ptr + tl.maximum(source, 0)[:, None].to(tl.int64) * STATE_STRIDE + ks[None, :]
+            hidden_prev = hidden_ptr + tl.maximum(tile_source, 0)[:, None].to(tl.int64) * STATE_STRIDE + ks
         else:
             if SEVERAL_TILES:
                 step = step // tiles_per_step
@@ -199,8 +230,9 @@ def forward_scan(
             step_row = time * batch_size + first_row
             previous_row = step_row + batch_size + tl.where(reverse != 0, batch_size, -batch_size)
             row_mask = (first_row + rows < batch_size)[:, None]
-            read_rows = tl.minimum(rows, batch_size - 1 - first_row)[:, None]  # past the batch: its last row once more
-            hidden_prev = hidden_ptr + previous_row * STATE_STRIDE + read_rows * STATE_STRIDE + ks[None, :]
+            tile_mask = (first_row + tile_rows < batch_size)[:, None]
+            read_rows = tl.minimum(tile_rows, batch_size - 1 - first_row)[:, None]  # past it: the last row once more
+            hidden_prev = hidden_ptr + previous_row * STATE_STRIDE + read_rows * STATE_STRIDE + ks
         state_row = step_row + batch_size
         mask = row_mask & unit_mask
         state_mask = row_mask & written_mask
@@ -209,6 +241,7 @@ def forward_scan(
         if RAGGED:
             turn_next = turn_after
             source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
+            tile_source_next = look_up(sources_ptr, turn_next, tile_rows, BLOCK_BATCH)
             turn_after = next_turn(
                 turn_after, turns - 2 - index, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles,
                 SEVERAL_TILES,
@@ -223,15 +256,15 @@ def forward_scan(
         if CHAINED:
             if lane > 0:
                 if RAGGED:
-                    below_rows = tl.where(source >= 0, state_row + rows, 0)[:, None]
+                    below_rows = tl.where(tile_mask, state_row + tile_rows[:, None], 0)
                 else:
                     below_rows = state_row + read_rows
-                below = below_ptr + below_rows * STATE_STRIDE + ks[None, :]
+                below = below_ptr + below_rows * STATE_STRIDE + ks
                 below_tiles = request(below, ks, 0, GROUP, WRITTEN, BLOCK_K)
                 sums = add_received(
-                    sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, gate_mask, ks, ks, BLOCK_K, HIDDEN,
-                    WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION, THREAD_ELEMENTS,
-                    PACKED, CHAINED,
+                    sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, below_mask, weight_ks, ks, BLOCK_K,
+                    HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
+                    THREAD_ELEMENTS, PACKED, CHAINED,
                 )  # fmt: skip
             # Not before: both states at once would take too many registers, and the layer below is a step ahead.
             hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
@@ -243,7 +276,7 @@ def forward_scan(
             inputs = input_ptrs + input_row * INPUT_STRIDE_UNIT
             input_tiles = ()
             for chunk in tl.static_range(INPUT_CHUNKS):
-                input_mask = row_mask & (chunk * BLOCK_INPUT + input_ks < INPUT)[None, :]
+                input_mask = tile_mask & (chunk * BLOCK_INPUT + input_ks < INPUT)
                 input_tiles = input_tiles + (tl.load(inputs + chunk * BLOCK_INPUT, mask=input_mask, other=0.0),)
             sums = add_products(
                 sums, weights_ih, 0, input_tiles, INPUT_CHUNKS, BLOCK_BATCH, BLOCK_INPUT, SPLIT_K, DOT_PRECISION
@@ -275,9 +308,9 @@ def forward_scan(
             )
 
         sums = add_received(
-            sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, gate_mask, ks, ks,
-            BLOCK_K, HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
-            THREAD_ELEMENTS, PACKED, CHAINED,
+            sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, weight_mask,
+            weight_ks, ks, BLOCK_K, HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
+            DOT_PRECISION, THREAD_ELEMENTS, PACKED, CHAINED,
         )  # fmt: skip
         preact = total(sums, SPLIT_K, ACCUMULATORS)
         input_preact, forget_preact, cell_preact, output_preact = split_gates(preact, BLOCK_HIDDEN, BLOCK_BATCH)

@@ -20,27 +20,39 @@ THREADS_OF_ROW = tl.constexpr(4)
 
 
 @triton.jit
-def state_places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
-    """Rows (ROWS * SPLIT_K,) and k's (ROWS * SPLIT_K, BLOCK_K // SPLIT_K) of the elements of a state chunk."""
+def row_places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr = False):
+    """Rows (ROWS * SPLIT_K,) and k's (ROWS * SPLIT_K, BLOCK_K // SPLIT_K) of a chunk whose rows lie along K.
+
+    Tiles for SHARED memory are loaded by other warps than multiply them, so that the compiler puts them there.
+    """
     parts = tl.arange(0, ROWS * SPLIT_K)
-    ks = (parts // ROWS_OF_WARP % SPLIT_K * (BLOCK_K // SPLIT_K))[:, None] + tl.arange(0, BLOCK_K // SPLIT_K)[None, :]
+    warps = parts // ROWS_OF_WARP % SPLIT_K
+    if SHARED:
+        warps = warps % 2 * (SPLIT_K // 2) + warps // 2
+    ks = (warps * (BLOCK_K // SPLIT_K))[:, None] + tl.arange(0, BLOCK_K // SPLIT_K)[None, :]
     return parts // (ROWS_OF_WARP * SPLIT_K) * ROWS_OF_WARP + parts % ROWS_OF_WARP, ks
 
 
 @triton.jit
-def fragments_of_state(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
-    """A tile loaded from `state_places` -> (SPLIT_K, BLOCK_K // SPLIT_K, ROWS), K reordered."""
+def fragments_of_rows(
+    tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr = False
+):
+    """A tile loaded from `row_places` -> (SPLIT_K, ROWS, BLOCK_K // SPLIT_K), K reordered."""
     VECTOR: tl.constexpr = BLOCK_K // SPLIT_K // THREADS_OF_ROW  # elements that a thread loads at once
-    tile = tl.reshape(tile, (ROWS // ROWS_OF_WARP, SPLIT_K, ROWS_OF_WARP, THREADS_OF_ROW, 4, VECTOR // 4))
-    return tl.reshape(tl.permute(tile, (1, 4, 3, 5, 0, 2)), (SPLIT_K, BLOCK_K // SPLIT_K, ROWS))
+    if SHARED:
+        tile = tl.reshape(tile, (ROWS // ROWS_OF_WARP, SPLIT_K // 2, 2, ROWS_OF_WARP, THREADS_OF_ROW, 4, VECTOR // 4))
+        tile = tl.permute(tile, (2, 1, 0, 3, 5, 4, 6))
+    else:
+        tile = tl.reshape(tile, (ROWS // ROWS_OF_WARP, SPLIT_K, ROWS_OF_WARP, THREADS_OF_ROW, 4, VECTOR // 4))
+        tile = tl.permute(tile, (1, 0, 2, 4, 3, 5))
+    return tl.reshape(tile, (SPLIT_K, ROWS, BLOCK_K // SPLIT_K))
 
 
 @triton.jit
-def weight_places(M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr):
-    """m's and k's, each (M * BLOCK_K,), of the elements of a weight chunk.
+def column_places(M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr):
+    """m's and k's, each (M * BLOCK_K,), of the elements of a weight chunk whose columns lie along M.
 
-    Neighbouring m's, which are neighbours in memory, too, go to one thread. Tiles for SHARED memory are loaded by other
-    warps than multiply them, so that the compiler puts them there.
+    Neighbouring m's, which are neighbours in memory, too, go to one thread. SHARED: as of `row_places`.
     """
     VECTOR: tl.constexpr = BLOCK_K // SPLIT_K // THREADS_OF_ROW
     NEIGHBOURS: tl.constexpr = min(M // ROWS_OF_WARP, 2)
@@ -56,8 +68,8 @@ def weight_places(M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
 
 
 @triton.jit
-def fragments_of_weights(tile, M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr):
-    """A tile loaded from `weight_places` -> (SPLIT_K, M, BLOCK_K // SPLIT_K), M in the order that `ordered` undoes."""
+def fragments_of_columns(tile, M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr):
+    """A tile loaded from `column_places` -> (SPLIT_K, M, BLOCK_K // SPLIT_K), M in the order that `ordered` undoes."""
     VECTOR: tl.constexpr = BLOCK_K // SPLIT_K // THREADS_OF_ROW
     NEIGHBOURS: tl.constexpr = min(M // ROWS_OF_WARP, 2)
     FIRST: tl.constexpr = M // (ROWS_OF_WARP * NEIGHBOURS)
@@ -72,7 +84,7 @@ def fragments_of_weights(tile, M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: 
 
 @triton.jit
 def ordered(sums, M: tl.constexpr, ROWS: tl.constexpr):
-    """(M, ROWS) sums over fragments -> the same in the order of the weights."""
+    """(M, ROWS) sums over fragments of columns -> the same in the order of the weights."""
     NEIGHBOURS: tl.constexpr = min(M // ROWS_OF_WARP, 2)
     sums = tl.reshape(sums, (M // (ROWS_OF_WARP * NEIGHBOURS), NEIGHBOURS, ROWS_OF_WARP, ROWS))
     return tl.reshape(tl.permute(sums, (0, 2, 1, 3)), (M, ROWS))

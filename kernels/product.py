@@ -2,32 +2,32 @@
 
 Both are cut along K into chunks of BLOCK_K. A weight chunk is a tile (M, BLOCK_K), a state chunk (rows, BLOCK_K); the
 result is (M, rows), float32: M first, so that tensor cores see the weights as their tall operand and small batches
-waste little. SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time. Then both
-may also be *fragments* (fragments.py), tiles of other shapes.
+waste little. SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time; both are
+then *fragments* (fragments.py), tiles of other shapes.
 """
 
 import triton
 import triton.language as tl
 
 from .exchange import receive, request
-from .fragments import fragments_of_state, fragments_of_weights, ordered
+from .fragments import fragments_of_columns, fragments_of_rows, ordered, row_places
 
 
 @triton.jit
-def as_left(tile, M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
-    """(M, BLOCK_K) weights as the left operand of a dot."""
+def places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr = False):
+    """The rows and (rows or 1, columns) k's of a tile for a chunk of states, or of weights whose rows lie along K."""
     if SPLIT_K > 1:
-        tile = tl.permute(tl.reshape(tile, (M, SPLIT_K, BLOCK_K // SPLIT_K)), (1, 0, 2))
-    return tile
+        rows, ks = row_places(ROWS, BLOCK_K, SPLIT_K, SHARED)
+    else:
+        rows, ks = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)[None, :]
+    return rows, ks
 
 
 @triton.jit
 def as_right(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
     """A state chunk as the right operand of a dot."""
-    if tile.shape[1] < BLOCK_K:
-        right = fragments_of_state(tile, ROWS, BLOCK_K, SPLIT_K)
-    elif SPLIT_K > 1:
-        right = tl.permute(tl.reshape(tile, (ROWS, SPLIT_K, BLOCK_K // SPLIT_K)), (1, 2, 0))
+    if SPLIT_K > 1:
+        right = tl.permute(fragments_of_rows(tile, ROWS, BLOCK_K, SPLIT_K), (0, 2, 1))
     else:
         right = tl.trans(tile)
     return right
@@ -96,18 +96,16 @@ def load_left(
 ):
     """One weight chunk; pointers: those of chunk 0, the next chunk's are CHUNK_STRIDE elements further.
 
-    They are (M, BLOCK_K), or those of `weight_places`, with a mask and a k for each of them.
+    They are those of `places`, or of `column_places`, with a mask for each row, or for each of them.
     """
-    if len(pointers.shape) == 1:
-        mask = m_mask & (chunk * BLOCK_K + ks < SIZE)
-    else:
-        mask = m_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)[None, :]
+    mask = (m_mask if len(pointers.shape) == 1 else m_mask[:, None]) & (chunk * BLOCK_K + ks < SIZE)
     tile = tl.load(pointers + tl.cast(chunk, tl.int64) * CHUNK_STRIDE, mask=mask, other=0.0)
+    M: tl.constexpr = tile.numel // BLOCK_K
     if len(pointers.shape) == 1:
-        left = fragments_of_weights(tile, tile.numel // BLOCK_K, BLOCK_K, SPLIT_K, SHARED)
-    else:
-        left = as_left(tile, tile.shape[0], BLOCK_K, SPLIT_K)
-    return left
+        tile = fragments_of_columns(tile, M, BLOCK_K, SPLIT_K, SHARED)
+    elif SPLIT_K > 1:
+        tile = fragments_of_rows(tile, M, BLOCK_K, SPLIT_K, SHARED)
+    return tile
 
 
 @triton.jit

@@ -634,7 +634,6 @@ def scan_backward(
             HIDDEN=hidden_size,
             STATE_STRIDE=layout.stride,
             GRAD_CELLS=grad_cells is not None,
-            REGISTER_CHUNKS=launch.plan.register_chunks,
             DROPOUT=dropped > 0,
         )
     return grad_gates, grad_cell
@@ -881,6 +880,7 @@ def constants_of(plan: Plan) -> dict[str, object]:
         "BLOCK_K": plan.block_k,
         "SPLIT_K": plan.split_k,
         "RESIDENT_CHUNKS": plan.resident_chunks,
+        "REGISTER_CHUNKS": plan.register_chunks,
         "GROUP_CHUNKS": plan.group_chunks,
         "ACCUMULATORS": plan.accumulators,
         "DOT_PRECISION": plan.dot_precision,

@@ -20,16 +20,15 @@ import torch
 Kind = Literal["forward", "backward"]
 
 # Of a thread's 255 registers, how many may hold what it has requested: more makes the compiler spill.
-LOAD_REGISTERS = {"16 bit": 96, "tf32": 64, "tf32x3": 16, "ieee": 32}
+LOAD_REGISTERS = {"16 bit": 128, "tf32": 128, "tf32x3": 24, "ieee": 32}
+LOAD_REGISTERS_OF_ASYNCHRONOUS = 96
 LOAD_REGISTERS_OF_LARGE_TILES = 64
-# Backward, where what has been requested is multiplied as it is, or cut into two TF32 parts first.
-LOAD_REGISTERS_OF_FRAGMENTS = {"16 bit": 128, "tf32": 128, "tf32x3": 24, "ieee": 32}
-# Backward, those for requested states, sums and weights, of which the gates of every 8 rows take some.
+# Those for requested states, sums and weights, of which the gates of every 8 rows take some.
 OPERAND_REGISTERS = 232
 GATE_REGISTERS = 32
 MIN_DOT_DEPTH = 16
 MAX_RESIDENT_CHUNKS = 32  # each is unrolled into the kernel
-MAX_INPUT_CHUNKS = 4
+MAX_INPUT_CHUNKS = 8
 DROPOUT_BLOCK = 1024  # elements of a program of dropout_scales (kernels/lanes.py)
 AGAIN_BLOCK, AGAIN_WARPS = (4, 64), 4  # of kernels/again.py, in which every sequence and unit is by itself
 
@@ -39,10 +38,13 @@ LINK_BYTES_PER_CYCLE = 64  # from L2 to one multiprocessor
 L2_BYTES_PER_CYCLE = 3000  # from L2 to all of them
 SHARED_BYTES_PER_CYCLE = 128  # within one multiprocessor
 MEMORY_BYTES_PER_CYCLE = 2500
+OPERATIONS_PER_CYCLE = 300_000  # of a large product of 16-bit matrices; of 32-bit ones half as many
+LOAD_CYCLES = 600  # from asking L2 for a value to having it
 EXCHANGE_CYCLES = 1000  # from publishing a value to having it elsewhere
 ROUND_CYCLES = 1200  # of asking again: for a further group of chunks
-GATE_CYCLES = 900  # gates, barriers, publishing
-SPLIT_K_CYCLES = 500  # adding up what the warps have summed
+MULTIPLIED_PER_CYCLE = {"16 bit": 1300, "tf32": 650, "tf32x3": 220, "ieee": 128}  # pairs of numbers, one multiprocessor
+FIXED_CYCLES = 500  # addresses, sentinels, barriers, and the gates of the first unit
+STAGING_CYCLES = 400  # of states on their way to the asynchronous tensor cores
 
 
 @dataclass(frozen=True)
@@ -497,43 +499,42 @@ def _fitted(
     None if it does not fit the device.
     """
     size = dtype.itemsize
+    operands = "16 bit" if size == 2 else precision
     slices = _divide_up(hidden_size, block_hidden)
     multiprocessors = device.multiprocessors // lanes
     if slices > multiprocessors or block_hidden > max(16, _power_of_2(hidden_size)):
         return None
-    if kind == "backward":
-        # Larger tiles spill, and are tried only where smaller ones would be too many for the device.
-        needed = block_hidden == 8 or _divide_up(hidden_size, block_hidden // 2) > multiprocessors
-        if block_batch > (32 if size == 2 else 8) or (block_hidden > 16 and not (needed and block_batch == 8)):
-            return None
     batch_tiles = _divide_up(batch_size, block_batch)
     groups = min(batch_tiles, multiprocessors // slices)
 
     weight_rows = 4 * block_hidden if kind == "forward" else block_hidden  # M of the product
     depth = hidden_size if kind == "forward" else 4 * hidden_size  # K of the product
     # Hopper's asynchronous tensor cores take 64 rows of weights from 4 warps; elsewhere warps share the depth.
-    asynchronous = device.capability == 90 and size == 2 and weight_rows % 64 == 0 and block_batch >= 16
-    if block_batch > 8 and (block_batch > 16 if chained else not asynchronous and block_batch * block_hidden > 512):
-        return None  # spills
+    asynchronous = kind == "forward" and device.capability == 90 and size == 2 and block_hidden >= 16 <= block_batch
+    # Larger tiles spill, and are tried only where smaller ones would be too many for the device.
+    needed = block_batch == 8 and _divide_up(hidden_size, block_hidden // 2) > multiprocessors
+    if block_batch > (16 if chained else 64 if kind == "forward" else 32 if size == 2 else 8):
+        return None
+    if fuse_input and block_batch > (16 if size == 2 else 8):
+        return None
+    largest = 16 if kind == "backward" else 128 if asynchronous else min(32, 512 // block_batch)
+    if block_hidden > (min(largest, 256 // block_batch) if precision == "tf32x3" else largest) and not needed:
+        return None
     if asynchronous:
         num_warps, split_k = (8 if weight_rows > 64 or block_batch > 32 else 4), 1
-    else:
-        num_warps = split_k = 4 if kind == "forward" and weight_rows * block_batch <= 512 and size == 2 else 8
-    if kind == "forward":
         block_k = _chunk(depth, min(row_bytes, 512) // size)
+        block_input = _chunk(input_size, row_bytes // size)
     else:
         # Of every chunk, four threads of each warp take 16 bytes of a row (kernels/fragments.py).
         part = 64 // size
-        num_warps = split_k = min(8, max(2, _power_of_2(_divide_up(depth, part))))
-        block_k = split_k * part
+        num_warps = split_k = min(8, row_bytes // 64, max(2, _power_of_2(_divide_up(depth, part))))
+        if split_k < 2:
+            return None
+        block_k = block_input = split_k * part
     # No element of a state tile may be polled by two threads: one might see the sentinel and the other the value.
     # Each thread has 32 bits or more, as it loads.
     while num_warps * device.threads_per_warp * 4 > block_batch * block_k * size:
         num_warps //= 2
-    block_input = _chunk(input_size, row_bytes // size) if kind == "forward" else MIN_DOT_DEPTH
-    if fuse_input:
-        split_k = min(split_k, block_input // MIN_DOT_DEPTH)
-    split_k = min(split_k, block_k // MIN_DOT_DEPTH)
     chunks = _divide_up(depth, block_k)
 
     states = 2 if chained else 1  # the own state, and that of the layer below or above
@@ -541,18 +542,17 @@ def _fitted(
     chunk_bytes = states * weight_rows * block_k * size * (2 if precision == "tf32x3" else 1)
     register_bytes = 4 * num_warps * device.threads_per_warp  # of one register in every thread
     chunk_registers = max(1, block_batch * block_k * size // register_bytes)
-    limits = LOAD_REGISTERS_OF_FRAGMENTS if kind == "backward" else LOAD_REGISTERS
-    load_registers = limits["16 bit" if size == 2 else precision]
-    if block_batch >= (64 if kind == "forward" else 32):
+    load_registers = LOAD_REGISTERS_OF_ASYNCHRONOUS if asynchronous else LOAD_REGISTERS[operands]
+    if block_batch >= (64 if asynchronous else 32):
         load_registers = min(load_registers, LOAD_REGISTERS_OF_LARGE_TILES)
     rounds = _divide_up(chunks, max(1, load_registers // chunk_registers))
     group_chunks = _divide_up(chunks, rounds)
-    if rounds > 1 and (block_batch > 16 or (asynchronous and kind == "forward")):
+    if rounds > 1 and (block_batch > 16 or asynchronous):
         return None  # spills
 
-    accumulators, register_chunks = 1 if asynchronous or split_k > 1 else 2, 0
-    in_registers = kind == "backward" and not device.arch.startswith("gfx")  # AMD's operands are made otherwise
-    if kind == "backward":
+    accumulators, register_chunks = 1, 0
+    in_registers = not asynchronous and not device.arch.startswith("gfx")  # AMD's operands are made otherwise
+    if not asynchronous:
         tiles = max(1, weight_rows // 16) * (block_batch // 8)  # of 4 registers, which do not wait for each other
         accumulators = min(chunks, max(1, 4 // tiles))
         if in_registers and precision != "tf32x3":
@@ -565,7 +565,8 @@ def _fitted(
     staging = 0 if in_registers else states * block_batch * block_k * size * (group_chunks if asynchronous else 1)
     partial_sums = 4 * split_k * weight_rows * block_batch if split_k > 1 else 0
     input_chunks = _divide_up(input_size, block_input) if fuse_input else 0
-    input_bytes = (weight_rows + block_batch) * block_input * size * input_chunks
+    input_bytes = chunk_bytes // block_k * block_input * input_chunks
+    input_bytes += 0 if in_registers else block_batch * block_input * size * input_chunks
     room = device.shared_bytes - max(staging, partial_sums, 8 * weight_rows * block_batch) - input_bytes - 2048
     if room < 0:
         return None
@@ -583,18 +584,26 @@ def _fitted(
     programs = lanes * slices * groups
     state_bytes = states * block_batch * depth * size
     from_l2 = state_bytes + streamed_chunks * chunk_bytes
-    through_shared = 2 * (state_bytes + partial_sums) + chunk_bytes * (chunks + streamed_chunks) + input_bytes
     if in_registers:
-        through_shared = 2 * partial_sums + chunk_bytes * (resident_chunks - register_chunks)
+        weights_from_shared, through_shared = chunk_bytes * (resident_chunks - register_chunks), 2 * partial_sums
+    else:
+        weights_from_shared = chunk_bytes * (chunks + streamed_chunks)
+        through_shared = 2 * (state_bytes + partial_sums)
+    pairs = states * weight_rows * depth * block_batch
     work = max(from_l2 // LINK_BYTES_PER_CYCLE, from_l2 * programs // L2_BYTES_PER_CYCLE)
-    work += through_shared // SHARED_BYTES_PER_CYCLE + (rounds - 1) * ROUND_CYCLES + GATE_CYCLES
-    work += SPLIT_K_CYCLES if split_k > 1 and not in_registers else 0
-    # A program that serves several tiles works on the others while one is under way: only work adds up.
-    cycles = max(work + EXCHANGE_CYCLES, _divide_up(batch_tiles, groups) * work)
+    work += max(weights_from_shared // SHARED_BYTES_PER_CYCLE, pairs // MULTIPLIED_PER_CYCLE[operands])
+    work += through_shared // SHARED_BYTES_PER_CYCLE + (rounds - 1) * ROUND_CYCLES
+    work += FIXED_CYCLES + block_batch * block_hidden + (STAGING_CYCLES if asynchronous else 0)
+    # What the input takes passes while the state is under way; one state is asked for after the other.
+    waiting = states * LOAD_CYCLES + input_bytes // SHARED_BYTES_PER_CYCLE
+    # A program that serves several tiles works on the others while one is exchanged.
+    cycles = max(work + max(EXCHANGE_CYCLES, waiting), _divide_up(batch_tiles, groups) * (work + waiting))
     if not fuse_input and kind == "forward":
         # The projections are written to memory and read back, and a product of their own computes them.
         projected = 1 if chained else lanes
-        cycles += 2 * 4 * hidden_size * batch_size * size * projected // MEMORY_BYTES_PER_CYCLE
+        numbers = 4 * hidden_size * batch_size * projected
+        cycles += 2 * numbers * size // MEMORY_BYTES_PER_CYCLE
+        cycles += numbers * input_size * size // OPERATIONS_PER_CYCLE
     return Plan(
         block_batch=block_batch,
         block_hidden=block_hidden,
