@@ -206,6 +206,9 @@ def layers(draw: st.DrawFn, largest_hidden: int = 50, ragged: bool = False) -> L
         found = planner.candidates(kind, **sizes, device=device, allow_tf32=False)  # type: ignore[arg-type]
         if found:
             plan = draw(st.sampled_from(found))
+            if plan.split_k > 1 and draw(st.booleans()):
+                smaller = streamed(plan, sizes["hidden_size"] * (1 if kind == "forward" else 4))
+                plan = smaller if smaller.chunks > 1 else plan
             plans[kind] = interpretable(plan)
     seq_len = draw(st.integers(1, 4))
     options: dict[str, Any] = {}
@@ -232,12 +235,15 @@ def interpretable(plan: Plan) -> Plan:
     return replace(plan, thread_elements=0, packed=False, dot_precision="ieee")
 
 
-def streamed(found: list[Plan], kind: Kind) -> list[Plan]:
-    """The plans by which some weights are read in every step.
+def streamed(plan: Plan, depth: int) -> Plan:
+    """The plan with chunks of which one stays in registers and the last one of the product's `depth` is streamed.
 
-    Backward, registers would hold all those of a small layer: there is one chunk in them, and one is streamed.
+    Registers alone would hold all weights of a layer that is small enough for tests.
     """
-    if kind == "backward":
-        found = [replace(each, resident_chunks=each.chunks - 1, group_chunks=1) for each in found if each.chunks > 1]
-        found = [replace(each, register_chunks=min(1, each.resident_chunks - 1)) for each in found]
-    return [each for each in found if each.resident_fraction < 1]
+    parts = plan.split_k if plan.chunks > 2 else 2
+    block_k = plan.block_k // plan.split_k * parts
+    chunks = -(-depth // block_k)
+    return replace(
+        plan, block_k=block_k, split_k=parts, num_warps=parts, chunks=chunks, resident_chunks=chunks - 1,
+        register_chunks=1, group_chunks=1, fuse_input=False,
+    )  # fmt: skip

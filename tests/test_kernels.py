@@ -47,11 +47,11 @@ def test_input_projection_both_ways(input_size: int, fuse_input: bool) -> None:
 def streamed_layer(dtype: torch.dtype = torch.float32) -> Layer:
     """A layer whose weights do not all fit on the device, with more batch tiles than programs to take them."""
     sizes = {"batch_size": 20, "input_size": 5, "hidden_size": 148, "dtype": dtype, "allow_tf32": False}
-    device = Device("tiny", "interpreter", 20, (24 if dtype.itemsize == 4 else 20) * 1024)
+    device = Device("few", "interpreter", 20, 64 * 1024)
     plans = {}
-    for kind in ("forward", "backward"):
+    for kind, depth in (("forward", 148), ("backward", 4 * 148)):
         found = candidates(kind, device=device, **sizes)  # type: ignore[arg-type]
-        plans[kind] = next(each for each in streamed(found, kind) if each.batch_tiles > each.groups)
+        plans[kind] = streamed(next(each for each in found if each.batch_tiles > each.groups), depth)
     return Layer(3, 20, 5, 148, dtype, **plans)
 
 

@@ -67,11 +67,11 @@ def streamed_layer(reverse: bool, **options: Any) -> Layer:
     """Weights that do not all fit on the device, and several batch tiles of very different lengths for each program."""
     lengths = (2, 1, 0, 0, 0, 0, 0, 0) + (0,) * 8 + (3, 3, 2, 0, 1, 3, 2, 1) + (1, 1, 0)
     sizes = {"batch_size": 27, "input_size": 5, "hidden_size": 90, "dtype": torch.float16, "allow_tf32": False}
-    device = Device("tiny", "interpreter", 12, 10 * 1024)
+    device = Device("few", "interpreter", 12, 64 * 1024)
     plans = {}
-    for kind in ("forward", "backward"):
+    for kind, depth in (("forward", 90), ("backward", 4 * 90)):
         found = candidates(kind, device=device, **sizes)  # type: ignore[arg-type]
-        plans[kind] = next(each for each in streamed(found, kind) if each.batch_tiles > each.groups == 1)
+        plans[kind] = streamed(next(each for each in found if each.batch_tiles > each.groups == 1), depth)
     return Layer(3, 27, 5, 90, torch.float16, reverse, lengths=lengths, **plans, **options)
 
 
