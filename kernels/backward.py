@@ -21,40 +21,35 @@ from .exchange import publish, request
 from .fragments import column_places, row_places
 from .gates import differentiate
 from .lanes import dropout_scale, of_lane, place
-from .product import add_received, load_lefts, no_sums, total_of_fragments
+from .product import add_received, load_resident, no_sums, total_of_fragments
 from .ragged import count_turns, look_up, next_turn, no_turn
 
 
 @triton.jit
 def load_weights(
-    pointer,  # (4H, H)
+    pointer,  # (4H, STATE_STRIDE)
     slice_index,
     units_end,
     HIDDEN: tl.constexpr,
+    STATE_STRIDE: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     REGISTER_CHUNKS: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
 ):
-    """The chunks that stay on the chip, as many in registers as there are to be, the others in shared memory.
-
-    Then, for those that do not, the first chunk's pointers, mask and k's: see load_left.
-    """
-    CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * HIDDEN
+    """Columns of a weight: see `load_resident`."""
+    CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * STATE_STRIDE
     pointer += slice_index * BLOCK_HIDDEN
     units_end -= slice_index * BLOCK_HIDDEN
-    units, shared_ks = column_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=True)
-    pointers = pointer + (shared_ks % 4 * HIDDEN + shared_ks // 4).to(tl.int64) * HIDDEN + units
-    in_shared = load_lefts(
-        pointers, units < units_end, shared_ks, REGISTER_CHUNKS, RESIDENT_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K,
-        SPLIT_K, SHARED=True,
+    units, ks = column_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, False)
+    shared_units, shared_ks = column_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, True)
+    return load_resident(
+        pointer + (ks % 4 * HIDDEN + ks // 4).to(tl.int64) * STATE_STRIDE + units, units < units_end, ks,
+        pointer + (shared_ks % 4 * HIDDEN + shared_ks // 4).to(tl.int64) * STATE_STRIDE + shared_units,
+        shared_units < units_end, shared_ks, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
+        RESIDENT_CHUNKS,
     )  # fmt: skip
-    units, ks = column_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=False)
-    pointers = pointer + (ks % 4 * HIDDEN + ks // 4).to(tl.int64) * HIDDEN + units
-    mask = units < units_end
-    in_registers = load_lefts(pointers, mask, ks, 0, REGISTER_CHUNKS, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K)
-    return in_registers + in_shared, pointers, mask, ks
 
 
 @triton.jit
@@ -90,8 +85,8 @@ def backward_scan(
     grad_cell_ptr,
     gates_ptr,  # (LANES, rows, 4H) I/O dtype: activated gates
     cell_ptr,  # (LANES, state rows, STATE_STRIDE) float32 c
-    weight_ih_ptrs,  # of each lane (4H, H), read only if CHAINED
-    weight_hh_ptrs,  # of each lane (4H, H)
+    weight_ih_ptrs,  # of each lane (4H, STATE_STRIDE), read only if CHAINED
+    weight_hh_ptrs,  # of each lane (4H, STATE_STRIDE): (4H, H), padded
     # (LANES, state rows, 4 * STATE_STRIDE) I/O dtype: the pre-activations' gradients, gate-minor; on entry sentinels,
     # and zeros in the rows after the last step, if RAGGED in all rows that are none of a step
     grad_gates_ptr,
@@ -147,21 +142,22 @@ def backward_scan(
     weight_hh_ptr = of_lane(weight_hh_ptrs, lane, LANES)
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
-    tile_rows, ks = row_places(BLOCK_BATCH, BLOCK_K, SPLIT_K)
+    tile_rows, ks = row_places(BLOCK_BATCH, BLOCK_K, SPLIT_K, False)
     pairs = tl.arange(0, BLOCK_BATCH * 2 * BLOCK_HIDDEN)
     rows = pairs // (2 * BLOCK_HIDDEN)
     units = slice_index * BLOCK_HIDDEN + pairs // 2 % BLOCK_HIDDEN
     gate_minor = slice_index * 4 * BLOCK_HIDDEN + pairs % (2 * BLOCK_HIDDEN) * 2  # the first of two neighbours
 
-    CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * HIDDEN
+    CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * STATE_STRIDE
     weights, weight_ptrs, weight_mask, weight_ks = load_weights(
-        weight_hh_ptr, slice_index, HIDDEN, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS, RESIDENT_CHUNKS
-    )
+        weight_hh_ptr, slice_index, STATE_STRIDE, HIDDEN, STATE_STRIDE, BLOCK_HIDDEN, BLOCK_K, SPLIT_K,
+        REGISTER_CHUNKS, RESIDENT_CHUNKS,
+    )  # fmt: skip
     if CHAINED:
-        above_end = tl.where(lane < LANES - 1, HIDDEN, 0)
+        above_end = tl.where(lane < LANES - 1, STATE_STRIDE, 0)
         weights_above, above_ptrs, above_mask, _ = load_weights(
-            of_lane(weight_ih_ptrs, lane + 1, LANES), slice_index, above_end, HIDDEN, BLOCK_HIDDEN, BLOCK_K, SPLIT_K,
-            REGISTER_CHUNKS, RESIDENT_CHUNKS,
+            of_lane(weight_ih_ptrs, lane + 1, LANES), slice_index, above_end, HIDDEN, STATE_STRIDE, BLOCK_HIDDEN,
+            BLOCK_K, SPLIT_K, REGISTER_CHUNKS, RESIDENT_CHUNKS,
         )  # fmt: skip
         above_ptr = grad_gates_ptr + state_rows * (4 * STATE_STRIDE)
 

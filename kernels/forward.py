@@ -20,7 +20,7 @@ import triton.language as tl
 from .exchange import publish, request
 from .gates import activate, split_gates, update_state
 from .lanes import dropout_scale, of_lane, place
-from .product import add_products, add_received, load_lefts, no_sums, places, total
+from .product import add_products, add_received, load_resident, no_sums, places, total
 from .ragged import count_turns, look_up, next_turn, no_turn
 
 
@@ -45,19 +45,16 @@ def load_weights(
     REGISTER_CHUNKS: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
 ):
-    """Gate-minor rows of a weight: see `load_weights` in backward.py."""
-    rows, shared_ks = places(4 * BLOCK_HIDDEN, BLOCK_K, SPLIT_K, SHARED=True)
-    gate_minor = slice_index * 4 * BLOCK_HIDDEN + rows
-    pointer += (gate_minor % 4 * HIDDEN + gate_minor // 4).to(tl.int64)[:, None] * SIZE
-    mask = gate_minor < gates_end
-    in_shared = load_lefts(
-        pointer + shared_ks, mask, shared_ks, REGISTER_CHUNKS, RESIDENT_CHUNKS, BLOCK_K, SIZE, BLOCK_K, SPLIT_K,
-        SHARED=True,
+    """Gate-minor rows of a weight: see `load_resident`."""
+    gates, ks = places(4 * BLOCK_HIDDEN, BLOCK_K, SPLIT_K)
+    shared_gates, shared_ks = places(4 * BLOCK_HIDDEN, BLOCK_K, SPLIT_K, True)
+    gates += slice_index * 4 * BLOCK_HIDDEN
+    shared_gates += slice_index * 4 * BLOCK_HIDDEN
+    return load_resident(
+        pointer + (gates % 4 * HIDDEN + gates // 4).to(tl.int64)[:, None] * SIZE + ks, gates < gates_end, ks,
+        pointer + (shared_gates % 4 * HIDDEN + shared_gates // 4).to(tl.int64)[:, None] * SIZE + shared_ks,
+        shared_gates < gates_end, shared_ks, BLOCK_K, SIZE, BLOCK_K, SPLIT_K, REGISTER_CHUNKS, RESIDENT_CHUNKS,
     )  # fmt: skip
-    _, ks = places(4 * BLOCK_HIDDEN, BLOCK_K, SPLIT_K)
-    pointers = pointer + ks
-    in_registers = load_lefts(pointers, mask, ks, 0, REGISTER_CHUNKS, BLOCK_K, SIZE, BLOCK_K, SPLIT_K)
-    return in_registers + in_shared, pointers, mask, ks
 
 
 @triton.jit(
@@ -84,8 +81,8 @@ def forward_scan(
     input_ptr,  # (T, B, I), RAGGED (rows, I); read only if FUSE_INPUT
     input_stride_step,  # this and the next one: in units of INPUT_STRIDE_UNIT elements
     input_stride_batch,
-    weight_ih_ptrs,  # of each lane (4H, I), read only if FUSE_INPUT or CHAINED
-    weight_hh_ptrs,  # of each lane (4H, H)
+    weight_ih_ptrs,  # of each lane (4H, I), read only if FUSE_INPUT or CHAINED: then (4H, STATE_STRIDE)
+    weight_hh_ptrs,  # of each lane (4H, STATE_STRIDE): (4H, H), padded
     bias_ih_ptrs,  # of each lane (4H,), read only if HAS_BIAS
     bias_hh_ptrs,  # of each lane (4H,), read only if HAS_BIAS
     hidden_ptr,  # (LANES, state rows, STATE_STRIDE) h, I/O dtype; the steps' rows are sentinels on entry
@@ -128,7 +125,7 @@ def forward_scan(
     BLOCK_INPUT: tl.constexpr,  # BLOCK_K's counterpart for the input projection
     SPLIT_K: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,  # how many chunks of W_hh stay on the chip; the others are read every step
-    REGISTER_CHUNKS: tl.constexpr,  # of these, how many stay in registers; they are fragments (fragments.py)
+    REGISTER_CHUNKS: tl.constexpr,  # of these, how many stay in registers
     GROUP_CHUNKS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
@@ -163,15 +160,15 @@ def forward_scan(
     written_mask = (units < WRITTEN)[None, :]
 
     weights_hh, weight_ptrs, weight_mask, weight_ks = load_weights(
-        weight_hh_ptr, slice_index, 4 * HIDDEN, HIDDEN, BLOCK_HIDDEN, HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
+        weight_hh_ptr, slice_index, 4 * HIDDEN, HIDDEN, BLOCK_HIDDEN, STATE_STRIDE, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
         RESIDENT_CHUNKS,
     )  # fmt: skip
     if CHAINED:
         # The layer below has as many units, so its chunks are those of the own state.
         below_end = tl.where(lane > 0, 4 * HIDDEN, 0)
         weights_ih, below_ptrs, below_mask, _ = load_weights(
-            weight_ih_ptr, slice_index, below_end, HIDDEN, BLOCK_HIDDEN, HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
-            RESIDENT_CHUNKS,
+            weight_ih_ptr, slice_index, below_end, HIDDEN, BLOCK_HIDDEN, STATE_STRIDE, BLOCK_K, SPLIT_K,
+            REGISTER_CHUNKS, RESIDENT_CHUNKS,
         )  # fmt: skip
         below_ptr = (passed_ptr if DROPOUT else hidden_ptr) - state_rows.to(tl.int64) * STATE_STRIDE
     else:
@@ -263,7 +260,7 @@ def forward_scan(
                 below_tiles = request(below, ks, 0, GROUP, WRITTEN, BLOCK_K)
                 sums = add_received(
                     sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, below_mask, weight_ks, ks, BLOCK_K,
-                    HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
+                    STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
                     THREAD_ELEMENTS, PACKED, CHAINED,
                 )  # fmt: skip
             # Not before: both states at once would take too many registers, and the layer below is a step ahead.
@@ -309,7 +306,7 @@ def forward_scan(
 
         sums = add_received(
             sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, weight_mask,
-            weight_ks, ks, BLOCK_K, HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
+            weight_ks, ks, BLOCK_K, STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
             DOT_PRECISION, THREAD_ELEMENTS, PACKED, CHAINED,
         )  # fmt: skip
         preact = total(sums, SPLIT_K, ACCUMULATORS)

@@ -20,28 +20,26 @@ THREADS_OF_ROW = tl.constexpr(4)
 
 
 @triton.jit
-def row_places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr = False):
+def row_places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr):
     """Rows (ROWS * SPLIT_K,) and k's (ROWS * SPLIT_K, BLOCK_K // SPLIT_K) of a chunk whose rows lie along K.
 
     Tiles for SHARED memory are loaded by other warps than multiply them, so that the compiler puts them there.
     """
-    parts = tl.arange(0, ROWS * SPLIT_K)
-    warps = parts // ROWS_OF_WARP % SPLIT_K
+    tile_rows = tl.arange(0, ROWS * SPLIT_K)
     if SHARED:
-        warps = warps % 2 * (SPLIT_K // 2) + warps // 2
-    ks = (warps * (BLOCK_K // SPLIT_K))[:, None] + tl.arange(0, BLOCK_K // SPLIT_K)[None, :]
-    return parts // (ROWS_OF_WARP * SPLIT_K) * ROWS_OF_WARP + parts % ROWS_OF_WARP, ks
+        rows, parts = tile_rows // SPLIT_K, tile_rows % SPLIT_K
+    else:
+        rows = tile_rows // (ROWS_OF_WARP * SPLIT_K) * ROWS_OF_WARP + tile_rows % ROWS_OF_WARP
+        parts = tile_rows // ROWS_OF_WARP % SPLIT_K
+    return rows, (parts * (BLOCK_K // SPLIT_K))[:, None] + tl.arange(0, BLOCK_K // SPLIT_K)[None, :]
 
 
 @triton.jit
-def fragments_of_rows(
-    tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr = False
-):
+def fragments_of_rows(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr):
     """A tile loaded from `row_places` -> (SPLIT_K, ROWS, BLOCK_K // SPLIT_K), K reordered."""
     VECTOR: tl.constexpr = BLOCK_K // SPLIT_K // THREADS_OF_ROW  # elements that a thread loads at once
     if SHARED:
-        tile = tl.reshape(tile, (ROWS // ROWS_OF_WARP, SPLIT_K // 2, 2, ROWS_OF_WARP, THREADS_OF_ROW, 4, VECTOR // 4))
-        tile = tl.permute(tile, (2, 1, 0, 3, 5, 4, 6))
+        tile = tl.permute(tl.reshape(tile, (ROWS, SPLIT_K, THREADS_OF_ROW, 4, VECTOR // 4)), (1, 0, 3, 2, 4))
     else:
         tile = tl.reshape(tile, (ROWS // ROWS_OF_WARP, SPLIT_K, ROWS_OF_WARP, THREADS_OF_ROW, 4, VECTOR // 4))
         tile = tl.permute(tile, (1, 0, 2, 4, 3, 5))
@@ -60,10 +58,11 @@ def column_places(M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     threads = elements // NEIGHBOURS
     warps = threads // (THREADS_OF_ROW * ROWS_OF_WARP)
     registers = warps // SPLIT_K
-    warps = warps % SPLIT_K
-    parts = warps % 2 * (SPLIT_K // 2) + warps // 2 if SHARED else warps
+    parts, threads_of_row = warps % SPLIT_K, threads % THREADS_OF_ROW
+    if SHARED:  # a thread has its place in a row by its warp, and the other way round
+        parts, threads_of_row = parts // 2 * 2 + threads_of_row % 2, threads_of_row // 2 * 2 + parts % 2
     ms = registers // VECTOR * ROWS_OF_WARP + threads // THREADS_OF_ROW % ROWS_OF_WARP
-    ks = (parts * THREADS_OF_ROW + threads % THREADS_OF_ROW) * VECTOR + registers % VECTOR
+    ks = (parts * THREADS_OF_ROW + threads_of_row) * VECTOR + registers % VECTOR
     return ms * NEIGHBOURS + elements % NEIGHBOURS, ks
 
 
@@ -74,8 +73,8 @@ def fragments_of_columns(tile, M: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: 
     NEIGHBOURS: tl.constexpr = min(M // ROWS_OF_WARP, 2)
     FIRST: tl.constexpr = M // (ROWS_OF_WARP * NEIGHBOURS)
     if SHARED:
-        tile = tl.reshape(tile, (FIRST, 4, VECTOR // 4, SPLIT_K // 2, 2, ROWS_OF_WARP, THREADS_OF_ROW, NEIGHBOURS))
-        tile = tl.permute(tile, (4, 3, 0, 7, 5, 1, 6, 2))
+        tile = tl.reshape(tile, (FIRST, 4, VECTOR // 4, SPLIT_K // 2, 2, ROWS_OF_WARP, 2, 2, NEIGHBOURS))
+        tile = tl.permute(tile, (3, 7, 0, 8, 5, 1, 6, 4, 2))
     else:
         tile = tl.reshape(tile, (FIRST, 4, VECTOR // 4, SPLIT_K, ROWS_OF_WARP, THREADS_OF_ROW, NEIGHBOURS))
         tile = tl.permute(tile, (3, 0, 6, 4, 1, 5, 2))

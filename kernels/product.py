@@ -27,7 +27,7 @@ def places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHA
 def as_right(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
     """A state chunk as the right operand of a dot."""
     if SPLIT_K > 1:
-        right = tl.permute(fragments_of_rows(tile, ROWS, BLOCK_K, SPLIT_K), (0, 2, 1))
+        right = tl.permute(fragments_of_rows(tile, ROWS, BLOCK_K, SPLIT_K, False), (0, 2, 1))
     else:
         right = tl.trans(tile)
     return right
@@ -126,6 +126,33 @@ def load_lefts(
     for chunk in tl.static_range(FIRST, END):
         lefts = lefts + (load_left(pointers, m_mask, ks, chunk, CHUNK_STRIDE, SIZE, BLOCK_K, SPLIT_K, SHARED),)
     return lefts
+
+
+@triton.jit
+def load_resident(
+    pointers,  # of chunk 0, as the next two: see load_left
+    mask,
+    ks,
+    shared_pointers,  # the same for tiles in shared memory
+    shared_mask,
+    shared_ks,
+    CHUNK_STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    REGISTER_CHUNKS: tl.constexpr,
+    RESIDENT_CHUNKS: tl.constexpr,
+):
+    """The chunks that stay on the chip, as many in registers as there are to be, the others in shared memory.
+
+    Then, for those that do not, the first chunk's pointers, mask and k's.
+    """
+    in_registers = load_lefts(pointers, mask, ks, 0, REGISTER_CHUNKS, CHUNK_STRIDE, SIZE, BLOCK_K, SPLIT_K)
+    in_shared = load_lefts(
+        shared_pointers, shared_mask, shared_ks, REGISTER_CHUNKS, RESIDENT_CHUNKS, CHUNK_STRIDE, SIZE, BLOCK_K,
+        SPLIT_K, SHARED=True,
+    )  # fmt: skip
+    return in_registers + in_shared, pointers, mask, ks
 
 
 @triton.jit

@@ -55,6 +55,6 @@ def next_turn(
 
 @triton.jit
 def look_up(table_ptr, turn, rows, BLOCK_BATCH: tl.constexpr):
-    """(BLOCK_BATCH,) a table's entries for the rows of a turn, -1 for rows past the batch."""
+    """A table's entries for rows of a turn's tile, -1 for those past the batch."""
     tile_rows = turn[1] * BLOCK_BATCH + rows
     return tl.load(table_ptr + turn[3] + tile_rows, mask=tile_rows < turn[4], other=-1)

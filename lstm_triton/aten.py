@@ -83,7 +83,7 @@ def native(
     """`torch._VF.lstm`, with gradients that can be differentiated again, and taken in evaluation mode, on GPUs as well.
 
     There that function is cuDNN's, which refuses both. cuDNN goes on to compute results and first derivatives; for
-    second ones PyTorch's function without cuDNN computes the layers again. It also takes autocast on every processor.
+    second ones PyTorch's function without cuDNN computes the layers again. Autocast is taken on every CPU.
 
     Raises:
         RuntimeError: when a second derivative is taken through cuDNN's dropout, whose mask is not known.
@@ -137,12 +137,14 @@ _WITHOUT_ONEDNNS_LAYERS = _without_onednns_layers()
 def _dtype_to_convert_to(tensors: Sequence[Tensor]) -> torch.dtype | None:
     """What autocast makes of a batch on a CPU where oneDNN has no layers in that dtype; otherwise None.
 
-    PyTorch chooses oneDNN's layers before it casts, and fails there: "could not create a primitive descriptor".
+    PyTorch chooses oneDNN's layers before it casts, and fails there: "could not create a primitive descriptor". It does
+    not choose them, nor fail, for projected layers, for empty inputs, and for inputs in a dtype they do not have.
     """
-    if not tensors[0].is_cpu or not torch.backends.mkldnn.enabled:
+    data, h_0, c_0, *_ = tensors
+    if not data.is_cpu or not torch.backends.mkldnn.enabled or h_0.shape[-1] < c_0.shape[-1] or data.numel() == 0:
         return None
     dtype = transforms.autocast_dtype(tensors)
-    return dtype if dtype in _WITHOUT_ONEDNNS_LAYERS else None
+    return dtype if dtype in _WITHOUT_ONEDNNS_LAYERS and data.dtype not in _WITHOUT_ONEDNNS_LAYERS else None
 
 
 def _is_cudnns(tensor: Tensor) -> bool:

@@ -404,8 +404,8 @@ def _run_forward(
                 input_ptr=input,
                 input_stride_step=input.stride(0) // stride_unit,
                 input_stride_batch=input.stride(-2) // stride_unit,
-                weight_ih_ptrs=_contiguous(part_stack.named("weight_ih")),
-                weight_hh_ptrs=_contiguous(part_stack.named("weight_hh")),
+                weight_ih_ptrs=_aligned(part_stack.named("weight_ih"), layout.stride if part_plan.chained else 0),
+                weight_hh_ptrs=_aligned(part_stack.named("weight_hh"), layout.stride),
                 bias_ih_ptrs=_contiguous(part_stack.named("bias_ih" if stack.bias else "weight_hh")),
                 bias_hh_ptrs=_contiguous(part_stack.named("bias_hh" if stack.bias else "weight_hh")),
                 hidden_ptr=hidden,
@@ -603,6 +603,7 @@ def scan_backward(
             grad_output = grad_output.contiguous()
         dropped = _dropped_lanes(launch, stack, dropout)
         first_output = launch.first % directions * hidden_size if not plan.chained else 0
+        weights_hh = _aligned(part.named("weight_hh"), layout.stride)
         _launch(
             backward_scan,
             plan,
@@ -616,8 +617,8 @@ def scan_backward(
             grad_cell_ptr=grad_cell[lanes],
             gates_ptr=gates[lanes],
             cell_ptr=cell[lanes],
-            weight_ih_ptrs=_contiguous(part.named("weight_ih" if plan.chained else "weight_hh")),
-            weight_hh_ptrs=_contiguous(part.named("weight_hh")),
+            weight_ih_ptrs=_aligned(part.named("weight_ih"), layout.stride) if plan.chained else weights_hh,
+            weight_hh_ptrs=weights_hh,
             grad_gates_ptr=grad_gates[lanes],
             before_ptr=gates if ragged is None else ragged.before,
             after_ptr=gates if ragged is None else ragged.after,
@@ -779,6 +780,20 @@ def _fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
 
 def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors)
+
+
+def _aligned(weights: Sequence[Tensor], stride: int) -> tuple[Tensor, ...]:
+    """Contiguous weights whose rows are padded to `stride` elements and aligned: copies, where they are not already.
+
+    Loads are then as wide as those of states, without which weights would not stay in registers (kernels/fragments.py).
+    """
+    found = []
+    for weight in weights:
+        if weight.shape[1] < stride:
+            weight = torch.nn.functional.pad(weight, (0, stride - weight.shape[1]))
+        weight = weight.contiguous()
+        found.append(weight.clone() if weight.data_ptr() % 16 != 0 else weight)
+    return tuple(found)
 
 
 def _lookups(ragged: Ragged | None, plan: Plan, window: Window, unused: Tensor) -> dict[str, object]:

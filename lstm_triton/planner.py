@@ -26,6 +26,7 @@ LOAD_REGISTERS_OF_LARGE_TILES = 64
 # Those for requested states, sums and weights, of which the gates of every 8 rows take some.
 OPERAND_REGISTERS = 232
 GATE_REGISTERS = 32
+MASK_REGISTERS = 24  # where the last chunk is not a whole one
 MIN_DOT_DEPTH = 16
 MAX_RESIDENT_CHUNKS = 32  # each is unrolled into the kernel
 MAX_INPUT_CHUNKS = 8
@@ -106,7 +107,7 @@ class Plan:
         block_input: the same for the input projection.
         split_k: parts of a chunk that different warps multiply at the same time.
         resident_chunks: chunks of the recurrent weights that stay on the chip.
-        register_chunks: those of them that stay in registers, backward; the others stay in shared memory.
+        register_chunks: those of them that stay in registers; the others stay in shared memory.
         chunks: chunks of the recurrent weights in all; what is not resident is read every step.
         group_chunks: resident chunks of the state that are requested together.
         accumulators: independent chains of dots.
@@ -510,13 +511,13 @@ def _fitted(
     weight_rows = 4 * block_hidden if kind == "forward" else block_hidden  # M of the product
     depth = hidden_size if kind == "forward" else 4 * hidden_size  # K of the product
     # Hopper's asynchronous tensor cores take 64 rows of weights from 4 warps; elsewhere warps share the depth.
-    asynchronous = kind == "forward" and device.capability == 90 and size == 2 and block_hidden >= 16 <= block_batch
-    # Larger tiles spill, and are tried only where smaller ones would be too many for the device.
+    asynchronous = kind == "forward" and device.capability == 90 and size == 2 and min(block_hidden, block_batch) >= 16
+    # Larger tiles spill, and are taken only of 8 rows, where smaller ones would be too many for the device.
     needed = block_batch == 8 and _divide_up(hidden_size, block_hidden // 2) > multiprocessors
     if block_batch > (16 if chained else 64 if kind == "forward" else 32 if size == 2 else 8):
         return None
     if fuse_input and block_batch > (16 if size == 2 else 8):
-        return None
+        return None  # the input takes as many registers as the state
     largest = 16 if kind == "backward" else 128 if asynchronous else min(32, 512 // block_batch)
     if block_hidden > (min(largest, 256 // block_batch) if precision == "tf32x3" else largest) and not needed:
         return None
@@ -532,9 +533,7 @@ def _fitted(
             return None
         block_k = block_input = split_k * part
     # No element of a state tile may be polled by two threads: one might see the sentinel and the other the value.
-    # Each thread has 32 bits or more, as it loads.
-    while num_warps * device.threads_per_warp * 4 > block_batch * block_k * size:
-        num_warps //= 2
+    assert num_warps * device.threads_per_warp * 4 <= block_batch * block_k * size
     chunks = _divide_up(depth, block_k)
 
     states = 2 if chained else 1  # the own state, and that of the layer below or above
@@ -558,6 +557,7 @@ def _fitted(
         if in_registers and precision != "tf32x3":
             weight_registers = OPERAND_REGISTERS - GATE_REGISTERS * (block_batch // 8)
             weight_registers -= group_chunks * chunk_registers + 4 * accumulators * tiles
+            weight_registers -= MASK_REGISTERS if depth % block_k != 0 else 0
             register_chunks = min(chunks, max(0, weight_registers) // max(1, chunk_bytes // register_bytes))
             if rounds > 1 and block_batch > 8:  # the next round's states are under way beside those being multiplied
                 register_chunks = min(register_chunks, 4)
@@ -589,11 +589,12 @@ def _fitted(
     else:
         weights_from_shared = chunk_bytes * (chunks + streamed_chunks)
         through_shared = 2 * (state_bytes + partial_sums)
-    pairs = states * weight_rows * depth * block_batch
+    pairs = states * weight_rows * chunks * block_k * block_batch
+    idle = max(1, 4 // num_warps)  # a multiprocessor has four schedulers, and as many tensor cores
     work = max(from_l2 // LINK_BYTES_PER_CYCLE, from_l2 * programs // L2_BYTES_PER_CYCLE)
-    work += max(weights_from_shared // SHARED_BYTES_PER_CYCLE, pairs // MULTIPLIED_PER_CYCLE[operands])
+    work += max(weights_from_shared // SHARED_BYTES_PER_CYCLE, idle * pairs // MULTIPLIED_PER_CYCLE[operands])
     work += through_shared // SHARED_BYTES_PER_CYCLE + (rounds - 1) * ROUND_CYCLES
-    work += FIXED_CYCLES + block_batch * block_hidden + (STAGING_CYCLES if asynchronous else 0)
+    work += FIXED_CYCLES + idle * block_batch * block_hidden + (STAGING_CYCLES if asynchronous else 0)
     # What the input takes passes while the state is under way; one state is asked for after the other.
     waiting = states * LOAD_CYCLES + input_bytes // SHARED_BYTES_PER_CYCLE
     # A program that serves several tiles works on the others while one is exchanged.

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import lstm_triton
-from lstm_triton import interpreter
+from lstm_triton import aten, interpreter
 from tests.comparing import (
     assert_as_accurate,
     assert_results_as_accurate,
     assert_same,
     can_autocast,
     run,
+    run_converted,
     stock_in_autocast,
     twins,
 )
@@ -33,28 +34,43 @@ def test_dtypes_are_nn_lstms(path: Any, input_dtype: torch.dtype) -> None:
     ours, stock = twins(3, 8, num_layers=2, bidirectional=True)
     input, hx = torch.randn(4, 2, 3, dtype=input_dtype), (torch.randn(4, 2, 8), torch.randn(4, 2, 8))
     for states in (None, hx):
-        expected = stock_in_autocast(stock, input, states)
+        expected = {name: tensor.dtype for name, tensor in stock_in_autocast(stock, input, states).items()}
+        if path is not nullcontext or input_dtype == torch.float32:  # otherwise it depends on the processor
+            expected |= dict.fromkeys(("output", "h_n", "c_n"), torch.bfloat16)
         with path(), torch.autocast("cpu", torch.bfloat16):
             actual = run(ours, input, states)
-        assert {name: t.dtype for name, t in actual.items()} == {name: t.dtype for name, t in expected.items()}
-        assert actual["output"].dtype == torch.bfloat16
+        assert {name: tensor.dtype for name, tensor in actual.items()} == expected
         assert actual["gradient of weight_hh_l0"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("with_states", [False, True])
+@pytest.mark.parametrize("kind", ["usual", "projected", "no sequences", "input in that dtype"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_where_pytorchs_own_function_may_refuse(dtype: torch.dtype, with_states: bool) -> None:
+def test_where_pytorchs_own_function_may_fail(dtype: torch.dtype, kind: str, with_states: bool) -> None:
     """Whether it does depends on the processor: the same results, or those of the converted module."""
-    ours, stock = twins(3, 8, num_layers=2, bidirectional=True)
-    hx = (torch.randn(4, 2, 8), torch.randn(4, 2, 8)) if with_states else None
-    input = torch.randn(4, 2, 3)
+    proj_size = 4 if kind == "projected" else 0
+    ours, stock = twins(3, 8, num_layers=2, bidirectional=True, proj_size=proj_size)
+    batch_size = 0 if kind == "no sequences" else 2
+    hx = (torch.randn(4, batch_size, proj_size or 8), torch.randn(4, batch_size, 8)) if with_states else None
+    input = torch.randn(4, batch_size, 3)
+    if kind == "input in that dtype":
+        input = input.to(dtype)
     expected = stock_in_autocast(stock, input, hx, dtype)
     with torch.autocast("cpu", dtype):
         assert_same(run(ours, input, hx), expected)
         with torch.no_grad():
             output, _ = ours(input, hx)
-    assert output.dtype == dtype
     torch.testing.assert_close(output, expected["output"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_it_would_fail(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """The way around it, on every processor."""
+    monkeypatch.setattr(aten, "_WITHOUT_ONEDNNS_LAYERS", {dtype})
+    ours, stock = twins(3, 8, num_layers=2, bidirectional=True)
+    input, hx = torch.randn(4, 2, 3), (torch.randn(4, 2, 8), torch.randn(4, 2, 8))
+    with torch.autocast("cpu", dtype):
+        assert_same(run(ours, input, hx), run_converted(stock, input, hx, dtype))
 
 
 @pytest.mark.interpreted

@@ -549,5 +549,5 @@ def test_autocast(packed: bool, input_dtype: torch.dtype) -> None:
             results = run(ours, input, states_or_none)
         assert_same(results, stock_in_autocast(stock, input, states_or_none))
         assert results["gradient of weight_hh_l0"].dtype == torch.float32
-        if not packed:
+        if not packed and input_dtype == torch.float32:
             assert results["output"].dtype == results["c_n"].dtype == torch.bfloat16
