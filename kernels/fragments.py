@@ -26,11 +26,10 @@ def row_places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     Tiles for SHARED memory are loaded by other warps than multiply them, so that the compiler puts them there.
     """
     tile_rows = tl.arange(0, ROWS * SPLIT_K)
-    if SHARED:
-        rows, parts = tile_rows // SPLIT_K, tile_rows % SPLIT_K
-    else:
-        rows = tile_rows // (ROWS_OF_WARP * SPLIT_K) * ROWS_OF_WARP + tile_rows % ROWS_OF_WARP
-        parts = tile_rows // ROWS_OF_WARP % SPLIT_K
+    rows, parts = tile_rows % ROWS_OF_WARP, tile_rows // ROWS_OF_WARP % SPLIT_K
+    if SHARED:  # a thread has its place among rows by its warp, and the other way round
+        rows, parts = rows // 2 * 2 + parts % 2, parts // 2 * 2 + rows % 2
+    rows += tile_rows // (ROWS_OF_WARP * SPLIT_K) * ROWS_OF_WARP
     return rows, (parts * (BLOCK_K // SPLIT_K))[:, None] + tl.arange(0, BLOCK_K // SPLIT_K)[None, :]
 
 
@@ -39,7 +38,10 @@ def fragments_of_rows(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: 
     """A tile loaded from `row_places` -> (SPLIT_K, ROWS, BLOCK_K // SPLIT_K), K reordered."""
     VECTOR: tl.constexpr = BLOCK_K // SPLIT_K // THREADS_OF_ROW  # elements that a thread loads at once
     if SHARED:
-        tile = tl.permute(tl.reshape(tile, (ROWS, SPLIT_K, THREADS_OF_ROW, 4, VECTOR // 4)), (1, 0, 3, 2, 4))
+        tile = tl.reshape(
+            tile, (ROWS // ROWS_OF_WARP, SPLIT_K // 2, 2, ROWS_OF_WARP // 2, 2, THREADS_OF_ROW, 4, VECTOR // 4)
+        )
+        tile = tl.permute(tile, (1, 4, 0, 3, 2, 6, 5, 7))
     else:
         tile = tl.reshape(tile, (ROWS // ROWS_OF_WARP, SPLIT_K, ROWS_OF_WARP, THREADS_OF_ROW, 4, VECTOR // 4))
         tile = tl.permute(tile, (1, 0, 2, 4, 3, 5))

@@ -348,7 +348,7 @@ def test_negative_control_of_a_layer_that_does_not_wait_for_its_neighbour(
         return add_received(sums, tiles, state_pointers, wait, lefts, weight_pointers, *others)
 
     monkeypatch.setattr(kernel, "add_received", hasty)
-    stack = Stack(2, layout=layout, hidden_size=21).launched(2)
+    stack = Stack(2, layout=layout, hidden_size=32).launched(2)  # weights that are read where they are, not in a copy
     stack.check()
     named = ops.Stack.named
 
