@@ -50,7 +50,12 @@ def test_every_candidate_covers_the_layer_and_fits_the_device(
         assert 0 <= each.register_chunks <= each.resident_chunks
         assert each.register_chunks == 0 or each.split_k > 1
         in_shared = each.resident_chunks - each.register_chunks
-        assert rows * each.block_k * in_shared * size < device.shared_bytes
+        weights = rows * each.block_k * size * (2 if each.dot_precision == "tf32x3" else 1)
+        partial_sums = 4 * each.split_k * rows * each.block_batch if each.split_k > 1 else 0
+        assert in_shared * weights + partial_sums <= device.shared_bytes
+        if each.fuse_input:
+            chunks = -(-sizes["input_size"] // each.block_input)  # type: ignore[operator]
+            assert weights // each.block_k * each.block_input * chunks + in_shared * weights < device.shared_bytes
         for block in (
             each.block_batch,
             each.block_hidden,

@@ -104,6 +104,12 @@ def test_lanes_compile_for_ampere(lanes: tuple[str, ...]) -> None:
         assert row["programs"] <= resources.DEVICES["sm_80"].multiprocessors
 
 
+def test_rows_that_are_not_aligned_are_padded() -> None:
+    """Otherwise all weights would be in shared memory, which has no room for them."""
+    for row in report("--hidden", "1025", "--batch", "64", "--dtype", "float16"):
+        assert resources.problems(row) == []
+
+
 def test_sizes_that_are_no_multiple_of_anything() -> None:
     for row in report("--hidden", "1", "37", "1000", "--batch", "5", "--dtype", "float32", "bfloat16"):
         assert resources.problems(row) == []
