@@ -227,3 +227,15 @@ def test_interpretable_plans_keep_everything_else() -> None:
     assert chosen.thread_elements > 0
     same = {name: getattr(chosen, name) for name in ("packed", "thread_elements", "dot_precision")}
     assert replace(interpretable(chosen), **same) == chosen
+
+
+def test_weights_are_aligned_and_copied_only_for_that() -> None:
+    weight = torch.randn(64 * 16 + 1)[1:].view(64, 16)  # a view into the memory of something larger
+    narrow = torch.randn(64, 13)
+    aligned = torch.randn(64, 16)
+    found = ops._aligned([weight, narrow, aligned], 16)
+    assert all(each.data_ptr() % 16 == 0 and each.shape == (64, 16) and each.is_contiguous() for each in found)
+    assert torch.equal(found[0], weight)
+    assert torch.equal(found[1][:, :13], narrow)
+    assert found[1][:, 13:].count_nonzero() == 0
+    assert found[2] is aligned
