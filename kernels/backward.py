@@ -38,18 +38,21 @@ def load_weights(
     REGISTER_CHUNKS: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
 ):
-    """Columns of a weight: see `load_resident`."""
+    """Columns of a weight, as `load_weights` in forward.py has rows."""
     CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * STATE_STRIDE
     pointer += slice_index * BLOCK_HIDDEN
     units_end -= slice_index * BLOCK_HIDDEN
     units, ks = column_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, False)
     shared_units, shared_ks = column_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, True)
-    return load_resident(
-        pointer + (ks % 4 * HIDDEN + ks // 4).to(tl.int64) * STATE_STRIDE + units, units < units_end, ks,
+    pointers = pointer + (ks % 4 * HIDDEN + ks // 4).to(tl.int64) * STATE_STRIDE + units
+    mask = units < units_end
+    weights = load_resident(
+        pointers, mask, ks,
         pointer + (shared_ks % 4 * HIDDEN + shared_ks // 4).to(tl.int64) * STATE_STRIDE + shared_units,
         shared_units < units_end, shared_ks, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
         RESIDENT_CHUNKS,
     )  # fmt: skip
+    return weights, pointers, mask, ks
 
 
 @triton.jit

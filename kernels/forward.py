@@ -45,16 +45,22 @@ def load_weights(
     REGISTER_CHUNKS: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
 ):
-    """Gate-minor rows of a weight: see `load_resident`."""
+    """Gate-minor rows of a weight that stay on the chip.
+
+    Then, for those that do not, the first chunk's pointers, mask and k's: see load_left.
+    """
     gates, ks = places(4 * BLOCK_HIDDEN, BLOCK_K, SPLIT_K)
     shared_gates, shared_ks = places(4 * BLOCK_HIDDEN, BLOCK_K, SPLIT_K, True)
     gates += slice_index * 4 * BLOCK_HIDDEN
     shared_gates += slice_index * 4 * BLOCK_HIDDEN
-    return load_resident(
-        pointer + (gates % 4 * HIDDEN + gates // 4).to(tl.int64)[:, None] * SIZE + ks, gates < gates_end, ks,
+    pointers = pointer + (gates % 4 * HIDDEN + gates // 4).to(tl.int64)[:, None] * SIZE + ks
+    mask = gates < gates_end
+    weights = load_resident(
+        pointers, mask, ks,
         pointer + (shared_gates % 4 * HIDDEN + shared_gates // 4).to(tl.int64)[:, None] * SIZE + shared_ks,
         shared_gates < gates_end, shared_ks, BLOCK_K, SIZE, BLOCK_K, SPLIT_K, REGISTER_CHUNKS, RESIDENT_CHUNKS,
     )  # fmt: skip
+    return weights, pointers, mask, ks
 
 
 @triton.jit(

@@ -143,16 +143,13 @@ def load_resident(
     REGISTER_CHUNKS: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
 ):
-    """The chunks that stay on the chip, as many in registers as there are to be, the others in shared memory.
-
-    Then, for those that do not, the first chunk's pointers, mask and k's.
-    """
+    """The chunks that stay on the chip, as many in registers as there are to be, the others in shared memory."""
     in_registers = load_lefts(pointers, mask, ks, 0, REGISTER_CHUNKS, CHUNK_STRIDE, SIZE, BLOCK_K, SPLIT_K)
     in_shared = load_lefts(
         shared_pointers, shared_mask, shared_ks, REGISTER_CHUNKS, RESIDENT_CHUNKS, CHUNK_STRIDE, SIZE, BLOCK_K,
         SPLIT_K, SHARED=True,
     )  # fmt: skip
-    return in_registers + in_shared, pointers, mask, ks
+    return in_registers + in_shared
 
 
 @triton.jit

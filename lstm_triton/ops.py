@@ -371,12 +371,16 @@ def _run_forward(
     steps = time_steps if keep_gates else steps_at_once(plan, stack.hidden_size, layout.batch_size, below.itemsize)
     windows = windows_of(layout, ragged, time_steps, kept_steps, steps)
     below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
+    aligned_input, stride_unit = with_aligned_rows(below) if plan.fuse_input else (None, 1)
     # Directions meet different windows: then each has launches of its own.
     whole = plan.chained or len(windows) == 1
     parts = [slice(0, plan.lanes)] if whole else [slice(at, at + 1) for at in range(plan.lanes)]
     for part in parts:
         part_plan = plan if whole else replace(plan, lanes=1)
         part_stack, hidden = stack if whole else stack.of(part), buffers.hidden[part]
+        input = hidden if aligned_input is None else aligned_input
+        weights_ih = _aligned(part_stack.named("weight_ih"), layout.stride if part_plan.chained else 0)
+        weights_hh = _aligned(part_stack.named("weight_hh"), layout.stride)
         for window in reversed(windows) if part_stack.reverse else windows:
             begins = window.steps.stop if part_stack.reverse else window.steps.start
             if cell_starts is not None and (begins % kept_steps == 0 or begins == time_steps):
@@ -384,10 +388,7 @@ def _run_forward(
                 cell_starts[part, number] = buffers.cell[part, : layout.batch_size]
             first, last = window.rows.start, window.rows.stop
             gates = buffers.gates[part]
-            input, stride_unit = hidden, 1
-            if plan.fuse_input:
-                input, stride_unit = with_aligned_rows(below)
-            else:
+            if not plan.fuse_input:
                 projected = 1 if plan.chained else part_plan.lanes
                 if not keep_gates:
                     gates = below.new_empty((projected, last - first, 4 * stack.hidden_size))
@@ -404,8 +405,8 @@ def _run_forward(
                 input_ptr=input,
                 input_stride_step=input.stride(0) // stride_unit,
                 input_stride_batch=input.stride(-2) // stride_unit,
-                weight_ih_ptrs=_aligned(part_stack.named("weight_ih"), layout.stride if part_plan.chained else 0),
-                weight_hh_ptrs=_aligned(part_stack.named("weight_hh"), layout.stride),
+                weight_ih_ptrs=weights_ih,
+                weight_hh_ptrs=weights_hh,
                 bias_ih_ptrs=_contiguous(part_stack.named("bias_ih" if stack.bias else "weight_hh")),
                 bias_hh_ptrs=_contiguous(part_stack.named("bias_hh" if stack.bias else "weight_hh")),
                 hidden_ptr=hidden,
@@ -791,8 +792,7 @@ def _aligned(weights: Sequence[Tensor], stride: int) -> tuple[Tensor, ...]:
     for weight in weights:
         if weight.shape[1] < stride:
             weight = torch.nn.functional.pad(weight, (0, stride - weight.shape[1]))
-        weight = weight.contiguous()
-        found.append(weight.clone() if weight.data_ptr() % 16 != 0 else weight)
+        found.append(_at_aligned_address(weight.contiguous()))
     return tuple(found)
 
 
@@ -879,9 +879,13 @@ def with_aligned_rows(input: Tensor) -> tuple[Tensor, int]:
     *strides, last = input.stride()
     if last != 1 or any(stride % unit for stride in strides):
         input = input.contiguous()
-    if unit > 1 and input.data_ptr() % 16 != 0:  # columns of a wider tensor: not worth a compilation of its own
-        input = input.clone()
+    if unit > 1:  # columns of a wider tensor are not worth a compilation of their own
+        input = _at_aligned_address(input)
     return input, unit
+
+
+def _at_aligned_address(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def constants_of(plan: Plan) -> dict[str, object]:
