@@ -33,7 +33,7 @@ def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED, TOGETHER):
         return [*(marks("bits", value) if by_maximum else [f"mov.b32 bits, {value};"]), f"and.b32 bits, bits, ${mask};"]
 
     lines = [f"mov.b32 ${word}, ${COUNT * words + word};" for word in range(COUNT * words)]
-    lines += ["again:", "mov.b32 all, 0;"]
+    lines += ["mov.b32 polls, 0;", "again:", "mov.b32 all, 0;"]
     for number, vector in enumerate(vectors):
         lines += [f"mov.b32 seen{number}, 0;"]
         for word in vector:
@@ -42,7 +42,7 @@ def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED, TOGETHER):
         lines += [f"{combine} all, all, seen{number};"]
     lines += [*is_missing("all"), "setp.ne.b32 yes, bits, 0;"]
     lines += ["vote.sync.any.pred yes, yes, 0xFFFFFFFF;"] if TOGETHER else []
-    lines += ["@!yes bra received;"]
+    lines += ["@!yes bra received;", "add.u32 polls, polls, 1;", "setp.gt.u32 late, polls, 0x1000000;", "@late trap;"]
     for number, vector in enumerate(vectors):
         chunk, word = divmod(vector[0], words)
         source = f"[${address + word * 32 // BITS} + {chunk * CHUNK_BYTES}]"
@@ -51,7 +51,7 @@ def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED, TOGETHER):
         lines += [*is_missing(f"seen{number}"), "setp.ne.b32 yes, bits, 0;", load]
     lines += ["bra again;", "received:"]
     seen = ", ".join(f"seen{number}" for number in range(len(vectors)))
-    return "\n".join(["{", ".reg .pred yes;", f".reg .b32 bits, all, {seen};", *lines, "}"])
+    return "\n".join(["{", ".reg .pred yes, late;", f".reg .b32 bits, all, polls, {seen};", *lines, "}"])
 
 
 @triton.constexpr_function

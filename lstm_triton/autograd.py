@@ -259,7 +259,7 @@ class _Scan(torch.autograd.Function):
             preact_0, preact_reset, options.low_memory,
         )  # fmt: skip
         ragged = Ragged(*tables) if tables else None
-        cells = _cells(cell, stack, input, ragged) if options.return_cells else None
+        cells = _cells(cell, stack, input, ragged) if options.return_cells else hidden.new_empty(0)
         return _output(hidden, stack, input, ragged), h_n, c_n, cells, hidden, passed, cell, gates
 
     @staticmethod
@@ -267,13 +267,15 @@ class _Scan(torch.autograd.Function):
         states, seed, options, tables, weights = _sorted(inputs)
         buffers = output[4:]
         ctx.options = tuple(options)
-        ctx.mark_non_differentiable(*buffers)
+        ctx.mark_non_differentiable(*(buffers if options.return_cells else output[3:]))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*states, seed, *buffers, *tables, *weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = _Saved.of(_Options(*ctx.options), ctx.saved_tensors)
+        if not saved.options.return_cells:
+            grads = (*grads[:3], None)
         others = len(_Options._fields) + 1 + len(saved.tables)
         needed = (*ctx.needs_input_grad[:STATES], *ctx.needs_input_grad[STATES + others :])
         # Autocast that is on where backward is called was not asked for by the layer.

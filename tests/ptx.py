@@ -636,6 +636,12 @@ class Decoder:
     def do_nanosleep(self) -> None:
         return None
 
+    def do_trap(self) -> None:
+        def give_up(warp: Warp, mask: Mask) -> None:
+            raise Deadlock(f"trap after too many polls ({self.instruction.where})")
+
+        self.instruction.action = give_up
+
     # Moving and converting.
 
     def do_mov(self) -> Callable[[Warp, Mask], None]:
