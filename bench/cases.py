@@ -137,6 +137,7 @@ FLASHRNN_SWEEPS = variations(
     *({"T": length} for length in (256, 512, 2048)),
     *({"B": batch} for batch in (64, 256, 2, 128, 32, 8)),
 )
+HIDDEN_SIZES = (512, 1024, 256, 768, 128, 2048, 64, 1536, 160)
 STACK = Case("forward+backward", "bfloat16", T=512, B=32, I=512, H=512)
 
 GRIDS = {
@@ -227,12 +228,13 @@ GRIDS = {
     "full": Grid(
         "the map: hidden size by batch size by dtype, two lengths",
         (
+            Block(product_of(mode=TRAINING[:1], T=(1024,), B=(16, 64, 1), H=HIDDEN_SIZES, dtype=FAST_DTYPES)),
             Block(
                 product_of(
                     mode=("forward+backward", "inference"),
                     T=(1024, 256),
                     B=(16, 64, 256, 1),
-                    H=(512, 1024, 256, 768, 128, 2048, 64, 1536, 160),
+                    H=HIDDEN_SIZES,
                     dtype=FAST_DTYPES,
                 ),
             ),
@@ -276,10 +278,13 @@ def systems_named(names: str | None) -> tuple[str, ...] | None:
     return chosen
 
 
-def work_list(grid_name: str, systems: str | None = None, rehearse: bool = False) -> list[tuple[Case, tuple[str, ...]]]:
-    """(case, systems) of a grid, in order. rehearse: tiny sizes, for the interpreter."""
+def work_list(
+    grid_name: str, systems: str | None = None, rehearse: bool = False, blocks: int | None = None
+) -> list[tuple[Case, tuple[str, ...]]]:
+    """(case, systems) of a grid, or of its first blocks, in order. rehearse: tiny sizes, for the interpreter."""
     if grid_name not in GRIDS:
         raise UnknownName(f"unknown grid {grid_name!r}: choose from {', '.join(GRIDS)}")
     chosen = systems_named(systems)
     grid = rehearsal(GRIDS[grid_name]) if rehearse else GRIDS[grid_name]
+    grid = replace(grid, blocks=grid.blocks[:blocks])
     return [(case, chosen or names) for case, names in grid]

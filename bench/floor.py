@@ -117,25 +117,26 @@ def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
         like = torch.empty(case.T, case.B, input_size, dtype=problem.dtype, device=device)
         state = ops.sentinels((plan.lanes, case.T + 1, case.B, copies * stride), like)
         state[:, 0] = 0
-        options = ops.launch_options(plan) if device.type == "cuda" else {}
-        exchange_scan[(plan.programs,)](
-            state,
-            torch.empty(plan.lanes, case.T, case.B, 4 * case.H, dtype=problem.dtype, device=device),
-            torch.empty(plan.lanes, case.T + 1, case.B, stride, device=device),
-            like,
-            case.T,
-            case.B,
-            plan.batch_tiles,
-            HIDDEN=case.H,
-            INPUT=input_size,
-            STATE_STRIDE=stride,
-            COPIES=copies,
-            SAVE=kind == "forward" and case.mode != "inference",
-            FUSE_INPUT=plan.fuse_input,
-            BLOCK_INPUT=plan.block_input,
-            CHUNKS=plan.chunks,
-            **{name: value for name, value in ops.constants_of(plan).items() if name in exchange_scan.arg_names},
-            **options,
-        )
+        arguments = {
+            "state_ptr": state,
+            "gates_ptr": torch.empty(plan.lanes, case.T, case.B, 4 * case.H, dtype=problem.dtype, device=device),
+            "cell_ptr": torch.empty(plan.lanes, case.T + 1, case.B, stride, device=device),
+            "input_ptr": like,
+            "seq_len": case.T,
+            "batch_size": case.B,
+            "batch_tiles": plan.batch_tiles,
+        }
+        constants = {
+            **ops.constants_of(plan),
+            "HIDDEN": case.H,
+            "INPUT": input_size,
+            "STATE_STRIDE": stride,
+            "COPIES": copies,
+            "SAVE": kind == "forward" and case.mode != "inference",
+            "FUSE_INPUT": plan.fuse_input,
+            "BLOCK_INPUT": plan.block_input,
+            "CHUNKS": plan.chunks,
+        }
+        ops.launch(exchange_scan, (plan.programs,), device, arguments, constants, ops.launch_options(plan))
         states.append(state)
     return states

@@ -26,7 +26,27 @@ from .run import empty_kernel_caches
 from .systems import REGISTRY
 from .watchdog import Crew, OutOfBudget, Watchdog, describe_exit, end
 
-STAGES = ("tests", "accuracy", "headline", "latency", "stacks", "full")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is measured together: a grid's first blocks, or all of them."""
+
+    grid: str
+    blocks: int | None = None
+    peers: bool | None = None  # whether for the systems that may be missing, or for those that never are; None: for all
+
+    def systems(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in names if self.peers is None or (name not in cases.MAIN) == self.peers)
+
+
+# What is worth most when only minutes are left comes first. Peers, some of which compile for minutes, come last.
+GRID_STAGES = {name: Stage(name) for name in cases.GRIDS} | {
+    "headline": Stage("headline", peers=False),
+    "common": Stage("full", blocks=1),
+    "peers": Stage("headline", peers=True),
+}
+STAGES = ("headline", "common", "stacks", "accuracy", "tests", "latency", "peers", "full")
 CHUNK = 24  # cases whose kernels are compiled before the first of them is measured
 COMPILING = 0.3  # of the time left, at most, for that
 STRIKES = 3  # crashes and time-outs after which a system other than ours and nn.LSTM is not run any more
@@ -79,9 +99,10 @@ class Session:
         self.found.write(self.results_file)
         self.failures += sum(row["system"] == cases.OURS and row["status"] not in ("ok", "missing") for row in rows)
 
-    def run_grid(self, grid_name: str) -> None:
-        work = cases.work_list(grid_name, rehearse=self.watchdog.device_name != "cuda")
-        left = [(case, todo) for case, names in work if (todo := self.todo(grid_name, case, names))]
+    def run_grid(self, stage: Stage) -> None:
+        grid_name = stage.grid
+        work = cases.work_list(grid_name, rehearse=self.watchdog.device_name != "cuda", blocks=stage.blocks)
+        left = [(case, todo) for case, names in work if (todo := self.todo(grid_name, case, stage.systems(names)))]
         if not left:
             return
         first_call = cases.GRIDS[grid_name].first_call
@@ -282,7 +303,7 @@ def gpu(session: Session, stages: list[str]) -> int:
                 if stage == "tests":
                     session.run_tests()
                 else:
-                    session.run_grid(stage)
+                    session.run_grid(GRID_STAGES[stage])
                 session.say(f"{stage}: done")
         except OutOfBudget:
             ended = "out of budget: call again to go on"

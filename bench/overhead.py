@@ -81,6 +81,9 @@ class Compilations:
 class Driver:
     """Stands for Triton's driver of a GPU."""
 
+    def __init__(self, arch: str = "sm_90") -> None:
+        self.capability = DEVICES[arch].capability
+
     def get_current_device(self) -> int:
         return 0
 
@@ -90,11 +93,11 @@ class Driver:
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
 
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
 
 @contextmanager
-def pretended_gpu() -> Iterator[Compilations]:
+def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None) -> Iterator[Compilations]:
     """Let CPU tensors take the kernels' path, as far as the driver, with kernels that do nothing."""
     import triton.compiler
     from triton.runtime import driver
@@ -105,14 +108,14 @@ def pretended_gpu() -> Iterator[Compilations]:
     from lstm_triton.kernels.forward import forward_scan
     from lstm_triton.kernels.lanes import dropout_scales
 
-    compilations, launch = Compilations(), ops.launch
+    compilations, launch = compilations or Compilations(), ops.launch
     with ExitStack() as stack:
 
         def patch(target: object, name: str, replacement: object) -> None:
             stack.enter_context(mock.patch.object(target, name, replacement))
 
         patch(interpreter, "active", lambda: True)
-        patch(planner.Device, "of", staticmethod(lambda device: DEVICES["sm_90"]))
+        patch(planner.Device, "of", staticmethod(lambda device: DEVICES[arch]))
         gpu = torch.device("cuda", 0)
         patch(ops, "launch", lambda kernel, grid, device, *others: launch(kernel, grid, gpu, *others))
         patch(ops, "may_take_tf32", lambda tensor: tensor.dtype == torch.float32)
@@ -121,7 +124,7 @@ def pretended_gpu() -> Iterator[Compilations]:
         patch(triton.compiler, "compile", compilations)
         for kernel in (forward_scan, backward_scan, cell_forward, cell_backward, gates_again, dropout_scales):
             kernel.device_caches.clear()
-        patch(driver, "_active", Driver())
+        patch(driver, "_active", Driver(arch))
         yield compilations
 
 

@@ -49,7 +49,12 @@ def kernel_hash(gpu: str) -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "-dirty" where files differ from it; None without git."""
+    """The checkout's commit, with "-dirty" where files differ from it; None without git.
+
+    A copy without the folder .git can be told its commit by the variable LSTM_TRITON_COMMIT.
+    """
+    if told := os.environ.get("LSTM_TRITON_COMMIT"):
+        return told
     try:
         answer = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

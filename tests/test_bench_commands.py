@@ -47,7 +47,7 @@ def bench(*arguments: str, **options) -> subprocess.CompletedProcess:
         (["gpu", "--out", "x"], "gpu: the following arguments are required: --budget"),
         (
             ["gpu", "--budget", "9", "--out", "x", "--stages", "tests,dance"],
-            "gpu: unknown stage 'dance': choose from tests",
+            "gpu: unknown stage 'dance': choose from headline",
         ),
         (["gpu", "--budget", "9", "--out", "/proc/nowhere", "--device", "cpu"], "gpu: cannot write into /proc/nowhere"),
         (["gpu", "--budget", "soon", "--out", "x"], "gpu: argument --budget: must be a number above 0, got 'soon'"),

@@ -139,12 +139,12 @@ def test_a_call_ends_in_time_and_the_next_one_goes_on(session, monkeypatch, caps
     asked = fake_watchdog(monkeypatch, ok_rows)
     second = session()
     second.found = second.open_results(first.found.provenance)
-    second.run_grid("smoke")
+    second.run_grid(gpu.Stage("smoke"))
     assert asked == [["lstm_triton", "nn.LSTM"]]
     after = rows_of(second)
     assert {key: after[key] for key in before} == before
     assert {case for case, _ in after} == {CASE, OTHER}
-    second.run_grid("smoke")
+    second.run_grid(gpu.Stage("smoke"))
     assert len(asked) == 1  # nothing is left to do
 
 
@@ -181,7 +181,7 @@ def test_a_system_that_keeps_crashing_is_given_up_but_never_ours(session, monkey
 
     asked = fake_watchdog(monkeypatch, answers)
     one = in_memory(session(device="cuda"))  # nothing is started on it
-    one.run_grid("smoke")
+    one.run_grid(gpu.Stage("smoke"))
     assert sum("flashrnn-cuda" in names for names in asked) == gpu.STRIKES
     assert sum("lstm_triton" in names for names in asked) == len(several) + gpu.STRIKES
     rows = rows_of(one)
@@ -195,7 +195,7 @@ def test_when_the_reference_falls_everyone_of_the_case_falls(session, monkeypatc
     with_systems(monkeypatch, "lstm_triton", "nn.LSTM", found=(CASE,))
     failure = {"status": "error", "message": "gone", "phase": "values", "system": "reference"}
     asked = fake_watchdog(monkeypatch, lambda case, names: ([], failure))
-    (one := in_memory(session())).run_grid("smoke")
+    (one := in_memory(session())).run_grid(gpu.Stage("smoke"))
     assert len(asked) == 1
     assert {row["status"] for row in rows_of(one).values()} == {"error"}
 
@@ -209,7 +209,7 @@ def test_a_lost_device_costs_its_system_and_the_others_are_measured_again(sessio
         return ok_rows(case, names)
 
     asked = fake_watchdog(monkeypatch, answers)
-    (one := in_memory(session())).run_grid("smoke")
+    (one := in_memory(session())).run_grid(gpu.Stage("smoke"))
     assert asked == [["lstm_triton", "nn.LSTM", "flashrnn-cuda"], ["lstm_triton", "nn.LSTM"]]
     assert rows_of(one)[CASE, "nn.LSTM"]["status"] == "ok"
 
@@ -315,14 +315,14 @@ def test_cases_are_compiled_before_they_are_measured_except_where_the_first_call
 
     fake_watchdog(monkeypatch, answers)
     with_systems(monkeypatch, "lstm_triton", "nn.LSTM")
-    one.run_grid("smoke")
+    one.run_grid(gpu.Stage("smoke"))
     assert compiled == [CASE, OTHER]
     assert compiled_first == [True, True]
     monkeypatch.setitem(cases.GRIDS, "smoke", Grid("first", (Block((CASE,), ("lstm_triton",)),), first_call=True))
     compiled.clear()
     one.found.rows.clear()
     fake_watchdog(monkeypatch, ok_rows)
-    one.run_grid("smoke")
+    one.run_grid(gpu.Stage("smoke"))
     assert compiled == []
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mypy import api
 
 import lstm_triton
+
+api = pytest.importorskip("mypy.api")
 
 RIGHT = """
 import torch

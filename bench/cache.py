@@ -1,0 +1,130 @@
+"""`python -m bench cache`: compile, without a GPU, what a GPU machine will look up in Triton's cache.
+
+Compiling is most of what a first run on a GPU does, and GPU time is dearer than CPU time. Triton's cache knows a kernel
+by a key that depends on the kernel's source, its constants and options, and on Triton itself, but not on a GPU, a
+driver or PyTorch. So the cache can be filled on any machine and carried.
+
+Two things have to agree on both machines: the versions of Triton (and of Python, unless `--libtriton` names the
+library of the other Python's wheel, which is part of the key), and the path of the cache folder, since Triton writes
+absolute paths into its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pkgutil
+import sys
+import tarfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from . import cases, measure
+from .devices import Cpu
+
+NEEDED = (".json", ".cubin")  # of the files that Triton writes for a kernel
+
+
+class Pretended(Cpu):
+    """The CPU, taken for a GPU by everything that chooses what to launch."""
+
+    name = "cuda"
+
+
+def triton_key(libtriton: Path) -> str:
+    """What Triton's cache keys say of Triton, where the compiled library is another one (triton.runtime.cache)."""
+    import triton
+    from triton.runtime import cache
+
+    root = Path(triton.__file__).parent
+
+    def hash_of(path: str | Path) -> str:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+    def modules(part: str) -> Iterator[str]:
+        for each in pkgutil.walk_packages([str(root / part)], prefix=f"triton.{part}."):
+            yield hash_of(each.module_finder.find_spec(each.name).origin)  # type: ignore[call-arg,union-attr,arg-type]
+
+    hashes = [hash_of(cache.__file__), *modules("compiler"), *modules("backends"), hash_of(libtriton)]
+    return triton.__version__ + "-".join([*hashes, *modules("language")])
+
+
+@contextmanager
+def compiling(arch: str, libtriton: Path | None) -> Iterator[list[str]]:
+    """Kernels that CPU tensors launch are compiled for the architecture into Triton's cache. Yields their hashes."""
+    import triton.compiler
+    from triton.runtime import cache
+
+    from lstm_triton import ops
+
+    from .overhead import Compilations, pretended_gpu
+
+    compile, hashes = triton.compiler.compile, []
+
+    class Compiling(Compilations):
+        def __call__(self, source: Any, target: Any = None, options: Any = None, **others: Any) -> Any:
+            try:
+                hashes.append(compile(source, target=target, options=options, **others).hash)
+            except Exception as error:
+                print(f"does not compile: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr, flush=True)
+            super().__call__(source, target, options, **others)
+            return SimpleNamespace(
+                run=lambda *values: None, launch_metadata=lambda *values: None, function=None, packed_metadata=None
+            )
+
+    with ExitStack() as stack:
+        if libtriton is not None:
+            own = Path(triton.__file__).parent / "_C" / "libtriton.so"
+            if triton_key(own) != cache.triton_key():
+                raise RuntimeError(f"Triton {triton.__version__} makes its keys in another way than this function")
+            key = triton_key(libtriton)
+            stack.enter_context(mock.patch.object(cache, "triton_key", lambda: key))
+        stack.enter_context(pretended_gpu(arch, Compiling()))
+        # Products of matrices launch none of this library's kernels, and would take a CPU long.
+        stack.enter_context(mock.patch.object(ops, "project", lambda rows, weight, projected, add=False: None))
+        stack.enter_context(
+            mock.patch.object(ops, "matmul", lambda left, right: left.new_empty((left.shape[0], right.shape[1])))
+        )
+        yield hashes
+
+
+def compile_cases(wanted: list[cases.Case], arch: str, libtriton: Path | None) -> tuple[list[str], float]:
+    """The hashes of what the cases launch, and the seconds of processor time that it took."""
+    torch.set_num_threads(1)
+    start = time.process_time()
+    with compiling(arch, libtriton) as hashes:
+        for case in wanted:
+            if not measure.compile_kernels(case, Pretended()):
+                print(f"fails: {case}", file=sys.stderr, flush=True)
+    return hashes, time.process_time() - start
+
+
+def fill(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None, jobs: int) -> tuple[set[str], float]:
+    """`compile_cases` in several processes."""
+    found: set[str] = set()
+    seconds = 0.0
+    with ProcessPoolExecutor(jobs) as pool:
+        futures = [pool.submit(compile_cases, [case], arch, libtriton) for case in dict.fromkeys(wanted)]
+        for future in futures:
+            hashes, took = future.result()
+            found.update(hashes)
+            seconds += took
+            print(len(found), round(seconds), flush=True)
+    return found, seconds
+
+
+def pack(folder: Path, target: Path) -> int:
+    """The cache folder as a .tar.xz with absolute names, of only what a hit needs. Returns its bytes."""
+    with tarfile.open(target, "w:xz") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.name.endswith(NEEDED):
+                archive.add(path, arcname=str(path.resolve()).lstrip("/"))
+    return target.stat().st_size
