@@ -12,14 +12,15 @@ absolute paths into its files.
 from __future__ import annotations
 
 import hashlib
-import os
 import pkgutil
+import subprocess
 import sys
 import tarfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,8 @@ import torch
 from . import cases, measure
 from .devices import Cpu
 
+ROOT = Path(__file__).resolve().parent.parent
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_pytorch.py")
 NEEDED = (".json", ".cubin")  # of the files that Triton writes for a kernel
 
 
@@ -57,9 +60,21 @@ def triton_key(libtriton: Path) -> str:
     return triton.__version__ + "-".join([*hashes, *modules("language")])
 
 
+@dataclass
+class Compiled:
+    """Triton's hashes of kernels, and a line for each that did not compile."""
+
+    hashes: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.hashes.clear()
+        self.errors.clear()
+
+
 @contextmanager
-def compiling(arch: str, libtriton: Path | None) -> Iterator[list[str]]:
-    """Kernels that CPU tensors launch are compiled for the architecture into Triton's cache. Yields their hashes."""
+def compiling(arch: str, libtriton: str | Path | None) -> Iterator[Compiled]:
+    """Kernels that CPU tensors launch are compiled for the architecture into Triton's cache. Yields which."""
     import triton.compiler
     from triton.runtime import cache
 
@@ -67,14 +82,14 @@ def compiling(arch: str, libtriton: Path | None) -> Iterator[list[str]]:
 
     from .overhead import Compilations, pretended_gpu
 
-    compile, hashes = triton.compiler.compile, []
+    compile, compiled = triton.compiler.compile, Compiled()
 
     class Compiling(Compilations):
         def __call__(self, source: Any, target: Any = None, options: Any = None, **others: Any) -> Any:
             try:
-                hashes.append(compile(source, target=target, options=options, **others).hash)
+                compiled.hashes.append(compile(source, target=target, options=options, **others).hash)
             except Exception as error:
-                print(f"does not compile: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr, flush=True)
+                compiled.errors.append(f"{type(error).__name__}: {str(error)[:200]}")
             super().__call__(source, target, options, **others)
             return SimpleNamespace(
                 run=lambda *values: None, launch_metadata=lambda *values: None, function=None, packed_metadata=None
@@ -85,26 +100,28 @@ def compiling(arch: str, libtriton: Path | None) -> Iterator[list[str]]:
             own = Path(triton.__file__).parent / "_C" / "libtriton.so"
             if triton_key(own) != cache.triton_key():
                 raise RuntimeError(f"Triton {triton.__version__} makes its keys in another way than this function")
-            key = triton_key(libtriton)
-            stack.enter_context(mock.patch.object(cache, "triton_key", lambda: key))
+            key = triton_key(Path(libtriton))
+            stack.enter_context(mock.patch.object(cache, "triton_key", return_value=key))
         stack.enter_context(pretended_gpu(arch, Compiling()))
         # Products of matrices launch none of this library's kernels, and would take a CPU long.
-        stack.enter_context(mock.patch.object(ops, "project", lambda rows, weight, projected, add=False: None))
+        stack.enter_context(mock.patch.object(ops, "project", return_value=None))
         stack.enter_context(
             mock.patch.object(ops, "matmul", lambda left, right: left.new_empty((left.shape[0], right.shape[1])))
         )
-        yield hashes
+        yield compiled
 
 
 def compile_cases(wanted: list[cases.Case], arch: str, libtriton: Path | None) -> tuple[list[str], float]:
     """The hashes of what the cases launch, and the seconds of processor time that it took."""
     torch.set_num_threads(1)
     start = time.process_time()
-    with compiling(arch, libtriton) as hashes:
+    with compiling(arch, libtriton) as compiled:
         for case in wanted:
             if not measure.compile_kernels(case, Pretended()):
                 print(f"fails: {case}", file=sys.stderr, flush=True)
-    return hashes, time.process_time() - start
+    for error in compiled.errors:
+        print(f"does not compile: {error}", file=sys.stderr, flush=True)
+    return compiled.hashes, time.process_time() - start
 
 
 def fill(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None, jobs: int) -> tuple[set[str], float]:
@@ -119,6 +136,19 @@ def fill(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None, jobs: 
             seconds += took
             print(len(found), round(seconds), flush=True)
     return found, seconds
+
+
+def compile_tests(arch: str, libtriton: Path | None, jobs: int, *more: str) -> int:
+    """Compile what the gpu tests launch, in a pytest with bench.pretend. Returns its exit status.
+
+    Args:
+        jobs: processes, which need pytest-xdist if there are several.
+        more: arguments of pytest, such as `-k test_layer`.
+    """
+    command = [sys.executable, "-m", "pytest", *GPU_TESTS, "-m", "gpu", "-q", "-p", "bench.pretend", "--arch", arch]
+    command += [] if libtriton is None else ["--libtriton", str(libtriton.resolve())]
+    command += [] if jobs == 1 else ["-n", str(jobs), "--dist", "worksteal"]
+    return subprocess.run([*command, *more], cwd=ROOT).returncode
 
 
 def pack(folder: Path, target: Path) -> int:

@@ -23,6 +23,8 @@ from .test_trace import assert_trace_as_accurate
 
 pytestmark = pytest.mark.gpu
 
+DEVICE = "cuda"
+
 
 @pytest.fixture(autouse=True, params=["tf32", "ieee"])
 def precision(request: pytest.FixtureRequest) -> Iterator[str]:
@@ -59,7 +61,7 @@ def test_layer(
     seq_len: int, batch_size: int, input_size: int, hidden_size: int, dtype: torch.dtype, reverse: bool, precision: str
 ) -> None:
     skip_repeated(precision, dtype)
-    Layer(seq_len, batch_size, input_size, hidden_size, dtype, reverse, device="cuda").check()
+    Layer(seq_len, batch_size, input_size, hidden_size, dtype, reverse, device=DEVICE).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -67,17 +69,17 @@ def test_layer(
 def test_every_candidate_plan(kind: planner.Kind, dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
     sizes = {"batch_size": 40, "input_size": 48, "hidden_size": 200, "dtype": dtype, "allow_tf32": precision == "tf32"}
-    device = planner.Device.of(torch.device("cuda"))
+    device = planner.Device.of(torch.device(DEVICE))
     for chosen in planner.candidates(kind, device=device, **sizes):  # type: ignore[arg-type]
         print(chosen)
-        Layer(6, 40, 48, 200, dtype, device="cuda", **{kind: chosen}).check()
+        Layer(6, 40, 48, 200, dtype, device=DEVICE, **{kind: chosen}).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_module(dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
-    ours, stock = twins(40, 96, num_layers=3, bidirectional=True, batch_first=True, dtype=dtype, device="cuda")
-    input = torch.randn(7, 25, 40, device="cuda").to(dtype)
+    ours, stock = twins(40, 96, num_layers=3, bidirectional=True, batch_first=True, dtype=dtype, device=DEVICE)
+    input = torch.randn(7, 25, 40, device=DEVICE).to(dtype)
     with lstm_triton.backend("triton"):
         actual = run(ours, input)
     assert_results_as_accurate(actual, stock, input)
@@ -112,16 +114,16 @@ def test_ragged_layer(
         options |= {"lengths": tuple(sorted(lengths_of(seq_len, batch_size, 1), reverse=True)), "packed": True}
     elif "lengths" in kind:
         options["lengths"] = lengths_of(seq_len, batch_size)
-    Layer(seq_len, batch_size, input_size, hidden_size, dtype, reverse, device="cuda", **options).check()
+    Layer(seq_len, batch_size, input_size, hidden_size, dtype, reverse, device=DEVICE, **options).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packed_module(dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
-    ours, stock = twins(40, 96, num_layers=2, bidirectional=True, dtype=dtype, device="cuda")
+    ours, stock = twins(40, 96, num_layers=2, bidirectional=True, dtype=dtype, device=DEVICE)
     lengths = torch.tensor(lengths_of(25, 19, 1)).flip(0)
-    packed = pack_padded_sequence(torch.randn(25, 19, 40, device="cuda").to(dtype), lengths, enforce_sorted=False)
-    hx = tuple(torch.randn(4, 19, 96, device="cuda").to(dtype) for _ in range(2))
+    packed = pack_padded_sequence(torch.randn(25, 19, 40, device=DEVICE).to(dtype), lengths, enforce_sorted=False)
+    hx = tuple(torch.randn(4, 19, 96, device=DEVICE).to(dtype) for _ in range(2))
     with lstm_triton.backend("triton"):
         actual = run(ours, packed, hx)
     assert_results_as_accurate(actual, stock, packed, hx)
@@ -130,14 +132,14 @@ def test_packed_module(dtype: torch.dtype, precision: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_module_with_lengths_resets_and_cells(dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
-    options: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "dtype": dtype, "device": "cuda"}
+    options: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "dtype": dtype, "device": DEVICE}
     ours, loop = lstm_triton.LSTM(40, 96, **options), LoopLSTM(40, 96, **options)
     loop.load_state_dict(ours.state_dict())
-    lengths = torch.tensor(lengths_of(25, 19)).cuda()
-    input = torch.randn(25, 19, 40, device="cuda").to(dtype)
-    input = torch.where((torch.arange(25, device="cuda").unsqueeze(1) < lengths).unsqueeze(2), input, torch.nan)
-    hx, reset_state = (tuple(torch.randn(4, 19, 96, device="cuda").to(dtype) for _ in range(2)) for _ in range(2))
-    resets = torch.rand(25, 19, device="cuda") < 0.2
+    lengths = torch.tensor(lengths_of(25, 19)).to(DEVICE)
+    input = torch.randn(25, 19, 40, device=DEVICE).to(dtype)
+    input = torch.where((torch.arange(25, device=DEVICE).unsqueeze(1) < lengths).unsqueeze(2), input, torch.nan)
+    hx, reset_state = (tuple(torch.randn(4, 19, 96, device=DEVICE).to(dtype) for _ in range(2)) for _ in range(2))
+    resets = torch.rand(25, 19, device=DEVICE) < 0.2
     extra: dict[str, Any] = {"lengths": lengths, "resets": resets, "reset_state": reset_state, "cells": True}
     with lstm_triton.backend("triton"):
         actual = run(ours, input, hx, **extra)
@@ -146,18 +148,18 @@ def test_module_with_lengths_resets_and_cells(dtype: torch.dtype, precision: str
 
 def sequences(kind: str, layers: int, dtype: torch.dtype) -> dict[str, Any]:
     """What to call a module of 40 inputs and 96 hidden units with: T = 25, B = 19; NaN where there is no step."""
-    input = torch.randn(25, 19, 40, device="cuda").to(dtype)
-    states = [tuple(torch.randn(layers, 19, 96, device="cuda").to(dtype) for _ in range(2)) for _ in range(2)]
+    input = torch.randn(25, 19, 40, device=DEVICE).to(dtype)
+    states = [tuple(torch.randn(layers, 19, 96, device=DEVICE).to(dtype) for _ in range(2)) for _ in range(2)]
     arguments: dict[str, Any] = {"input": input, "hx": states[0]}
     if kind == "packed":
         lengths = torch.tensor(lengths_of(25, 19, 1))
         arguments["input"] = pack_padded_sequence(input, lengths, enforce_sorted=False)
     if "lengths" in kind:
-        arguments["lengths"] = lengths = torch.tensor(lengths_of(25, 19)).cuda()
-        is_step = torch.arange(25, device="cuda").unsqueeze(1) < lengths
+        arguments["lengths"] = lengths = torch.tensor(lengths_of(25, 19)).to(DEVICE)
+        is_step = torch.arange(25, device=DEVICE).unsqueeze(1) < lengths
         arguments["input"] = torch.where(is_step.unsqueeze(2), input, torch.nan)
     if "resets" in kind:
-        arguments |= {"resets": torch.rand(25, 19, device="cuda") < 0.2, "reset_state": states[1]}
+        arguments |= {"resets": torch.rand(25, 19, device=DEVICE) < 0.2, "reset_state": states[1]}
     return arguments
 
 
@@ -166,7 +168,7 @@ def sequences(kind: str, layers: int, dtype: torch.dtype) -> dict[str, Any]:
 def test_trace(kind: str, dtype: torch.dtype, precision: str) -> None:
     """The values are those of the call, and of the formula in float64; gates are open to some degree."""
     skip_repeated(precision, dtype)
-    module = lstm_triton.LSTM(40, 96, num_layers=2, bidirectional=True, dtype=dtype, device="cuda")
+    module = lstm_triton.LSTM(40, 96, num_layers=2, bidirectional=True, dtype=dtype, device=DEVICE)
     arguments = sequences(kind, 4, dtype)
     with torch.no_grad(), lstm_triton.backend("triton"):
         expected = module(**arguments)
@@ -208,7 +210,7 @@ class StreamedLSTM(lstm_triton.LSTM):
 def test_chunks_are_the_whole(kind: str, dtype: torch.dtype, precision: str) -> None:
     """In results and gradients, as accurate as the whole has to be."""
     skip_repeated(precision, dtype)
-    streamed, loop = (cls(40, 96, num_layers=2, dtype=dtype, device="cuda") for cls in (StreamedLSTM, LoopLSTM))
+    streamed, loop = (cls(40, 96, num_layers=2, dtype=dtype, device=DEVICE) for cls in (StreamedLSTM, LoopLSTM))
     loop.load_state_dict(streamed.state_dict())
     arguments = sequences(kind, 2, dtype)
     with lstm_triton.backend("triton"):
@@ -231,11 +233,11 @@ def test_chunks_are_the_whole(kind: str, dtype: torch.dtype, precision: str) -> 
 def test_stack(sizes: tuple[int, ...], options: dict[str, Any], dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
     seq_len, batch_size, input_size, hidden_size = sizes
-    ours, stock = twins(input_size, hidden_size, **options, dtype=dtype, device="cuda")
-    input = torch.randn(seq_len, batch_size, input_size, device="cuda").to(dtype)
+    ours, stock = twins(input_size, hidden_size, **options, dtype=dtype, device=DEVICE)
+    input = torch.randn(seq_len, batch_size, input_size, device=DEVICE).to(dtype)
     lanes = options["num_layers"] * (2 if options.get("bidirectional") else 1)
     states = (options.get("proj_size") or hidden_size, hidden_size)
-    hx = tuple(torch.randn(lanes, batch_size, size, device="cuda").to(dtype) for size in states)
+    hx = tuple(torch.randn(lanes, batch_size, size, device=DEVICE).to(dtype) for size in states)
     with lstm_triton.backend("triton"):
         print(lstm_triton.explain(ours, input, hx))
         actual = run(ours, input, hx)
@@ -246,9 +248,9 @@ def test_stack(sizes: tuple[int, ...], options: dict[str, Any], dtype: torch.dty
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 def test_every_candidate_plan_of_two_lanes(kind: planner.Kind, bidirectional: bool, precision: str) -> None:
     sizes = {"batch_size": 40, "input_size": 200, "hidden_size": 100, "dtype": torch.float32}
-    ours, stock = twins(200, 100, num_layers=2, bidirectional=bidirectional, device="cuda")
-    input = torch.randn(6, 40, 200, device="cuda")
-    device = planner.Device.of(torch.device("cuda"))
+    ours, stock = twins(200, 100, num_layers=2, bidirectional=bidirectional, device=DEVICE)
+    input = torch.randn(6, 40, 200, device=DEVICE)
+    device = planner.Device.of(torch.device(DEVICE))
     for chosen in planner.candidates(
         kind, device=device, allow_tf32=precision == "tf32", lanes=2, chained=not bidirectional, **sizes
     ):  # type: ignore[arg-type]
@@ -261,12 +263,12 @@ def test_every_candidate_plan_of_two_lanes(kind: planner.Kind, bidirectional: bo
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_lengths_and_resets_in_a_chain(dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
-    ours, loop = (cls(64, 512, num_layers=4, dtype=dtype, device="cuda") for cls in (lstm_triton.LSTM, LoopLSTM))
+    ours, loop = (cls(64, 512, num_layers=4, dtype=dtype, device=DEVICE) for cls in (lstm_triton.LSTM, LoopLSTM))
     loop.load_state_dict(ours.state_dict())
-    input = torch.randn(25, 19, 64, device="cuda").to(dtype)
+    input = torch.randn(25, 19, 64, device=DEVICE).to(dtype)
     extra: dict[str, Any] = {
-        "lengths": torch.tensor(lengths_of(25, 19)).cuda(),
-        "resets": torch.rand(25, 19, device="cuda") < 0.1,
+        "lengths": torch.tensor(lengths_of(25, 19)).to(DEVICE),
+        "resets": torch.rand(25, 19, device=DEVICE) < 0.1,
         "cells": True,
     }
     with lstm_triton.backend("triton"):
@@ -279,15 +281,15 @@ def test_lengths_and_resets_in_a_chain(dtype: torch.dtype, precision: str) -> No
 def test_dropout(dtype: torch.dtype, bidirectional: bool, precision: str) -> None:
     """The masks of ops.dropout_scale, forward and backward, whatever shares a launch; and their statistics."""
     skip_repeated(precision, dtype)
-    options: dict[str, Any] = {"num_layers": 2, "bidirectional": bidirectional, "dtype": dtype, "device": "cuda"}
+    options: dict[str, Any] = {"num_layers": 2, "bidirectional": bidirectional, "dtype": dtype, "device": DEVICE}
     ours, loop = lstm_triton.LSTM(64, 256, dropout=0.3, **options), LoopLSTM(64, 256, **options)
     loop.load_state_dict(ours.state_dict())
-    input = torch.randn(20, 32, 64, device="cuda").to(dtype)
+    input = torch.randn(20, 32, 64, device=DEVICE).to(dtype)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        seed = torch.randint(2**63 - 1, (1,), device="cuda")  # as `run` makes the scan draw it
+        seed = torch.randint(2**63 - 1, (1,), device=DEVICE)  # as `run` makes the scan draw it
     for lane in range(2 if bidirectional else 1):
-        kept = ops.dropout_scale(seed, lane, 0.3, torch.empty(20, 32, 256, device="cuda")) > 0
+        kept = ops.dropout_scale(seed, lane, 0.3, torch.empty(20, 32, 256, device=DEVICE)) > 0
         assert abs(kept.double().mean().item() - 0.7) < 4 * (0.3 * 0.7 / kept.numel()) ** 0.5
         loop.masks = [*loop.masks, kept / (1 - 0.3)]
     with lstm_triton.backend("triton"):
@@ -298,17 +300,17 @@ def test_dropout(dtype: torch.dtype, bidirectional: bool, precision: str) -> Non
 @pytest.mark.parametrize("kind", ["packed", "lengths and resets"])
 def test_the_host_never_waits(kind: str, precision: str) -> None:
     """Forward and backward, once what is asked of a new layer once has been asked."""
-    module = lstm_triton.LSTM(40, 96, num_layers=2, bidirectional=True, device="cuda")
-    data = torch.randn(25, 19, 40, device="cuda", requires_grad=True)
+    module = lstm_triton.LSTM(40, 96, num_layers=2, bidirectional=True, device=DEVICE)
+    data = torch.randn(25, 19, 40, device=DEVICE, requires_grad=True)
     input: Any = data
     extra: dict[str, Any] = {}
     if kind == "packed":
         input = pack_padded_sequence(data, torch.tensor(lengths_of(25, 19, 1)), enforce_sorted=False)
     else:
         extra = {
-            "lengths": torch.tensor(lengths_of(25, 19)).cuda(),
-            "resets": torch.rand(25, 19, device="cuda") < 0.2,
-            "reset_state": tuple(torch.randn(4, 19, 96, device="cuda", requires_grad=True) for _ in range(2)),
+            "lengths": torch.tensor(lengths_of(25, 19)).to(DEVICE),
+            "resets": torch.rand(25, 19, device=DEVICE) < 0.2,
+            "reset_state": tuple(torch.randn(4, 19, 96, device=DEVICE, requires_grad=True) for _ in range(2)),
         }
 
     def step() -> None:
@@ -329,7 +331,7 @@ def test_the_host_never_waits(kind: str, precision: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bitwise_equal_from_run_to_run(dtype: torch.dtype, precision: str) -> None:
-    layer = Layer(50, 64, 96, 512, dtype, device="cuda")
+    layer = Layer(50, 64, 96, 512, dtype, device=DEVICE)
     first = layer.run(scan_layer)
     for _ in range(5):
         for name, tensor in layer.run(scan_layer).items():
@@ -338,8 +340,8 @@ def test_bitwise_equal_from_run_to_run(dtype: torch.dtype, precision: str) -> No
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_no_numbers(value: float, precision: str) -> None:
-    ours, stock = twins(8, 64, device="cuda")
-    input = torch.randn(20, 16, 8, device="cuda")
+    ours, stock = twins(8, 64, device=DEVICE)
+    input = torch.randn(20, 16, 8, device=DEVICE)
     input[10, 3, 2] = value
     with torch.no_grad(), lstm_triton.backend("triton"):
         actual, expected = ours(input)[0], stock(input)[0]
@@ -351,7 +353,7 @@ def test_sequences_and_batches_share_kernels(precision: str) -> None:
     from lstm_triton.kernels.backward import backward_scan
     from lstm_triton.kernels.forward import forward_scan
 
-    module = lstm_triton.LSTM(64, 128, dtype=torch.float16, device="cuda")
+    module = lstm_triton.LSTM(64, 128, dtype=torch.float16, device=DEVICE)
 
     def compiled() -> int:
         return sum(
@@ -360,7 +362,7 @@ def test_sequences_and_batches_share_kernels(precision: str) -> None:
 
     def step(seq_len: int, batch_size: int) -> None:
         with lstm_triton.backend("triton"):
-            module(torch.randn(seq_len, batch_size, 64, device="cuda", dtype=torch.float16))[0].sum().backward()
+            module(torch.randn(seq_len, batch_size, 64, device=DEVICE, dtype=torch.float16))[0].sum().backward()
 
     step(16, 16)
     before = compiled()
@@ -384,9 +386,9 @@ def test_long_and_wide(seq_len: int, batch_size: int, precision: str) -> None:
     hidden_size, seen = 16, slice(batch_size - 4, None)
     if torch.cuda.mem_get_info()[0] < 40 * seq_len * batch_size * hidden_size:
         pytest.skip("needs more free memory on the GPU")
-    ours, stock = twins(4, hidden_size, dtype=torch.float16, device="cuda")
-    generator = torch.Generator("cuda").manual_seed(0)
-    input = torch.randn(seq_len, batch_size, 4, device="cuda", dtype=torch.float16, generator=generator)
+    ours, stock = twins(4, hidden_size, dtype=torch.float16, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    input = torch.randn(seq_len, batch_size, 4, device=DEVICE, dtype=torch.float16, generator=generator)
     input.requires_grad_()
     with lstm_triton.backend("triton"):
         output, (h_n, _) = ours(input)
@@ -410,8 +412,8 @@ def test_long_inference_in_windows(precision: str, monkeypatch: pytest.MonkeyPat
     """100,000 steps, whose input projections never exist all at once; the same as in one window."""
     if precision == "tf32":
         pytest.skip("float16: the precision of float32 makes no difference here")
-    module = lstm_triton.LSTM(64, 128, num_layers=2, dtype=torch.float16, device="cuda")
-    input = torch.randn(100_000, 4, 64, device="cuda", dtype=torch.float16)
+    module = lstm_triton.LSTM(64, 128, num_layers=2, dtype=torch.float16, device=DEVICE)
+    input = torch.randn(100_000, 4, 64, device=DEVICE, dtype=torch.float16)
     results, peaks = [], []
     for window_bytes in (2**40, 2**24):
         monkeypatch.setattr(ops, "PREACTIVATION_BYTES", window_bytes)
@@ -430,7 +432,7 @@ def test_long_inference_in_windows(precision: str, monkeypatch: pytest.MonkeyPat
 def test_second_derivatives(precision: str) -> None:
     if precision == "tf32":
         pytest.skip("the formula's own precision follows another setting")
-    layer = Layer(4, 3, 5, 20, device="cuda")
+    layer = Layer(4, 3, 5, 20, device=DEVICE)
 
     def penalty(function: object, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         arguments = [t.to(dtype).requires_grad_() for t in layer.tensors() if t is not None]
@@ -445,10 +447,10 @@ def test_second_derivatives(precision: str) -> None:
 
 def test_first_call_is_reported(precision: str) -> None:
     """How long the first call of a new layer takes: printed, not judged."""
-    module = lstm_triton.LSTM(24, 72, dtype=torch.bfloat16, device="cuda")
+    module = lstm_triton.LSTM(24, 72, dtype=torch.bfloat16, device=DEVICE)
     started = time.perf_counter()
     with lstm_triton.backend("triton"):
-        output, _ = module(torch.randn(4, 2, 24, device="cuda", dtype=torch.bfloat16))
+        output, _ = module(torch.randn(4, 2, 24, device=DEVICE, dtype=torch.bfloat16))
     output.sum().backward()
     torch.cuda.synchronize()
     print(f"first forward and backward of a new layer: {time.perf_counter() - started:.2f} s")
@@ -456,16 +458,15 @@ def test_first_call_is_reported(precision: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 33, 37), (16, 768, 768), (100, 300, 1000), (4, 64, 4096)], ids=str)
-def test_cell(sizes: tuple[int, int, int], dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cell(sizes: tuple[int, int, int], dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
     batch_size, input_size, hidden_size = sizes
     torch.manual_seed(0)
-    ours = lstm_triton.LSTMCell(input_size, hidden_size, dtype=dtype, device="cuda")
-    stock = torch.nn.LSTMCell(input_size, hidden_size, dtype=dtype, device="cuda")
+    ours = lstm_triton.LSTMCell(input_size, hidden_size, dtype=dtype, device=DEVICE)
+    stock = torch.nn.LSTMCell(input_size, hidden_size, dtype=dtype, device=DEVICE)
     stock.load_state_dict(ours.state_dict())
     tensors = [
-        torch.randn(batch_size, size, device="cuda").to(dtype) for size in (input_size, hidden_size, hidden_size)
+        torch.randn(batch_size, size, device=DEVICE).to(dtype) for size in (input_size, hidden_size, hidden_size)
     ]
     with matmul_precision(precision), lstm_triton.backend("triton"):
         actual = run_cell(ours, *tensors)
@@ -479,8 +480,8 @@ def test_cell(sizes: tuple[int, int, int], dtype: torch.dtype, precision: str, m
 @pytest.mark.parametrize("hidden_size", [1, 4, 8, 16])
 def test_many_steps_of_small_layers(hidden_size: int, precision: str) -> None:
     """Tiles of few elements: a sentinel that slips through is a NaN."""
-    module = lstm_triton.LSTM(3, hidden_size, device="cuda")
-    input = torch.randn(5000, 8, 3, device="cuda", requires_grad=True)
+    module = lstm_triton.LSTM(3, hidden_size, device=DEVICE)
+    input = torch.randn(5000, 8, 3, device=DEVICE, requires_grad=True)
     with lstm_triton.backend("triton"):
         output, _ = module(input)
     output.sum().backward()
@@ -492,8 +493,8 @@ def test_many_steps_of_small_layers(hidden_size: int, precision: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_single_steps_without_gradients(dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
-    ours, stock = twins(40, 96, num_layers=2, bidirectional=True, dtype=dtype, device="cuda")
-    input, hx = torch.randn(1, 25, 40, device="cuda").to(dtype), torch.randn(2, 4, 25, 96, device="cuda").to(dtype)
+    ours, stock = twins(40, 96, num_layers=2, bidirectional=True, dtype=dtype, device=DEVICE)
+    input, hx = torch.randn(1, 25, 40, device=DEVICE).to(dtype), torch.randn(2, 4, 25, 96, device=DEVICE).to(dtype)
     with torch.no_grad(), lstm_triton.backend("triton"):
         actual = ours(input, tuple(hx))
         expected = stock(input, tuple(hx))
@@ -508,9 +509,9 @@ def test_single_steps_without_gradients(dtype: torch.dtype, precision: str) -> N
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj_size": 32}], ids=str)
 def test_low_memory(options: dict[str, Any], dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
-    ours, stock = twins(40, 96, num_layers=2, dtype=dtype, device="cuda", **options)
+    ours, stock = twins(40, 96, num_layers=2, dtype=dtype, device=DEVICE, **options)
     ours.memory = "low"
-    input = torch.randn(100, 17, 40, device="cuda").to(dtype)  # windows of 32 steps, and one of 4
+    input = torch.randn(100, 17, 40, device=DEVICE).to(dtype)  # windows of 32 steps, and one of 4
     with lstm_triton.backend("triton"):
         actual = run(ours, input)
     assert_results_as_accurate(actual, stock, input)
@@ -520,10 +521,10 @@ def test_low_memory_needs_a_third(precision: str) -> None:
     """The peak of a training step, beside the input, against what nn.LSTM keeps for backward."""
     if precision == "tf32":
         pytest.skip("float16: the precision of float32 makes no difference here")
-    input = torch.randn(2048, 64, 1024, device="cuda", dtype=torch.float16)
+    input = torch.randn(2048, 64, 1024, device=DEVICE, dtype=torch.float16)
     if torch.cuda.mem_get_info()[0] < 16 * input.nbytes:
         pytest.skip("needs more free memory on the GPU")
-    ours, stock = twins(1024, 1024, dtype=torch.float16, device="cuda")
+    ours, stock = twins(1024, 1024, dtype=torch.float16, device=DEVICE)
     ours.memory = "low"
     weights = sum(weight.nbytes for weight in ours.parameters())
     with lstm_triton.backend("triton"):
