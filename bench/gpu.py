@@ -27,7 +27,6 @@ from .systems import REGISTRY
 from .watchdog import Crew, OutOfBudget, Watchdog, describe_exit, end
 
 
-
 @dataclass(frozen=True)
 class Stage:
     """What is measured together: a grid's first blocks, or all of them."""

@@ -18,16 +18,16 @@ import triton
 import triton.language as tl
 
 from .exchange import publish, request
-from .fragments import column_places, row_places
 from .gates import differentiate
+from .hold import begin_hold, have_published, hold_back
 from .lanes import dropout_scale, of_lane, place
-from .product import add_received, load_resident, no_sums, total_of_fragments
+from .product import add_received, load_resident, no_sums, places, total
 from .ragged import count_turns, look_up, next_turn, no_turn
 
 
 @triton.jit
 def load_weights(
-    pointer,  # (4H, STATE_STRIDE)
+    pointer,  # (STATE_STRIDE, 4 * STATE_STRIDE), transposed: rows of units, gate-minor columns
     slice_index,
     units_end,
     HIDDEN: tl.constexpr,
@@ -35,21 +35,20 @@ def load_weights(
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    TF32_ROUNDING: tl.constexpr,
     REGISTER_CHUNKS: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
 ):
-    """Columns of a weight, as `load_weights` in forward.py has rows."""
-    CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * STATE_STRIDE
-    pointer += slice_index * BLOCK_HIDDEN
-    units_end -= slice_index * BLOCK_HIDDEN
-    units, ks = column_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, False)
-    shared_units, shared_ks = column_places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, True)
-    pointers = pointer + (ks % 4 * HIDDEN + ks // 4).to(tl.int64) * STATE_STRIDE + units
+    """The rows of a program's units, as `load_weights` in forward.py has those of its gates."""
+    units, ks = places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K)
+    shared_units, shared_ks = places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, True)
+    units += slice_index * BLOCK_HIDDEN
+    shared_units += slice_index * BLOCK_HIDDEN
+    pointers = pointer + units.to(tl.int64)[:, None] * (4 * STATE_STRIDE) + ks
     mask = units < units_end
     weights = load_resident(
-        pointers, mask, ks,
-        pointer + (shared_ks % 4 * HIDDEN + shared_ks // 4).to(tl.int64) * STATE_STRIDE + shared_units,
-        shared_units < units_end, shared_ks, CHUNK_STRIDE, 4 * HIDDEN, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
+        pointers, mask, ks, pointer + shared_units.to(tl.int64)[:, None] * (4 * STATE_STRIDE) + shared_ks,
+        shared_units < units_end, shared_ks, 4 * HIDDEN, BLOCK_K, SPLIT_K, TF32_ROUNDING, REGISTER_CHUNKS,
         RESIDENT_CHUNKS,
     )  # fmt: skip
     return weights, pointers, mask, ks
@@ -88,8 +87,8 @@ def backward_scan(
     grad_cell_ptr,
     gates_ptr,  # (LANES, rows, 4H) I/O dtype: activated gates
     cell_ptr,  # (LANES, state rows, STATE_STRIDE) float32 c
-    weight_ih_ptrs,  # of each lane (4H, STATE_STRIDE), read only if CHAINED
-    weight_hh_ptrs,  # of each lane (4H, STATE_STRIDE): (4H, H), padded
+    weight_ih_ptrs,  # of each lane, as the next one; read only if CHAINED
+    weight_hh_ptrs,  # of each lane (STATE_STRIDE, 4 * STATE_STRIDE): (4H, H), transposed, gate-minor, padded
     # (LANES, state rows, 4 * STATE_STRIDE) I/O dtype: the pre-activations' gradients, gate-minor; on entry sentinels,
     # and zeros in the rows after the last step, if RAGGED in all rows that are none of a step
     grad_gates_ptr,
@@ -124,8 +123,10 @@ def backward_scan(
     GROUP_CHUNKS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    TF32_ROUNDING: tl.constexpr,
     THREAD_ELEMENTS: tl.constexpr,  # of a state chunk, that a thread waits for by itself; 0: all wait together
     PACKED: tl.constexpr,
+    HOLD: tl.constexpr,
 ):
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
     WRITTEN: tl.constexpr = 4 * min(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of grad_gates_ptr that are written
@@ -145,22 +146,21 @@ def backward_scan(
     weight_hh_ptr = of_lane(weight_hh_ptrs, lane, LANES)
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
-    tile_rows, ks = row_places(BLOCK_BATCH, BLOCK_K, SPLIT_K, False)
+    tile_rows, ks = places(BLOCK_BATCH, BLOCK_K, SPLIT_K)
     pairs = tl.arange(0, BLOCK_BATCH * 2 * BLOCK_HIDDEN)
     rows = pairs // (2 * BLOCK_HIDDEN)
     units = slice_index * BLOCK_HIDDEN + pairs // 2 % BLOCK_HIDDEN
     gate_minor = slice_index * 4 * BLOCK_HIDDEN + pairs % (2 * BLOCK_HIDDEN) * 2  # the first of two neighbours
 
-    CHUNK_STRIDE: tl.constexpr = BLOCK_K // 4 * STATE_STRIDE
     weights, weight_ptrs, weight_mask, weight_ks = load_weights(
         weight_hh_ptr, slice_index, STATE_STRIDE, HIDDEN, STATE_STRIDE, BLOCK_HIDDEN, BLOCK_K, SPLIT_K,
-        REGISTER_CHUNKS, RESIDENT_CHUNKS,
+        TF32_ROUNDING, REGISTER_CHUNKS, RESIDENT_CHUNKS,
     )  # fmt: skip
     if CHAINED:
         above_end = tl.where(lane < LANES - 1, STATE_STRIDE, 0)
         weights_above, above_ptrs, above_mask, _ = load_weights(
             of_lane(weight_ih_ptrs, lane + 1, LANES), slice_index, above_end, HIDDEN, STATE_STRIDE, BLOCK_HIDDEN,
-            BLOCK_K, SPLIT_K, REGISTER_CHUNKS, RESIDENT_CHUNKS,
+            BLOCK_K, SPLIT_K, TF32_ROUNDING, REGISTER_CHUNKS, RESIDENT_CHUNKS,
         )  # fmt: skip
         above_ptr = grad_gates_ptr + state_rows * (4 * STATE_STRIDE)
 
@@ -193,6 +193,7 @@ def backward_scan(
         turn_after = next_turn(
             turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
         )
+    begin_hold(HOLD)
     for index in range(turns):
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
@@ -225,8 +226,6 @@ def backward_scan(
         mask = row_mask & (units < HIDDEN)
 
         grad_gates_next = grad_gates_next[:, None] + ks
-        if not CHAINED:
-            grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if RAGGED:
             turn_next = turn_after
             source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
@@ -254,11 +253,11 @@ def backward_scan(
             tl.debug_barrier()  # other threads of this program may have written it, one step ago
             grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=mask, other=0.0)
 
-        from_outside = grad_output.to(tl.float32)
         if DROPOUT:
             elements = (step_row + rows) * HIDDEN + units
             scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
         sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
+        hold_back(HOLD)
         if CHAINED:
             if lane < LANES - 1:
                 if RAGGED:
@@ -269,22 +268,22 @@ def backward_scan(
                 above_tiles = request(above, ks, 0, GROUP, WRITTEN, BLOCK_K)
                 sums = add_received(
                     sums, above_tiles, above, step >= 0, weights_above, above_ptrs, above_mask, weight_ks, ks,
-                    CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-                    DOT_PRECISION, THREAD_ELEMENTS, PACKED, CHAINED,
+                    4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
+                    DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLD > 0,
                 )  # fmt: skip
-        if DROPOUT:
-            if CHAINED:  # what the layer above gives back passes through dropout, the own next step does not
-                from_outside += as_pairs(total_of_fragments(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
-                sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
-            from_outside *= scale
-        if CHAINED:
-            grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)  # not before: see forward.py
+        if CHAINED and DROPOUT:  # what the layer above gives back passes through dropout, the own next step does not
+            from_above = as_pairs(total(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
+            sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
+        grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)  # not before: see forward.py
         sums = add_received(
             sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs,
-            weight_mask, weight_ks, ks, CHUNK_STRIDE, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
-            SPLIT_K, DOT_PRECISION, THREAD_ELEMENTS, PACKED, CHAINED,
+            weight_mask, weight_ks, ks, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
+            SPLIT_K, DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLD > 0,
         )  # fmt: skip
-        grad_hidden = as_pairs(total_of_fragments(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
+        grad_hidden = as_pairs(total(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
+        from_outside = grad_output.to(tl.float32)
+        if DROPOUT:
+            from_outside = (from_outside + from_above) * scale if CHAINED else from_outside * scale
         grad_hidden += from_outside + grad_last.to(tl.float32)
 
         grad_cell_now = grad_cell + grad_here.to(tl.float32) if GRAD_CELLS else grad_cell
@@ -298,6 +297,7 @@ def backward_scan(
             even, odd = tl.where(units < HIDDEN, even, 0.0), tl.where(units < HIDDEN, odd, 0.0)  # see forward.py
         written_mask = (row_mask & (gate_minor < WRITTEN))[:, None]
         publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), tl.join(even, odd), written_mask)
+        have_published(HOLD)
         if RAGGED:
             # What flows into a state to start anew from stays there.
             anew = source >= row_count + 2 * batch_size

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from .forward import load_bias
 from .gates import activate, differentiate, split_gates, update_state
-from .product import load_left
+from .product import load_left, rounded
 
 
 @triton.jit
@@ -30,15 +30,16 @@ def add_linear(
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    TF32_ROUNDING: tl.constexpr,
 ):
     """Add weight[gate_rows] @ rows^T to the sums."""
     ks = tl.arange(0, BLOCK_K)[None, :]
     weight_ptrs = weight_ptr + gate_rows[:, None] * SIZE + ks
     for chunk in range((SIZE + BLOCK_K - 1) // BLOCK_K):
-        left = load_left(weight_ptrs, gate_mask, ks, chunk, BLOCK_K, SIZE, BLOCK_K, 1)
+        left = load_left(weight_ptrs, gate_mask, ks, chunk, SIZE, BLOCK_K, 1, TF32_ROUNDING)
         mask = row_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)
         right = tl.load(row_ptrs[:, None] + chunk * BLOCK_K + ks, mask=mask, other=0.0)
-        sums = tl.dot(left, tl.trans(right), sums, input_precision=DOT_PRECISION)
+        sums = tl.dot(left, tl.trans(rounded(right, TF32_ROUNDING)), sums, input_precision=DOT_PRECISION)
     return sums
 
 
@@ -70,6 +71,7 @@ def cell_forward(
     BLOCK_INPUT: tl.constexpr,  # columns of a chunk of x and W_ih
     BLOCK_K: tl.constexpr,  # columns of a chunk of h and W_hh
     DOT_PRECISION: tl.constexpr,
+    TF32_ROUNDING: tl.constexpr,
 ):
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
     slice_index = tl.program_id(0) % SLICES
@@ -85,12 +87,13 @@ def cell_forward(
     preact = tl.zeros((4 * BLOCK_HIDDEN, BLOCK_BATCH), tl.float32)
     input_rows = input_ptr + rows * input_stride * INPUT_STRIDE_UNIT
     preact = add_linear(
-        preact, weight_ih_ptr, gate_rows, gate_mask, input_rows, row_mask, INPUT, BLOCK_INPUT, DOT_PRECISION
-    )
+        preact, weight_ih_ptr, gate_rows, gate_mask, input_rows, row_mask, INPUT, BLOCK_INPUT, DOT_PRECISION,
+        TF32_ROUNDING,
+    )  # fmt: skip
     if HAS_STATE:
         preact = add_linear(
             preact, weight_hh_ptr, gate_rows, gate_mask, hidden_ptr + rows * HIDDEN, row_mask, HIDDEN, BLOCK_K,
-            DOT_PRECISION,
+            DOT_PRECISION, TF32_ROUNDING,
         )  # fmt: skip
     input_preact, forget_preact, cell_preact, output_preact = split_gates(preact, BLOCK_HIDDEN, BLOCK_BATCH)
     if HAS_BIAS:

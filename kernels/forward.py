@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .exchange import publish, request
 from .gates import activate, split_gates, update_state
+from .hold import begin_hold, have_published, hold_back
 from .lanes import dropout_scale, of_lane, place
 from .product import add_products, add_received, load_resident, no_sums, places, total
 from .ragged import count_turns, look_up, next_turn, no_turn
@@ -42,6 +43,7 @@ def load_weights(
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    TF32_ROUNDING: tl.constexpr,
     REGISTER_CHUNKS: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
 ):
@@ -58,7 +60,7 @@ def load_weights(
     weights = load_resident(
         pointers, mask, ks,
         pointer + (shared_gates % 4 * HIDDEN + shared_gates // 4).to(tl.int64)[:, None] * SIZE + shared_ks,
-        shared_gates < gates_end, shared_ks, BLOCK_K, SIZE, BLOCK_K, SPLIT_K, REGISTER_CHUNKS, RESIDENT_CHUNKS,
+        shared_gates < gates_end, shared_ks, SIZE, BLOCK_K, SPLIT_K, TF32_ROUNDING, REGISTER_CHUNKS, RESIDENT_CHUNKS,
     )  # fmt: skip
     return weights, pointers, mask, ks
 
@@ -135,8 +137,10 @@ def forward_scan(
     GROUP_CHUNKS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    TF32_ROUNDING: tl.constexpr,  # "rn" or "rna": how operands are rounded where DOT_PRECISION is "tf32"; "": not
     THREAD_ELEMENTS: tl.constexpr,  # of a state chunk, that a thread waits for by itself; 0: all wait together
     PACKED: tl.constexpr,  # test 16-bit sentinels two at a time
+    HOLD: tl.constexpr,  # cycles, see hold.py
 ):
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
     WRITTEN: tl.constexpr = min(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of a state row that are written
@@ -166,21 +170,22 @@ def forward_scan(
     written_mask = (units < WRITTEN)[None, :]
 
     weights_hh, weight_ptrs, weight_mask, weight_ks = load_weights(
-        weight_hh_ptr, slice_index, 4 * HIDDEN, HIDDEN, BLOCK_HIDDEN, STATE_STRIDE, BLOCK_K, SPLIT_K, REGISTER_CHUNKS,
-        RESIDENT_CHUNKS,
+        weight_hh_ptr, slice_index, 4 * HIDDEN, HIDDEN, BLOCK_HIDDEN, STATE_STRIDE, BLOCK_K, SPLIT_K, TF32_ROUNDING,
+        REGISTER_CHUNKS, RESIDENT_CHUNKS,
     )  # fmt: skip
     if CHAINED:
         # The layer below has as many units, so its chunks are those of the own state.
         below_end = tl.where(lane > 0, 4 * HIDDEN, 0)
         weights_ih, below_ptrs, below_mask, _ = load_weights(
-            weight_ih_ptr, slice_index, below_end, HIDDEN, BLOCK_HIDDEN, STATE_STRIDE, BLOCK_K, SPLIT_K,
+            weight_ih_ptr, slice_index, below_end, HIDDEN, BLOCK_HIDDEN, STATE_STRIDE, BLOCK_K, SPLIT_K, TF32_ROUNDING,
             REGISTER_CHUNKS, RESIDENT_CHUNKS,
         )  # fmt: skip
         below_ptr = (passed_ptr if DROPOUT else hidden_ptr) - state_rows.to(tl.int64) * STATE_STRIDE
     else:
         weights_ih, _, _, _ = load_weights(
-            weight_ih_ptr, slice_index, 4 * HIDDEN, HIDDEN, BLOCK_HIDDEN, INPUT, BLOCK_INPUT, SPLIT_K, 0, INPUT_CHUNKS
-        )
+            weight_ih_ptr, slice_index, 4 * HIDDEN, HIDDEN, BLOCK_HIDDEN, INPUT, BLOCK_INPUT, SPLIT_K,
+            TF32_ROUNDING, 0, INPUT_CHUNKS,
+        )  # fmt: skip
     if HAS_BIAS:
         bias_ih_ptr = of_lane(bias_ih_ptrs, lane, LANES)
         bias_hh_ptr = of_lane(bias_hh_ptrs, lane, LANES)
@@ -215,6 +220,7 @@ def forward_scan(
         turn_after = next_turn(
             turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
         )
+    begin_hold(HOLD)
     for index in range(turns):
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
@@ -239,8 +245,7 @@ def forward_scan(
         state_row = step_row + batch_size
         mask = row_mask & unit_mask
         state_mask = row_mask & written_mask
-        if not CHAINED:
-            hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
+        gates = gates_ptrs + step_row * (4 * HIDDEN)
         if RAGGED:
             turn_next = turn_after
             source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
@@ -252,25 +257,9 @@ def forward_scan(
 
         # What does not depend on h_{t-1} is computed, or asked for, while h_{t-1} is under way.
         sums = no_sums(4 * BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
-        gates = gates_ptrs + step_row * (4 * HIDDEN)
         if DROPOUT:
             elements = (step_row + rows)[:, None] * HIDDEN + units[None, :]
             scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
-        if CHAINED:
-            if lane > 0:
-                if RAGGED:
-                    below_rows = tl.where(tile_mask, state_row + tile_rows[:, None], 0)
-                else:
-                    below_rows = state_row + read_rows
-                below = below_ptr + below_rows * STATE_STRIDE + ks
-                below_tiles = request(below, ks, 0, GROUP, WRITTEN, BLOCK_K)
-                sums = add_received(
-                    sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, below_mask, weight_ks, ks, BLOCK_K,
-                    STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
-                    THREAD_ELEMENTS, PACKED, CHAINED,
-                )  # fmt: skip
-            # Not before: both states at once would take too many registers, and the layer below is a step ahead.
-            hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if FUSE_INPUT:
             if RAGGED:
                 input_row = step_row * input_stride_batch
@@ -281,9 +270,6 @@ def forward_scan(
             for chunk in tl.static_range(INPUT_CHUNKS):
                 input_mask = tile_mask & (chunk * BLOCK_INPUT + input_ks < INPUT)
                 input_tiles = input_tiles + (tl.load(inputs + chunk * BLOCK_INPUT, mask=input_mask, other=0.0),)
-            sums = add_products(
-                sums, weights_ih, 0, input_tiles, INPUT_CHUNKS, BLOCK_BATCH, BLOCK_INPUT, SPLIT_K, DOT_PRECISION
-            )
         else:
             share_mask = row_mask & (units < tl.where(lane == 0, HIDDEN, 0))[None, :] if CHAINED else mask
             input_share = tl.load(gates, mask=share_mask, other=0.0)
@@ -310,10 +296,31 @@ def forward_scan(
                 other=0.0,
             )
 
+        hold_back(HOLD)
+        if CHAINED:
+            if lane > 0:
+                if RAGGED:
+                    below_rows = tl.where(tile_mask, state_row + tile_rows[:, None], 0)
+                else:
+                    below_rows = state_row + read_rows
+                below = below_ptr + below_rows * STATE_STRIDE + ks
+                below_tiles = request(below, ks, 0, GROUP, WRITTEN, BLOCK_K)
+                sums = add_received(
+                    sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, below_mask, weight_ks, ks,
+                    STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
+                    TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLD > 0,
+                )  # fmt: skip
+        # Not before: both states at once would take too many registers, and the layer below is a step ahead.
+        hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
+        if FUSE_INPUT:
+            sums = add_products(
+                sums, weights_ih, 0, input_tiles, INPUT_CHUNKS, BLOCK_BATCH, BLOCK_INPUT, SPLIT_K, DOT_PRECISION,
+                TF32_ROUNDING,
+            )  # fmt: skip
         sums = add_received(
             sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, weight_mask,
-            weight_ks, ks, BLOCK_K, STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-            DOT_PRECISION, THREAD_ELEMENTS, PACKED, CHAINED,
+            weight_ks, ks, STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
+            DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLD > 0,
         )  # fmt: skip
         preact = total(sums, SPLIT_K, ACCUMULATORS)
         input_preact, forget_preact, cell_preact, output_preact = split_gates(preact, BLOCK_HIDDEN, BLOCK_BATCH)
@@ -340,6 +347,7 @@ def forward_scan(
         publish(hidden_ptrs + state_row * STATE_STRIDE, hidden, state_mask)
         if DROPOUT:
             publish(passed_ptrs + state_row * STATE_STRIDE, hidden * scale, state_mask)
+        have_published(HOLD)
 
         if KEEP_CELLS:
             tl.store(cell_ptrs + state_row * STATE_STRIDE, cell, mask=state_mask)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .exchange import receive, request
-from .fragments import fragments_of_columns, fragments_of_rows, ordered, row_places
+from .fragments import fragments_of_rows, row_places
 
 
 @triton.jit
@@ -33,6 +33,24 @@ def as_right(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.conste
     return right
 
 
+@triton.constexpr_function
+def _rounding_code(TF32_ROUNDING):
+    return f"{{ .reg .b32 bits; cvt.{TF32_ROUNDING}.tf32.f32 bits, $1; mov.b32 $0, bits; }}"
+
+
+@triton.jit
+def rounded(tile, TF32_ROUNDING: tl.constexpr):
+    """A tile as tensor cores multiply it in TF32, to nearest: they would cut off the bits that they do not take.
+
+    Cutting makes every operand smaller, so that the errors of many steps add up in one direction.
+    """
+    if TF32_ROUNDING != "":
+        tile = tl.inline_asm_elementwise(
+            _rounding_code(TF32_ROUNDING), "=f,f", [tile], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tile
+
+
 @triton.jit
 def no_sums(M: tl.constexpr, ROWS: tl.constexpr, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
     """Zeros for ACCUMULATORS chains of dots that do not wait for each other."""
@@ -49,10 +67,11 @@ def no_sums(M: tl.constexpr, ROWS: tl.constexpr, SPLIT_K: tl.constexpr, ACCUMULA
 def add_products(
     sums, lefts, first: tl.constexpr, tiles, COUNT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, DOT_PRECISION: tl.constexpr,
+    TF32_ROUNDING: tl.constexpr,
 ):  # fmt: skip
     """Add lefts[first + k] @ tiles[k]^T to the sums in turn."""
     for chunk in tl.static_range(COUNT):
-        right = as_right(tiles[chunk], ROWS, BLOCK_K, SPLIT_K)
+        right = as_right(rounded(tiles[chunk], TF32_ROUNDING), ROWS, BLOCK_K, SPLIT_K)
         # Tuples cannot be assigned to: the chain whose turn it is comes first.
         sums = sums[1:] + (tl.dot(lefts[first + chunk], right, sums[0], input_precision=DOT_PRECISION),)
     return sums
@@ -76,35 +95,23 @@ def total(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
 
 
 @triton.jit
-def total_of_fragments(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
-    """(M, rows) of products of fragments"""
-    result = total(sums, SPLIT_K, ACCUMULATORS)
-    return ordered(result, result.shape[0], result.shape[1])
-
-
-@triton.jit
 def load_left(
     pointers,
     m_mask,
     ks,
     chunk,
-    CHUNK_STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    TF32_ROUNDING: tl.constexpr,
     SHARED: tl.constexpr = False,
 ):
-    """One weight chunk; pointers: those of chunk 0, the next chunk's are CHUNK_STRIDE elements further.
-
-    They are those of `places`, or of `column_places`, with a mask for each row, or for each of them.
-    """
-    mask = (m_mask if len(pointers.shape) == 1 else m_mask[:, None]) & (chunk * BLOCK_K + ks < SIZE)
-    tile = tl.load(pointers + tl.cast(chunk, tl.int64) * CHUNK_STRIDE, mask=mask, other=0.0)
-    M: tl.constexpr = tile.numel // BLOCK_K
-    if len(pointers.shape) == 1:
-        tile = fragments_of_columns(tile, M, BLOCK_K, SPLIT_K, SHARED)
-    elif SPLIT_K > 1:
-        tile = fragments_of_rows(tile, M, BLOCK_K, SPLIT_K, SHARED)
+    """One weight chunk; pointers: those of chunk 0, at the places of `places`."""
+    mask = m_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)
+    tile = tl.load(pointers + tl.cast(chunk, tl.int64) * BLOCK_K, mask=mask, other=0.0)
+    tile = rounded(tile, TF32_ROUNDING)
+    if SPLIT_K > 1:
+        tile = fragments_of_rows(tile, tile.numel // BLOCK_K, BLOCK_K, SPLIT_K, SHARED)
     return tile
 
 
@@ -115,16 +122,17 @@ def load_lefts(
     ks,
     FIRST: tl.constexpr,
     END: tl.constexpr,
-    CHUNK_STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    TF32_ROUNDING: tl.constexpr,
     SHARED: tl.constexpr = False,
 ):
     """The weight chunks from FIRST up to END: loaded before the time loop, they stay on the chip throughout."""
     lefts = ()
     for chunk in tl.static_range(FIRST, END):
-        lefts = lefts + (load_left(pointers, m_mask, ks, chunk, CHUNK_STRIDE, SIZE, BLOCK_K, SPLIT_K, SHARED),)
+        left = load_left(pointers, m_mask, ks, chunk, SIZE, BLOCK_K, SPLIT_K, TF32_ROUNDING, SHARED)
+        lefts = lefts + (left,)
     return lefts
 
 
@@ -136,18 +144,18 @@ def load_resident(
     shared_pointers,  # the same for tiles in shared memory
     shared_mask,
     shared_ks,
-    CHUNK_STRIDE: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    TF32_ROUNDING: tl.constexpr,
     REGISTER_CHUNKS: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
 ):
     """The chunks that stay on the chip, as many in registers as there are to be, the others in shared memory."""
-    in_registers = load_lefts(pointers, mask, ks, 0, REGISTER_CHUNKS, CHUNK_STRIDE, SIZE, BLOCK_K, SPLIT_K)
+    in_registers = load_lefts(pointers, mask, ks, 0, REGISTER_CHUNKS, SIZE, BLOCK_K, SPLIT_K, TF32_ROUNDING)
     in_shared = load_lefts(
-        shared_pointers, shared_mask, shared_ks, REGISTER_CHUNKS, RESIDENT_CHUNKS, CHUNK_STRIDE, SIZE, BLOCK_K,
-        SPLIT_K, SHARED=True,
+        shared_pointers, shared_mask, shared_ks, REGISTER_CHUNKS, RESIDENT_CHUNKS, SIZE, BLOCK_K,
+        SPLIT_K, TF32_ROUNDING, SHARED=True,
     )  # fmt: skip
     return in_registers + in_shared
 
@@ -163,7 +171,6 @@ def add_received(
     m_mask,
     weight_ks,
     ks,
-    CHUNK_STRIDE: tl.constexpr,
     WEIGHT_SIZE: tl.constexpr,  # K as far as there are weights
     STATE_SIZE: tl.constexpr,  # K as far as peers write
     RESIDENT: tl.constexpr,
@@ -172,9 +179,11 @@ def add_received(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    TF32_ROUNDING: tl.constexpr,
     THREAD_ELEMENTS: tl.constexpr,
     PACKED: tl.constexpr,
     TOGETHER: tl.constexpr,  # see spin.py
+    HOLDS: tl.constexpr,  # see spin.py
 ):
     """Add weights @ state^T to the sums, waiting for the state as needed."""
     for first in tl.static_range(0, RESIDENT, GROUP):
@@ -182,19 +191,20 @@ def add_received(
             tiles = request(state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
         tiles = receive(
             tiles, state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K, wait, THREAD_ELEMENTS,
-            PACKED, TOGETHER,
+            PACKED, TOGETHER, HOLDS and first == 0,
         )  # fmt: skip
         sums = add_products(
-            sums, lefts, first, tiles, min(GROUP, RESIDENT - first), ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION
-        )
+            sums, lefts, first, tiles, min(GROUP, RESIDENT - first), ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION,
+            TF32_ROUNDING,
+        )  # fmt: skip
     for streamed in range(RESIDENT, (WEIGHT_SIZE + BLOCK_K - 1) // BLOCK_K):
         # Asked for before the wait: the weights are there already.
-        left = load_left(weight_pointers, m_mask, weight_ks, streamed, CHUNK_STRIDE, WEIGHT_SIZE, BLOCK_K, SPLIT_K)
+        left = load_left(weight_pointers, m_mask, weight_ks, streamed, WEIGHT_SIZE, BLOCK_K, SPLIT_K, TF32_ROUNDING)
         pointers, streamed_ks = state_pointers + streamed * BLOCK_K, streamed * BLOCK_K + ks
         requested = request(pointers, streamed_ks, 0, 1, STATE_SIZE, BLOCK_K, MASKED=True)
         received = receive(
             requested, pointers, streamed_ks, 0, 1, STATE_SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, TOGETHER,
             MASKED=True,
         )  # fmt: skip
-        sums = add_products(sums, (left,), 0, received, 1, ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION)
+        sums = add_products(sums, (left,), 0, received, 1, ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION, TF32_ROUNDING)
     return sums

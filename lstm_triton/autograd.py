@@ -395,7 +395,7 @@ def _gradients(saved: _Saved, needed: Sequence[bool], grads: tuple[Tensor | None
     def through_recurrent_weights(of_preacts: list[Tensor]) -> Tensor:
         weights = stack.named("weight_hh")
         return torch.stack(
-            [ops.matmul(each, gate_minor(weight)) for each, weight in zip(of_preacts, weights, strict=True)]
+            [ops.matmul(each, gate_minor(weight), exact=True) for each, weight in zip(of_preacts, weights, strict=True)]
         )
 
     if needed[1]:

@@ -224,6 +224,7 @@ def constants_of(plan: CellPlan) -> dict[str, object]:
         "BLOCK_INPUT": plan.block_input,
         "BLOCK_K": plan.block_k,
         "DOT_PRECISION": plan.dot_precision,
+        "TF32_ROUNDING": plan.tf32_rounding,
     }
 
 

@@ -131,10 +131,10 @@ def gradients(
                     anew = of_part.starts_anew(own.reverse).unsqueeze(1)
                     of_anew = torch.where(anew, of_gates, 0).unflatten(0, (-1, batch_size)).sum(0)
                     of_preact_reset[lane] += gate_major(of_anew.t()).t()
-                    of_h_reset[lane] += ops.matmul(of_anew, gate_minor(weight_hh))
+                    of_h_reset[lane] += ops.matmul(of_anew, gate_minor(weight_hh), exact=True)
                 of_c_reset[lane] += grad_cell[0, batch_size:, :hidden_size]
             of_preact_0[lane] += gate_major((begun if begins is True else begun * begins).t()).t()
-            through = ops.matmul(begun, gate_minor(weight_hh))
+            through = ops.matmul(begun, gate_minor(weight_hh), exact=True)
             if of_part is not None and grad_h is not None:  # sequences without steps here end where they begin
                 through = through + torch.where(of_part.lengths.unsqueeze(1) > 0, 0, grad_h[0])
             grad_h, grad_c = through.unsqueeze(0), grad_cell[:, :batch_size, :hidden_size]

@@ -604,7 +604,10 @@ def scan_backward(
             grad_output = grad_output.contiguous()
         dropped = _dropped_lanes(launch, stack, dropout)
         first_output = launch.first % directions * hidden_size if not plan.chained else 0
-        weights_hh = _aligned(part.named("weight_hh"), layout.stride)
+        weights_hh = _transposed(part.named("weight_hh"), layout)
+        weights_ih = weights_hh
+        if plan.chained:  # the first of them has nobody below in this launch
+            weights_ih = (*weights_hh[:1], *_transposed(part.named("weight_ih")[1:], layout))
         _launch(
             backward_scan,
             plan,
@@ -618,7 +621,7 @@ def scan_backward(
             grad_cell_ptr=grad_cell[lanes],
             gates_ptr=gates[lanes],
             cell_ptr=cell[lanes],
-            weight_ih_ptrs=_aligned(part.named("weight_ih"), layout.stride) if plan.chained else weights_hh,
+            weight_ih_ptrs=weights_ih,
             weight_hh_ptrs=weights_hh,
             grad_gates_ptr=grad_gates[lanes],
             before_ptr=gates if ragged is None else ragged.before,
@@ -796,6 +799,22 @@ def _aligned(weights: Sequence[Tensor], stride: int) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+def _transposed(weights: Sequence[Tensor], layout: Layout) -> tuple[Tensor, ...]:
+    """Weights (4H, H) as rows of units whose columns are gate-minor, padded: (stride, 4 * stride) copies.
+
+    The backward scan multiplies with columns of a weight. Read as rows, they come in pieces of 16 bytes, from shared
+    memory too: as columns they took up to eight times as long from there.
+    """
+    found = []
+    missing = layout.stride - layout.hidden_size
+    for weight in weights:
+        rows = weight.unflatten(0, (4, -1)).permute(2, 1, 0).flatten(1)
+        if missing > 0:
+            rows = torch.nn.functional.pad(rows, (0, 4 * missing, 0, missing))
+        found.append(_at_aligned_address(rows.contiguous()))
+    return tuple(found)
+
+
 def _lookups(ragged: Ragged | None, plan: Plan, window: Window, unused: Tensor) -> dict[str, object]:
     """What both kernels need to find the rows of a window's steps."""
     time_steps = window.steps.stop - window.steps.start
@@ -810,22 +829,25 @@ def _lookups(ragged: Ragged | None, plan: Plan, window: Window, unused: Tensor) 
     }
 
 
-def matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, in TF32 where cuDNN would use it for an LSTM: torch.matmul's own setting is off at first."""
+def matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
+    """left @ right, in TF32 where cuDNN would use it for an LSTM: torch.matmul's own setting is off at first.
+
+    exact: never in TF32, as a single step's product, which takes no time worth mentioning, need not be.
+    """
     if may_take_tf32(left):
-        product: Tensor = transforms.call(_cuda_matmul, left, right)
+        product: Tensor = transforms.call(_cuda_matmul, left, right, exact)
         return product
     return left @ right
 
 
 @torch.library.custom_op("lstm_triton::matmul", mutates_args=())
-def _cuda_matmul(left: Tensor, right: Tensor) -> Tensor:
+def _cuda_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
     # An operator, because torch.compile cannot change the setting within a graph.
-    return batched_matmul(left, right)
+    return batched_matmul(left, right, exact)
 
 
 @_cuda_matmul.register_fake
-def _(left: Tensor, right: Tensor) -> Tensor:
+def _(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
     return left.new_empty((left.shape[0], right.shape[1]))
 
 
@@ -838,9 +860,9 @@ def project(rows: Tensor, weight: Tensor, projected: Tensor, add: bool = False) 
         torch.addmm(projected, rows, weight.t(), beta=int(add), out=projected)
 
 
-def batched_matmul(left: Tensor, right: Tensor) -> Tensor:
+def batched_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
     """`matmul` on a GPU, of any batch of matrices."""
-    with _matmul_precision("tf32" if allows_tf32() else "ieee"):
+    with _matmul_precision("tf32" if allows_tf32() and not exact else "ieee"):
         return left @ right
 
 
@@ -903,8 +925,10 @@ def constants_of(plan: Plan) -> dict[str, object]:
         "GROUP_CHUNKS": plan.group_chunks,
         "ACCUMULATORS": plan.accumulators,
         "DOT_PRECISION": plan.dot_precision,
+        "TF32_ROUNDING": plan.tf32_rounding,
         "THREAD_ELEMENTS": plan.thread_elements,
         "PACKED": plan.packed,
+        "HOLD": plan.hold,
     }
 
 

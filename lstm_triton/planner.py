@@ -36,7 +36,7 @@ AGAIN_BLOCK, AGAIN_WARPS = (4, 64), 4  # of kernels/again.py, in which every seq
 # Rates of a data-centre GPU per clock cycle, and latencies in cycles read off compiled kernels (bench/resources.py).
 # Only their ratios matter, and plans measured on a device replace what they lead to.
 LINK_BYTES_PER_CYCLE = 64  # from L2 to one multiprocessor
-L2_BYTES_PER_CYCLE = 3000  # from L2 to all of them
+L2_BYTES_PER_CYCLE = 2000  # from L2 to all of them, where all read the same lines at the same time: measured on an H100
 SHARED_BYTES_PER_CYCLE = 128  # within one multiprocessor
 MEMORY_BYTES_PER_CYCLE = 2500
 OPERATIONS_PER_CYCLE = 300_000  # of a large product of 16-bit matrices; of 32-bit ones half as many
@@ -45,6 +45,7 @@ EXCHANGE_CYCLES = 1000  # from publishing a value to having it elsewhere
 ROUND_CYCLES = 1200  # of asking again: for a further group of chunks
 MULTIPLIED_PER_CYCLE = {"16 bit": 1300, "tf32": 650, "tf32x3": 220, "ieee": 128}  # pairs of numbers, one multiprocessor
 FIXED_CYCLES = 500  # addresses, sentinels, barriers, and the gates of the first unit
+LEAST_HOLD, MOST_HOLD = 320, 768  # how long a thread holds back at first (kernels/hold.py)
 STAGING_CYCLES = 400  # of states on their way to the asynchronous tensor cores
 
 
@@ -107,12 +108,14 @@ class Plan:
         block_input: the same for the input projection.
         split_k: parts of a chunk that different warps multiply at the same time.
         resident_chunks: chunks of the recurrent weights that stay on the chip.
+        hold: cycles after publishing before a thread first looks for its peers' values, to begin with; 0: at once.
         register_chunks: those of them that stay in registers; the others stay in shared memory.
         chunks: chunks of the recurrent weights in all; what is not resident is read every step.
         group_chunks: resident chunks of the state that are requested together.
         accumulators: independent chains of dots.
         fuse_input: whether the scan computes the input projection itself.
         dot_precision: "tf32", "tf32x3" or "ieee"; it matters for float32 only.
+        tf32_rounding: how operands are rounded where that is "tf32", in PTX's words: "rn" or "rna"; "": not at all.
         thread_elements: elements of a state chunk that every thread waits for by itself; 0: all wait together.
         packed: whether 16-bit sentinels are tested two at a time (needs compute capability 9.0).
         num_warps: warps of a program.
@@ -135,6 +138,7 @@ class Plan:
     accumulators: int
     fuse_input: bool
     dot_precision: str
+    tf32_rounding: str
     thread_elements: int
     packed: bool
     num_warps: int
@@ -142,6 +146,7 @@ class Plan:
     lanes: int = 1
     chained: bool = False
     register_chunks: int = 0
+    hold: int = 0
 
     @property
     def programs(self) -> int:
@@ -420,6 +425,7 @@ class CellPlan:
         block_input: columns of a chunk of the input and its weights.
         block_k: the same for the recurrent weights.
         dot_precision: "tf32", "tf32x3" or "ieee"; it matters for float32 only.
+        tf32_rounding: how operands are rounded where that is "tf32", in PTX's words: "rn" or "rna"; "": not at all.
         num_stages: chunks that are under way at the same time.
         num_warps: warps of a program.
     """
@@ -430,6 +436,7 @@ class CellPlan:
     block_input: int
     block_k: int
     dot_precision: str
+    tf32_rounding: str
     num_stages: int
     num_warps: int
 
@@ -467,6 +474,7 @@ def plan_cell(
         block_input=_chunk(input_size, row_bytes // size),
         block_k=_chunk(hidden_size, row_bytes // size),
         dot_precision=precision,
+        tf32_rounding=_tf32_rounding(precision, device),
         num_stages=num_stages,
         num_warps=8 if 4 * block_hidden * block_batch >= 64 * 32 else 4,
     )
@@ -478,6 +486,13 @@ def _dot_precision(dtype: torch.dtype, device: Device, allow_tf32: bool) -> str:
     if device.capability >= 80:
         return "tf32" if allow_tf32 else "tf32x3"
     return "ieee"
+
+
+def _tf32_rounding(precision: str, device: Device) -> str:
+    """How PTX is told to round to nearest TF32: ties to even take one instruction, and need compute capability 9.0."""
+    if precision != "tf32":
+        return ""
+    return "rn" if device.capability >= 90 else "rna"
 
 
 def _fitted(
@@ -605,6 +620,9 @@ def _fitted(
         numbers = 4 * hidden_size * batch_size * projected
         cycles += 2 * numbers * size // MEMORY_BYTES_PER_CYCLE
         cycles += numbers * input_size * size // OPERATIONS_PER_CYCLE
+    hold = 0
+    if device.capability > 0 and (slices > 1 or chained) and batch_tiles <= groups:  # of several tiles, one is there
+        hold = min(LEAST_HOLD + from_l2 * programs // L2_BYTES_PER_CYCLE // 2, MOST_HOLD)
     return Plan(
         block_batch=block_batch,
         block_hidden=block_hidden,
@@ -620,6 +638,7 @@ def _fitted(
         accumulators=accumulators,
         fuse_input=fuse_input,
         dot_precision=precision,
+        tf32_rounding=_tf32_rounding(precision, device),
         thread_elements=block_batch * block_k // (num_warps * device.threads_per_warp) if device.capability else 0,
         packed=size == 2 and device.capability >= 90,
         num_warps=num_warps,
@@ -627,6 +646,7 @@ def _fitted(
         lanes=lanes,
         chained=chained,
         register_chunks=register_chunks,
+        hold=hold,
     )
 
 

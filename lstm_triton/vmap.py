@@ -71,9 +71,9 @@ def _unfolded_rows(rows: Tensor, batch_size: int, size: int) -> tuple[Tensor, in
     return rows.unflatten(1, (-1, size, batch_size)).movedim(2, 0).flatten(2, 3), 0
 
 
-def _cuda_matmul(info: Any, in_dims: Dims, left: Tensor, right: Tensor) -> tuple[Tensor, int]:
-    left, right = (_mapped_to(t, dim, info.batch_size, 0) for t, dim in zip((left, right), in_dims, strict=True))
-    return ops.batched_matmul(left, right), 0
+def _cuda_matmul(info: Any, in_dims: Dims, left: Tensor, right: Tensor, exact: bool = False) -> tuple[Tensor, int]:
+    left, right = (_mapped_to(t, dim, info.batch_size, 0) for t, dim in zip((left, right), in_dims[:2], strict=True))
+    return ops.batched_matmul(left, right, exact), 0
 
 
 def _folded(tensor: Tensor | None, dim: int | None, size: int, batch_axis: int) -> Tensor | None:

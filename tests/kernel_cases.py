@@ -232,7 +232,7 @@ def layers(draw: st.DrawFn, largest_hidden: int = 50, ragged: bool = False) -> L
 
 def interpretable(plan: Plan) -> Plan:
     """The plan without what only a GPU can do: the interpreter has no inline assembly."""
-    return replace(plan, thread_elements=0, packed=False, dot_precision="ieee")
+    return replace(plan, thread_elements=0, packed=False, dot_precision="ieee", tf32_rounding="", hold=0)
 
 
 def streamed(plan: Plan, depth: int) -> Plan:

@@ -261,6 +261,7 @@ class Machine:
         self.program, self.grid = program, grid
         self.chance = random.Random(seed)
         self.ctas = int(np.prod(grid))
+        self.clock = self.chance.randrange(2**32)
         self.idle = 0  # instructions since something was written
         self.buffers: list[Memory] = []
         self.bases: list[int] = []  # their addresses
@@ -269,6 +270,11 @@ class Machine:
         places = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
         ctas = [Cta(self, at, place, program.threads, shared_bytes) for at, place in enumerate(places)]
         self.warps = [Warp(program, cta, at) for cta in ctas for at in range(cta.warps)]
+
+    def ticks(self) -> int:
+        """A clock that takes a while between two looks."""
+        self.clock = (self.clock + self.chance.randrange(1, 500)) % 2**32
+        return self.clock
 
     def address_of(self, tensor: torch.Tensor) -> int:
         """Where a tensor lies for the kernel: each storage far from all others, aligned as it is."""
@@ -521,6 +527,8 @@ class Decoder:
             text.split(".")[0] in ("%tid", "%ntid", "%ctaid", "%nctaid", "%laneid", "%warpid")
         ):
             return lambda warp: warp.special[text].astype(dtype)
+        if text == "%clock":
+            return lambda warp: np.full(LANES, warp.machine.ticks(), dtype)
         literal = re.fullmatch(r"(0[fFdD])([0-9a-fA-F]+)|(-?(?:0[xX][0-9a-fA-F]+|\d+))U?", text)
         if literal:
             if literal[1]:
@@ -673,7 +681,7 @@ class Decoder:
     def do_cvt(self) -> Callable[[Warp, Mask], None]:
         into, out_of = self.words[-2:]
         modifiers = set(self.words[1:-2])
-        if not modifiers <= {"rn", "rna", "ftz", *ROUNDINGS} or ("rna" in modifiers) != (into == "tf32"):
+        if not modifiers <= {"rn", "rna", "ftz", *ROUNDINGS} or ("rna" in modifiers and into != "tf32"):
             raise NotImplementedError(self.instruction.where)
         sources = [self.source(text, out_of) for text in self.operands[1:]]
         target = self.target(self.operands[0], "b32" if into == "tf32" else into)
@@ -685,8 +693,9 @@ class Decoder:
             if len(sources) == 2:  # the first one is the upper half
                 value = np.stack([sources[1](warp), value], 1).reshape(-1)
             if into == "tf32":
-                value = np.where(np.isfinite(value), value.view(np.uint32) + np.uint32(0x1000), value.view(np.uint32))
-                value = value & np.uint32(0xFFFFE000)
+                bits = value.view(np.uint32)
+                half = np.uint32(0x1000) if "rna" in modifiers else np.uint32(0xFFF) + (bits >> 13 & np.uint32(1))
+                value = np.where(np.isfinite(value), bits + half, bits) & np.uint32(0xFFFFE000)
             elif rounding is not None and value.dtype.kind == "f":
                 if dtype.kind == "f":
                     value = rounding(value).astype(dtype)
