@@ -10,17 +10,18 @@ import triton
 import triton.language as tl
 
 from lstm_triton.kernels.exchange import any_missing, publish, receive, request
+from lstm_triton.kernels.hold import begin_hold, have_published, hold_back
 from lstm_triton.kernels.lanes import place
 
 
 @triton.jit
 def wait_for(
     tiles, pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, wait,
-    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr = False,
+    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, HOLDS: tl.constexpr, MASKED: tl.constexpr = False,
 ):  # fmt: skip
     """`receive`, of which nobody uses what it returns."""
     if THREAD_ELEMENTS > 0:
-        receive(tiles, pointers, ks, first, COUNT, SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, False, MASKED)
+        receive(tiles, pointers, ks, first, COUNT, SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, False, HOLDS, MASKED)
     else:
         # Not with `receive`: tiles carried by its loop and then not used crash the compiler of Triton 3.6.
         missing = any_missing(tiles, COUNT, PACKED) & wait
@@ -29,7 +30,7 @@ def wait_for(
             missing = any_missing(again, COUNT, PACKED)
 
 
-@triton.jit(do_not_specialize=["seq_len", "batch_size", "batch_tiles"])
+@triton.jit(do_not_specialize=["seq_len", "batch_size", "batch_tiles", "hold"])
 def exchange_scan(
     state_ptr,  # (LANES, T + 1, B, COPIES * STATE_STRIDE) I/O dtype: the initial state, then sentinels on entry
     gates_ptr,  # (LANES, T, B, 4H) I/O dtype
@@ -38,6 +39,7 @@ def exchange_scan(
     seq_len,
     batch_size,
     batch_tiles,
+    hold,
     HIDDEN: tl.constexpr,
     INPUT: tl.constexpr,
     STATE_STRIDE: tl.constexpr,
@@ -56,6 +58,7 @@ def exchange_scan(
     GROUP_CHUNKS: tl.constexpr,
     THREAD_ELEMENTS: tl.constexpr,
     PACKED: tl.constexpr,
+    HOLDS: tl.constexpr,
 ):
     BACKWARD: tl.constexpr = COPIES > 1
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
@@ -77,6 +80,7 @@ def exchange_scan(
     values = tl.zeros((BLOCK_BATCH, COPIES * BLOCK_HIDDEN), tl.float32)
     numbers = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), tl.float32)
 
+    begin_hold(hold, HOLDS)
     for index in range(seq_len * tiles_per_step):
         step = index
         first_row = group * BLOCK_BATCH
@@ -91,17 +95,6 @@ def exchange_scan(
         # Rows past the batch: its last row once more.
         read_rows = step.to(tl.int64) * batch_size + tl.minimum(batch_rows, batch_size - 1)
         previous = state_ptr + read_rows * WIDTH + ks[None, :]
-        if CHAINED:
-            if lane > 0:  # the lane beside it waits for this one: which way makes no difference here
-                beside = previous + tl.cast(batch_size, tl.int64) * WIDTH - to_neighbour
-                for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
-                    tiles = request(beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
-                    wait_for(
-                        tiles, beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step >= 0,
-                        THREAD_ELEMENTS, PACKED,
-                    )  # fmt: skip
-        tiles = request(previous, ks, 0, GROUP, WRITTEN, BLOCK_K)
-
         # Volatile, so that what nobody uses is loaded all the same.
         if BACKWARD or not FUSE_INPUT:
             for gate in tl.static_range(4):
@@ -116,12 +109,23 @@ def exchange_scan(
                 columns = (chunk * BLOCK_INPUT + inputs)[None, :]
                 tl.load(input_ptr + step_rows * INPUT + columns, mask=row_mask & (columns < INPUT), volatile=True)
 
+        hold_back(HOLDS)
+        if CHAINED:
+            if lane > 0:  # the lane beside it waits for this one: which way makes no difference here
+                beside = previous + tl.cast(batch_size, tl.int64) * WIDTH - to_neighbour
+                for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
+                    tiles = request(beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
+                    wait_for(
+                        tiles, beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step >= 0,
+                        THREAD_ELEMENTS, PACKED, HOLDS,
+                    )  # fmt: skip
+        tiles = request(previous, ks, 0, GROUP, WRITTEN, BLOCK_K)
         for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
             if first > 0:
                 tiles = request(previous, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
             wait_for(
                 tiles, previous, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step > 0,
-                THREAD_ELEMENTS, PACKED,
+                THREAD_ELEMENTS, PACKED, HOLDS and first == 0,
             )  # fmt: skip
         for streamed in range(RESIDENT_CHUNKS, CHUNKS):
             pointers, streamed_ks = previous + streamed * BLOCK_K, streamed * BLOCK_K + ks
@@ -137,10 +141,12 @@ def exchange_scan(
                 step > 0,
                 THREAD_ELEMENTS,
                 PACKED,
+                False,
                 MASKED=True,
             )
 
         publish(state_ptr + (step_rows + batch_size) * WIDTH + own, values, row_mask & (own < WIDTH))
+        have_published(HOLDS)
         if SAVE:
             tl.store(
                 cell_ptr + (step_rows + batch_size) * STATE_STRIDE + units,

@@ -125,6 +125,7 @@ def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
             "seq_len": case.T,
             "batch_size": case.B,
             "batch_tiles": plan.batch_tiles,
+            "hold": plan.hold,
         }
         constants = {
             **ops.constants_of(plan),

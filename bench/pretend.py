@@ -69,7 +69,7 @@ def pretending(modules: Sequence[ModuleType], arch: str, libtriton: str | None) 
             return lstm(input, hx, *others)
         return input.new_empty((*input.shape[:2], hx[0].shape[2])), *hx
 
-    def batched_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    def batched_matmul(left: torch.Tensor, right: torch.Tensor, exact: bool = False) -> torch.Tensor:
         batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
         return left.new_empty((*batch, left.shape[-2], right.shape[-1]))
 

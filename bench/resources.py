@@ -242,7 +242,13 @@ def report(case: Case) -> dict[str, Any]:
         same: Plan | CellPlan = replace(chosen, programs=1)
     else:
         row["resident_fraction"] = chosen.resident_fraction
-        same = replace(chosen, batch_tiles=1 + (chosen.batch_tiles > chosen.groups), groups=1, predicted_cycles=0)
+        same = replace(
+            chosen,
+            batch_tiles=1 + (chosen.batch_tiles > chosen.groups),
+            groups=1,
+            predicted_cycles=0,
+            hold=int(chosen.hold > 0),
+        )
     try:
         return {**row, **_resources(replace(case, batch=0), same), "error": None}
     except Exception as error:  # a compiler's failure is a finding, not the end of the report

@@ -72,6 +72,7 @@ def as_pairs(values, UNITS: tl.constexpr, ROWS: tl.constexpr):
         "reverse",
         "dropped_lanes",
         "first_lane",
+        "hold",
     ]
 )
 def backward_scan(
@@ -106,6 +107,7 @@ def backward_scan(
     batch_size,
     batch_tiles,
     reverse,  # the forward scan's, of the first lane
+    hold,
     HIDDEN: tl.constexpr,
     STATE_STRIDE: tl.constexpr,
     GRAD_CELLS: tl.constexpr,
@@ -126,7 +128,7 @@ def backward_scan(
     TF32_ROUNDING: tl.constexpr,
     THREAD_ELEMENTS: tl.constexpr,  # of a state chunk, that a thread waits for by itself; 0: all wait together
     PACKED: tl.constexpr,
-    HOLD: tl.constexpr,
+    HOLDS: tl.constexpr,
 ):
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
     WRITTEN: tl.constexpr = 4 * min(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of grad_gates_ptr that are written
@@ -193,7 +195,7 @@ def backward_scan(
         turn_after = next_turn(
             turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
         )
-    begin_hold(HOLD)
+    begin_hold(hold, HOLDS)
     for index in range(turns):
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
@@ -257,7 +259,7 @@ def backward_scan(
             elements = (step_row + rows) * HIDDEN + units
             scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
         sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
-        hold_back(HOLD)
+        hold_back(HOLDS)
         if CHAINED:
             if lane < LANES - 1:
                 if RAGGED:
@@ -269,7 +271,7 @@ def backward_scan(
                 sums = add_received(
                     sums, above_tiles, above, step >= 0, weights_above, above_ptrs, above_mask, weight_ks, ks,
                     4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-                    DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLD > 0,
+                    DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLDS,
                 )  # fmt: skip
         if CHAINED and DROPOUT:  # what the layer above gives back passes through dropout, the own next step does not
             from_above = as_pairs(total(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
@@ -278,7 +280,7 @@ def backward_scan(
         sums = add_received(
             sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs,
             weight_mask, weight_ks, ks, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
-            SPLIT_K, DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLD > 0,
+            SPLIT_K, DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLDS,
         )  # fmt: skip
         grad_hidden = as_pairs(total(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
         from_outside = grad_output.to(tl.float32)
@@ -297,7 +299,7 @@ def backward_scan(
             even, odd = tl.where(units < HIDDEN, even, 0.0), tl.where(units < HIDDEN, odd, 0.0)  # see forward.py
         written_mask = (row_mask & (gate_minor < WRITTEN))[:, None]
         publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), tl.join(even, odd), written_mask)
-        have_published(HOLD)
+        have_published(HOLDS)
         if RAGGED:
             # What flows into a state to start anew from stays there.
             anew = source >= row_count + 2 * batch_size

@@ -79,6 +79,7 @@ def load_weights(
         "reverse",
         "dropped_lanes",
         "first_lane",
+        "hold",
     ],
     do_not_specialize_on_alignment=["offsets_ptr"],  # a window begins anywhere
 )
@@ -114,6 +115,7 @@ def forward_scan(
     batch_size,
     batch_tiles,  # tiles of BLOCK_BATCH rows in the batch
     reverse,  # 0: forward in time, 1: backward in time; that of the first lane
+    hold,  # cycles that threads hold back at first (hold.py)
     HIDDEN: tl.constexpr,
     INPUT: tl.constexpr,
     STATE_STRIDE: tl.constexpr,  # elements between state rows: a multiple of 16
@@ -140,7 +142,7 @@ def forward_scan(
     TF32_ROUNDING: tl.constexpr,  # "rn" or "rna": how operands are rounded where DOT_PRECISION is "tf32"; "": not
     THREAD_ELEMENTS: tl.constexpr,  # of a state chunk, that a thread waits for by itself; 0: all wait together
     PACKED: tl.constexpr,  # test 16-bit sentinels two at a time
-    HOLD: tl.constexpr,  # cycles, see hold.py
+    HOLDS: tl.constexpr,  # threads hold back before they look for their peers' values
 ):
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
     WRITTEN: tl.constexpr = min(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of a state row that are written
@@ -220,7 +222,7 @@ def forward_scan(
         turn_after = next_turn(
             turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
         )
-    begin_hold(HOLD)
+    begin_hold(hold, HOLDS)
     for index in range(turns):
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
@@ -296,7 +298,7 @@ def forward_scan(
                 other=0.0,
             )
 
-        hold_back(HOLD)
+        hold_back(HOLDS)
         if CHAINED:
             if lane > 0:
                 if RAGGED:
@@ -308,7 +310,7 @@ def forward_scan(
                 sums = add_received(
                     sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, below_mask, weight_ks, ks,
                     STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
-                    TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLD > 0,
+                    TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLDS,
                 )  # fmt: skip
         # Not before: both states at once would take too many registers, and the layer below is a step ahead.
         hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
@@ -320,7 +322,7 @@ def forward_scan(
         sums = add_received(
             sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, weight_mask,
             weight_ks, ks, STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-            DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLD > 0,
+            DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLDS,
         )  # fmt: skip
         preact = total(sums, SPLIT_K, ACCUMULATORS)
         input_preact, forget_preact, cell_preact, output_preact = split_gates(preact, BLOCK_HIDDEN, BLOCK_BATCH)
@@ -347,7 +349,7 @@ def forward_scan(
         publish(hidden_ptrs + state_row * STATE_STRIDE, hidden, state_mask)
         if DROPOUT:
             publish(passed_ptrs + state_row * STATE_STRIDE, hidden * scale, state_mask)
-        have_published(HOLD)
+        have_published(HOLDS)
 
         if KEEP_CELLS:
             tl.store(cell_ptrs + state_row * STATE_STRIDE, cell, mask=state_mask)

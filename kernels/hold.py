@@ -21,36 +21,34 @@ LONGEST = 2048  # cycles
 
 
 @triton.constexpr_function
-def _begin_code(CYCLES):
-    return f".reg .b32 hold, published; mov.u32 hold, {CYCLES}; mov.u32 published, %clock; mov.u32 $0, 0;"
-
-
-@triton.constexpr_function
 def lengthen_code():
     """PTX for a thread that looked in vain for the first time: for spin.py, where `late` is true."""
     return [f"@late add.u32 hold, hold, {STEP};", f"@late min.u32 hold, hold, {LONGEST};"]
 
 
 @triton.jit
-def begin_hold(CYCLES: tl.constexpr):
-    """Once a kernel, before its loops; unless CYCLES is 0: then nobody holds back."""
-    if CYCLES > 0:
-        tl.inline_asm_elementwise(_begin_code(CYCLES), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+def begin_hold(cycles, HOLDS: tl.constexpr):
+    """Once a kernel, before its loops; if HOLDS: otherwise nobody holds back."""
+    if HOLDS:
+        tl.inline_asm_elementwise(
+            ".reg .b32 hold, published; mov.u32 hold, $1; mov.u32 published, %clock; mov.u32 $0, 0;",
+            "=r,r", [cycles], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
-def have_published(CYCLES: tl.constexpr):
+def have_published(HOLDS: tl.constexpr):
     """From now on the time counts."""
-    if CYCLES > 0:
+    if HOLDS:
         tl.inline_asm_elementwise(
             "mov.u32 published, %clock; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
         )
 
 
 @triton.jit
-def hold_back(CYCLES: tl.constexpr):
+def hold_back(HOLDS: tl.constexpr):
     """Wait until it is time to look. The threads of a warp wait together."""
-    if CYCLES > 0:
+    if HOLDS:
         tl.inline_asm_elementwise(
             """{
             .reg .pred early;

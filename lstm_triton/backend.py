@@ -32,8 +32,9 @@ def backend(name: str) -> Iterator[None]:
     """Choose the path of every call inside the `with` block, unless the call itself names one. Holds for all threads.
 
     Args:
-        name: "auto": the Triton kernels where they can run, PyTorch's own function elsewhere. "triton": the kernels,
-            and where they cannot run a RuntimeError that says why. "aten": PyTorch's own function.
+        name: "auto": the Triton kernels where they can run, PyTorch's own function elsewhere, and where it was
+            measured to be faster on this GPU. "triton": the kernels, and where they cannot run a RuntimeError that
+            says why. "aten": PyTorch's own function.
 
     Raises:
         ValueError: for any other name.
@@ -68,7 +69,8 @@ def choose(requested: str | None, call: "Call") -> Choice:
         return Choice("aten", 'the backend "aten" was asked for')
     obstacle = _obstacle(call)
     if obstacle is None:
-        return Choice("triton", "the kernels take it")
+        faster = None if name == "triton" else _why_stock(call)
+        return Choice("triton", "the kernels take it") if faster is None else Choice("aten", faster)
     if name == "triton":
         raise RuntimeError(f'the backend "triton" was asked for, but cannot take this call: {obstacle}')
     return Choice("aten", obstacle)
@@ -117,6 +119,27 @@ def _obstacle(call: "Call") -> str | None:
     if call.num_layers > 1:
         input_sizes.append(call.directions * call.output_size)
     return _obstacle_of_device(device, dtype, tuple(input_sizes), call.hidden_size)
+
+
+def _why_stock(call: "Call") -> str | None:
+    """Why the kernels had better not take a call that they can: nn.LSTM was measured to be faster there."""
+    from .ops import allows_tf32
+    from .planner import Device
+    from .routes import why_stock
+
+    plain = call.batch_sizes is None and call.lengths is None and call.resets is None and not call.return_cells
+    if not plain or call.cell or call.low_memory or call.output_size < call.hidden_size or call.time_steps == 1:
+        return None
+    if not _is_gpu(call.data) or torch.compiler.is_compiling():  # compiled, a batch size may be any
+        return None
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(call))
+    dtype = autocast_dtype(call) or call.data.dtype
+    sizes = call.hidden_size, call.batch_size
+    return why_stock("training" if trains else "inference", dtype, allows_tf32(), *sizes, Device.of(call.data.device))
+
+
+def _is_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _constant(function: Function) -> Function:

@@ -928,7 +928,7 @@ def constants_of(plan: Plan) -> dict[str, object]:
         "TF32_ROUNDING": plan.tf32_rounding,
         "THREAD_ELEMENTS": plan.thread_elements,
         "PACKED": plan.packed,
-        "HOLD": plan.hold,
+        "HOLDS": plan.hold > 0,
     }
 
 
@@ -959,7 +959,7 @@ def launch_options(plan: Plan) -> dict[str, object]:
 
 
 def _launch(kernel: Any, plan: Plan, device: torch.device, **arguments: object) -> None:
-    launch(kernel, (plan.programs,), device, arguments, constants_of(plan), launch_options(plan))
+    launch(kernel, (plan.programs,), device, {**arguments, "hold": plan.hold}, constants_of(plan), launch_options(plan))
 
 
 def launch(

@@ -366,12 +366,15 @@ def key(
     chained: bool = False,
 ) -> str:
     """A case's name in a table of measured plans."""
-    name = str(dtype).removeprefix("torch.")
-    if dtype == torch.float32 and allow_tf32:
-        name = "tf32"
+    name = dtype_name(dtype, allow_tf32)
     input_part = f" I={input_size}" if kind == "forward" else ""  # the backward scan never sees the input
     lanes_part = "" if lanes == 1 else f" {lanes} {'layers' if chained else 'directions'}"
     return f"{kind} {name} B={batch_size}{input_part} H={hidden_size}{lanes_part}"
+
+
+def dtype_name(dtype: torch.dtype, allow_tf32: bool) -> str:
+    """The name of a dtype; "tf32" is float32 whose products may be rounded."""
+    return "tf32" if dtype == torch.float32 and allow_tf32 else str(dtype).removeprefix("torch.")
 
 
 def table_path(device: Device) -> Path:

@@ -309,6 +309,60 @@ def test_tf32(arch: str) -> None:
         assert found <= allowed, name
 
 
+def to_nearest_tf32(tensor: Tensor) -> Tensor:
+    bits = tensor.view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("arch", ARCHS)
+def test_tf32_is_rounded_to_nearest(arch: str) -> None:
+    """A step is that of rounded weights and states; cut off, they would be smaller every time."""
+    layer = Layer(1, 9, 10, 32)
+    with compiled_for(arch, tf32=True):
+        plans = {kind: replace(plan, fuse_input=False) for kind, plan in plans_of(layer, fuse_input=0).items()}
+        layer = replace(layer, **plans)
+        actual = layer.run(scan_layer)
+    assert plans["forward"].tf32_rounding == {"sm_80": "rna", "sm_90": "rn"}[arch]
+    input, h_0, c_0, weight_ih, weight_hh, *biases = (tensor for tensor in layer.tensors() if tensor is not None)
+    states = to_nearest_tf32(h_0), c_0, weight_ih, to_nearest_tf32(weight_hh)
+    exact = [tensor.double() for tensor in (input, *states, *biases)]
+    output, h_n, c_n = lstm_layer(*exact)
+    for name, reference in (("output", output), ("h_n", h_n), ("c_n", c_n)):
+        assert error(actual[name], reference) < 2e-6, name
+
+
+@pytest.mark.emulated
+def test_a_wait_in_vain_ends() -> None:
+    """With a trap, after so many polls that on a GPU they take seconds; here after the first."""
+    layer = Layer(2, 9, 10, 32, torch.float16)
+
+    def impatient(text: str) -> str:
+        changed = text.replace("setp.gt.u32 late, polls, 16777216;", "setp.gt.u32 late, polls, 0;")
+        assert changed != text
+        return changed
+
+    with compiled_for("sm_90", change=impatient), pytest.raises(Deadlock, match="trap after too many polls"):
+        layer.run(scan_layer)
+
+
+@pytest.mark.emulated
+def test_threads_that_look_in_vain_hold_back_longer() -> None:
+    layer = Layer(3, 9, 10, 32, torch.float16)
+    with compiled_for("sm_90", multiprocessors=4) as launched:
+        layer = replace(layer, **plans_of(layer, block_batch=8, block_hidden=16, slices=2, batch_tiles=2, groups=2))
+        assert layer.forward is not None
+        assert layer.forward.hold > 0
+        layer.check()
+        # At every instruction between two looks something may be published: the order of events changes no value.
+        held = layer.run(scan_layer)
+        at_once = replace(layer, forward=replace(layer.forward, hold=0)).run(scan_layer)
+    for name, tensor in held.items():
+        assert torch.equal(tensor, at_once[name]), name
+    assert "mov.u32 published, %clock;" in launched[0]
+    assert "@late add.u32 hold, hold, 16;" in launched[0]
+
+
 @pytest.mark.emulated
 @pytest.mark.parametrize("batch_size", [16, 20], ids=["one tile", "several tiles a program"])
 def test_asynchronous_tensor_cores(batch_size: int) -> None:

@@ -1,0 +1,53 @@
+"""`python -m bench.routes --results FILE`: where nn.LSTM was faster, for `backend="auto"` (lstm_triton/routes.py)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lstm_triton.planner import Device, table_path
+
+from . import cases, report, results
+
+MODES = {"forward+backward": "training", "inference": "inference"}
+
+
+def measured(found: results.Results) -> list[list[object]]:
+    """[mode, dtype, H, B, time of the kernels / time of nn.LSTM] of single dense layers; of several T, the longest."""
+    by_case: dict[cases.Case, dict[str, cases.Row]] = {}
+    for row in found.rows:
+        by_case.setdefault(results.case_of(row), {})[row["system"]] = row
+    ratios: dict[tuple[str, str, int, int], tuple[int, float]] = {}
+    for case, rows in by_case.items():
+        single = case.layers == 1 and not case.bidirectional and case.layout == "dense" and not case.proj_size
+        faster = report.speedup(rows.get(cases.OURS), rows.get(cases.BASELINE))
+        if not single or case.mode not in MODES or case.memory != "full" or case.T == 1 or faster is None:
+            continue
+        key = (MODES[case.mode], case.dtype, case.H, case.B)
+        ratios[key] = max(ratios.get(key, (0, 0.0)), (case.T, round(1 / faster, 3)))
+    return [[*key, ratio] for key, (_, ratio) in sorted(ratios.items())]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.routes", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, required=True, help="a results file of bench gpu")
+    parser.add_argument("--out", type=Path, help="the file to write; otherwise the one that the library reads")
+    chosen = parser.parse_args(arguments)
+    found = results.Results.read(chosen.results)
+    device = Device(found.provenance["gpu"], arch="", multiprocessors=0, shared_bytes=0)
+    path = table_path(device)
+    path = chosen.out or path.with_name(f"{path.stem}-against-stock.json")
+    rows = measured(found)
+    path.parent.mkdir(exist_ok=True)
+    results.write_atomically(path, "[\n" + ",\n".join(" " + json.dumps(row) for row in rows) + "\n]\n")
+    slower = [row for row in rows if float(str(row[-1])) > 1]
+    print(f"{path}: {len(rows)} sizes, the kernels slower in {len(slower)}")
+    for row in slower:
+        print("  ", *row)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

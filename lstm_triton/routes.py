@@ -1,0 +1,64 @@
+"""Where PyTorch's own function was measured to be faster than the kernels: there "auto" takes it.
+
+What was measured on a device lies beside its measured plans, in plans/NAME-against-stock.json: for layers of some
+sizes, the time of the kernels divided by that of `nn.LSTM`. `python -m bench.routes` writes the file from the results
+of a benchmark. Of other sizes the nearest one speaks, if it is no more than a factor of two away.
+"""
+
+import json
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from .planner import Device, dtype_name, table_path
+
+SLOWER = 1.05  # below, the difference is less than what lies between two measurements
+FARTHEST = 1.0  # of hidden size and batch size, as a power of 2
+
+
+class Measured(NamedTuple):
+    """One layer of one size: how its time in the kernels compares.
+
+    Attributes:
+        mode: "training" (forward and backward) or "inference".
+        dtype: "float32", "tf32", "float16" or "bfloat16".
+        ratio: time in the kernels / time of nn.LSTM.
+    """
+
+    mode: str
+    dtype: str
+    hidden_size: int
+    batch_size: int
+    ratio: float
+
+
+@cache
+def measured_on(device: Device) -> tuple[Measured, ...]:
+    """All that was measured on a device; nothing, where nobody has."""
+    path = table_path(device)
+    path = path.with_name(f"{path.stem}-against-stock.json")
+    if not path.exists():
+        return ()
+    return tuple(Measured(*row) for row in json.loads(path.read_text()))
+
+
+@cache
+def why_stock(
+    mode: str, dtype: torch.dtype, allow_tf32: bool, hidden_size: int, batch_size: int, device: Device
+) -> str | None:
+    """Why a layer had better take PyTorch's own function; None if it had not."""
+    name = dtype_name(dtype, allow_tf32)
+
+    def distance(row: Measured) -> float:
+        return max(abs(math.log2(row.hidden_size / hidden_size)), abs(math.log2(row.batch_size / batch_size)))
+
+    near = [row for row in measured_on(device) if (row.mode, row.dtype) == (mode, name)]
+    nearest = min(near, key=distance, default=None)
+    if nearest is None or distance(nearest) > FARTHEST or nearest.ratio < SLOWER:
+        return None
+    return (
+        f"nn.LSTM was measured to be {nearest.ratio:.2f} times as fast in {mode} on {device.name} "
+        f"({name}, H = {nearest.hidden_size}, B = {nearest.batch_size})"
+    )
