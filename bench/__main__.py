@@ -160,6 +160,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
         session = gpu.Session(out, watchdog, arguments.seconds, arguments.tests, arguments.retry, START)
         if arguments.device == "cuda":  # elsewhere nothing is compiled
             session.compilers = min((os.cpu_count() or 1) - 2, 12) if (os.cpu_count() or 1) >= 4 else 0
+            session.test_workers = min(max((os.cpu_count() or 1) - 4, 1), 10)
         return gpu.gpu(session, [stage for stage in gpu.STAGES if stage in stages])
     if arguments.command == "tune":
         return run_tune(arguments)

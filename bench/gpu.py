@@ -9,6 +9,7 @@ The folder gets results.json (bench.results), gpu-tests.jsonl (bench.journal) an
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import signal
 import subprocess
@@ -65,6 +66,7 @@ class Session:
     strikes: Counter[str] = field(default_factory=Counter)
     failures: int = 0
     compilers: int = 0  # children that compile ahead, side by side
+    test_workers: int = 1  # processes that run tests side by side
     crew: Crew | None = None
 
     @property
@@ -177,17 +179,21 @@ class Session:
         if not entries:
             append(self.journal, header)
         while not any("end" in entry for entry in read_journal(self.journal)):
-            self.run_remaining_tests()
+            if not self.run_remaining_tests():
+                break
         outcomes = Counter(outcomes_of(read_journal(self.journal)).values())
         self.failures += sum(number for outcome, number in outcomes.items() if outcome not in ("passed", "skipped"))
         self.say(f"gpu tests: {', '.join(f'{number} {outcome}' for outcome, number in outcomes.items()) or 'none'}")
 
-    def run_remaining_tests(self) -> None:
+    def run_remaining_tests(self) -> bool:
+        """Whether pytest did run them: what goes wrong before its first test would do so again."""
         skip = self.out / ".gpu-tests-done"
         skip.write_text("\n".join(outcomes_of(read_journal(self.journal))), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", self.tests, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         command += [f"--rootdir={results.ROOT}", f"--config-file={results.ROOT / 'pyproject.toml'}"]
         command += ["-p", "bench.journal", f"--journal={self.journal}", f"--journal-skip={skip}"]
+        if self.test_workers > 1 and importlib.util.find_spec("xdist") is not None:
+            command += ["-n", str(self.test_workers)]
         with self.watchdog.log.open("ab") as log:
             process = subprocess.Popen(
                 command, cwd=results.ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
@@ -215,11 +221,16 @@ class Session:
             append(self.journal, {"test": test, "outcome": outcome or "crashed", "message": message})
             self.say(f"gpu test {test}: {outcome or 'crashed'} ({message})")
         lost = bool(entries) and "lost" in entries[-1]
-        if not unfinished and not lost:
-            # 0: all passed, 1: some failed, 5: none left. Anything else was no run, and would be none again.
-            if process.returncode not in (0, 1, 5):
-                append(self.journal, {"test": "pytest itself", "outcome": "failed", "message": message})
-            append(self.journal, {"end": True})
+        if unfinished or lost:
+            return True
+        if process.returncode not in (0, 1, 5):  # 0: all passed, 1: some failed, 5: none left
+            self.failures += 1
+            self.say(f"gpu tests: pytest did not run ({message}); the end of {self.watchdog.log}:")
+            for line in self.watchdog.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]:
+                self.say(f"    {line}")
+            return False
+        append(self.journal, {"end": True})
+        return True
 
 
 def move_aside(path: Path, kernel_hash: str) -> None:

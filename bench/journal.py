@@ -27,7 +27,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     if (path := config.getoption("--journal")) is not None:
-        config.pluginmanager.register(Journal(path))
+        # With workers (pytest-xdist) one process writes what all of them report.
+        config.pluginmanager.register(Worker() if hasattr(config, "workerinput") else Journal(path))
+
+
+class Worker:
+    """A process that runs some of the tests, and ends itself when it has lost the device."""
+
+    def __init__(self) -> None:
+        self.failed = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed = self.failed or report.failed
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        if self.failed and device_lost():
+            os._exit(3)
+        self.failed = False
 
 
 class Journal:
@@ -48,7 +64,8 @@ class Journal:
             message = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
             self.outcomes.setdefault(report.nodeid, (report.outcome, message[-2000:]))
             if report.failed:
-                self.outcomes[report.nodeid] = (report.outcome, message[-2000:])
+                printed = f"\nIt printed:\n{report.capstdout[-1500:]}" if report.capstdout else ""
+                self.outcomes[report.nodeid] = (report.outcome, message[-2000:] + printed)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         outcome, message = self.outcomes.get(nodeid, ("failed", "no report"))

@@ -39,10 +39,11 @@ class ResultsError(Exception):
 
 
 def kernel_hash(gpu: str) -> str:
-    """Of the files that decide what runs on a GPU: the kernels, the planner, and its table of plans measured there."""
+    """Of the files that decide what runs on a GPU: kernels, launches, the planner, and its plans measured there."""
     table = table_path(Device(gpu, arch="", multiprocessors=0, shared_bytes=0))
     digest = hashlib.sha256()
-    for path in [*sorted((ROOT / "kernels").glob("*.py")), ROOT / "lstm_triton" / "planner.py", table]:
+    launching = (ROOT / "lstm_triton" / name for name in ("planner.py", "ops.py", "cell_ops.py", "low_memory.py"))
+    for path in [*sorted((ROOT / "kernels").glob("*.py")), *launching, table]:
         if path.exists():
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
