@@ -1,4 +1,4 @@
-"""`python -m bench cache`: compile, without a GPU, what a GPU machine will look up in Triton's cache.
+"""`python -m bench.cache`: compile, without a GPU, what a GPU machine will look up in Triton's cache.
 
 Compiling is most of what a first run on a GPU does, and GPU time is dearer than CPU time. Triton's cache knows a kernel
 by a key that depends on the kernel's source, its constants and options, and on Triton itself, but not on a GPU, a
@@ -11,7 +11,9 @@ absolute paths into its files.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -28,7 +30,7 @@ from unittest import mock
 
 import torch
 
-from . import cases, measure
+from . import cases, gpu, measure
 from .devices import Cpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +138,6 @@ def fill(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None, jobs: 
             hashes, took = future.result()
             found.update(hashes)
             seconds += took
-            print(len(found), round(seconds), flush=True)
     return found, seconds
 
 
@@ -160,3 +161,43 @@ def pack(folder: Path, target: Path) -> int:
             if path.name.endswith(NEEDED):
                 archive.add(path, arcname=str(path.resolve()).lstrip("/"))
     return target.stat().st_size
+
+
+def wanted_cases(stages: Iterable[str]) -> Iterator[cases.Case]:
+    """The cases of some stages of `bench gpu` in which the kernels take part."""
+    for name in stages:
+        stage = gpu.GRID_STAGES[name]
+        for case, systems in cases.work_list(stage.grid, blocks=stage.blocks):
+            if cases.OURS in stage.systems(systems):
+                yield case
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.cache", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arch", default="sm_90", help="of the GPU")
+    parser.add_argument("--stages", default="headline,common,stacks", help="stages of `bench gpu`; or tests")
+    parser.add_argument("--libtriton", type=Path, help="triton/_C/libtriton.so of the other machine's Triton")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, required=True, help="a .tar.xz, to be unpacked with `tar xJf FILE -C /`")
+    chosen = parser.parse_args(arguments)
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    if folder is None or not Path(folder).is_absolute():
+        parser.error("TRITON_CACHE_DIR must name a folder by its whole path, the same as on the other machine")
+    os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
+    stages = chosen.stages.split(",")
+    if unknown := [name for name in stages if name not in (*gpu.GRID_STAGES, "tests")]:
+        parser.error(f"unknown stage {unknown[0]!r}: choose from {', '.join([*gpu.GRID_STAGES, 'tests'])}")
+    start = time.monotonic()
+    grids = [name for name in stages if name != "tests"]
+    if grids:
+        hashes, seconds = fill(wanted_cases(grids), chosen.arch, chosen.libtriton, chosen.jobs)
+        print(f"{len(hashes)} kernels of {', '.join(grids)}: {seconds:.0f} seconds of processor time")
+    if "tests" in stages:
+        compile_tests(chosen.arch, chosen.libtriton, chosen.jobs)
+    size = pack(Path(folder), chosen.out)
+    print(f"{chosen.out}: {size / 1e6:.1f} MB after {time.monotonic() - start:.0f} seconds")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
