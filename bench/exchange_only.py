@@ -10,18 +10,18 @@ import triton
 import triton.language as tl
 
 from lstm_triton.kernels.exchange import any_missing, publish, receive, request
-from lstm_triton.kernels.hold import begin_hold, have_published, hold_back
+from lstm_triton.kernels.hold import clock, hold_back
 from lstm_triton.kernels.lanes import place
 
 
 @triton.jit
 def wait_for(
     tiles, pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, wait,
-    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, HOLDS: tl.constexpr, MASKED: tl.constexpr = False,
+    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr = False,
 ):  # fmt: skip
     """`receive`, of which nobody uses what it returns."""
     if THREAD_ELEMENTS > 0:
-        receive(tiles, pointers, ks, first, COUNT, SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, False, HOLDS, MASKED)
+        receive(tiles, pointers, ks, first, COUNT, SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, False, MASKED)
     else:
         # Not with `receive`: tiles carried by its loop and then not used crash the compiler of Triton 3.6.
         missing = any_missing(tiles, COUNT, PACKED) & wait
@@ -80,7 +80,7 @@ def exchange_scan(
     values = tl.zeros((BLOCK_BATCH, COPIES * BLOCK_HIDDEN), tl.float32)
     numbers = tl.zeros((BLOCK_BATCH, BLOCK_HIDDEN), tl.float32)
 
-    begin_hold(hold, HOLDS)
+    published = clock(HOLDS)
     for index in range(seq_len * tiles_per_step):
         step = index
         first_row = group * BLOCK_BATCH
@@ -109,7 +109,7 @@ def exchange_scan(
                 columns = (chunk * BLOCK_INPUT + inputs)[None, :]
                 tl.load(input_ptr + step_rows * INPUT + columns, mask=row_mask & (columns < INPUT), volatile=True)
 
-        hold_back(HOLDS)
+        hold_back(hold, published, HOLDS)
         if CHAINED:
             if lane > 0:  # the lane beside it waits for this one: which way makes no difference here
                 beside = previous + tl.cast(batch_size, tl.int64) * WIDTH - to_neighbour
@@ -117,7 +117,7 @@ def exchange_scan(
                     tiles = request(beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
                     wait_for(
                         tiles, beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step >= 0,
-                        THREAD_ELEMENTS, PACKED, HOLDS,
+                        THREAD_ELEMENTS, PACKED,
                     )  # fmt: skip
         tiles = request(previous, ks, 0, GROUP, WRITTEN, BLOCK_K)
         for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
@@ -125,7 +125,7 @@ def exchange_scan(
                 tiles = request(previous, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
             wait_for(
                 tiles, previous, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step > 0,
-                THREAD_ELEMENTS, PACKED, HOLDS and first == 0,
+                THREAD_ELEMENTS, PACKED,
             )  # fmt: skip
         for streamed in range(RESIDENT_CHUNKS, CHUNKS):
             pointers, streamed_ks = previous + streamed * BLOCK_K, streamed * BLOCK_K + ks
@@ -141,12 +141,11 @@ def exchange_scan(
                 step > 0,
                 THREAD_ELEMENTS,
                 PACKED,
-                False,
                 MASKED=True,
             )
 
         publish(state_ptr + (step_rows + batch_size) * WIDTH + own, values, row_mask & (own < WIDTH))
-        have_published(HOLDS)
+        published = clock(HOLDS)
         if SAVE:
             tl.store(
                 cell_ptr + (step_rows + batch_size) * STATE_STRIDE + units,

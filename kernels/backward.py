@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .exchange import publish, request
 from .gates import differentiate
-from .hold import begin_hold, have_published, hold_back
+from .hold import clock, hold_back
 from .lanes import dropout_scale, of_lane, place
 from .product import add_received, load_resident, no_sums, places, total
 from .ragged import count_turns, look_up, next_turn, no_turn
@@ -195,7 +195,7 @@ def backward_scan(
         turn_after = next_turn(
             turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
         )
-    begin_hold(hold, HOLDS)
+    published = clock(HOLDS)
     for index in range(turns):
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
@@ -259,7 +259,7 @@ def backward_scan(
             elements = (step_row + rows) * HIDDEN + units
             scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
         sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
-        hold_back(HOLDS)
+        hold_back(hold, published, HOLDS)
         if CHAINED:
             if lane < LANES - 1:
                 if RAGGED:
@@ -271,7 +271,7 @@ def backward_scan(
                 sums = add_received(
                     sums, above_tiles, above, step >= 0, weights_above, above_ptrs, above_mask, weight_ks, ks,
                     4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-                    DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLDS,
+                    DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED,
                 )  # fmt: skip
         if CHAINED and DROPOUT:  # what the layer above gives back passes through dropout, the own next step does not
             from_above = as_pairs(total(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
@@ -280,7 +280,7 @@ def backward_scan(
         sums = add_received(
             sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs,
             weight_mask, weight_ks, ks, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
-            SPLIT_K, DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLDS,
+            SPLIT_K, DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED,
         )  # fmt: skip
         grad_hidden = as_pairs(total(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
         from_outside = grad_output.to(tl.float32)
@@ -299,7 +299,7 @@ def backward_scan(
             even, odd = tl.where(units < HIDDEN, even, 0.0), tl.where(units < HIDDEN, odd, 0.0)  # see forward.py
         written_mask = (row_mask & (gate_minor < WRITTEN))[:, None]
         publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), tl.join(even, odd), written_mask)
-        have_published(HOLDS)
+        published = clock(HOLDS)
         if RAGGED:
             # What flows into a state to start anew from stays there.
             anew = source >= row_count + 2 * batch_size

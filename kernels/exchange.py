@@ -84,14 +84,13 @@ def any_missing(tiles, COUNT: tl.constexpr, PACKED: tl.constexpr):
 @triton.jit
 def receive(
     tiles, pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, wait,
-    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, TOGETHER: tl.constexpr, HOLDS: tl.constexpr = False,
-    MASKED: tl.constexpr = False,
+    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, TOGETHER: tl.constexpr, MASKED: tl.constexpr = False,
 ):  # fmt: skip
     """What `request` gave, with the same arguments, once all of it has been published if to `wait` for that."""
     if THREAD_ELEMENTS > 0:
         # A vector lies before SIZE or past it: past it are zeros, which nobody asks for again.
         tl.static_assert(SIZE * tiles[0].dtype.primitive_bitwidth % 128 == 0)
-        tiles = spin(tiles, pointers + first * BLOCK_K, wait, COUNT, BLOCK_K, THREAD_ELEMENTS, PACKED, TOGETHER, HOLDS)
+        tiles = spin(tiles, pointers + first * BLOCK_K, wait, COUNT, BLOCK_K, THREAD_ELEMENTS, PACKED, TOGETHER)
     else:
         while any_missing(tiles, COUNT, PACKED) & wait:
             tiles = request(pointers, ks, first, COUNT, SIZE, BLOCK_K, MASKED)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from .exchange import publish, request
 from .gates import activate, split_gates, update_state
-from .hold import begin_hold, have_published, hold_back
+from .hold import clock, hold_back
 from .lanes import dropout_scale, of_lane, place
 from .product import add_products, add_received, load_resident, no_sums, places, total
 from .ragged import count_turns, look_up, next_turn, no_turn
@@ -115,7 +115,7 @@ def forward_scan(
     batch_size,
     batch_tiles,  # tiles of BLOCK_BATCH rows in the batch
     reverse,  # 0: forward in time, 1: backward in time; that of the first lane
-    hold,  # cycles that threads hold back at first (hold.py)
+    hold,  # cycles that threads hold back (hold.py); read only if HOLDS
     HIDDEN: tl.constexpr,
     INPUT: tl.constexpr,
     STATE_STRIDE: tl.constexpr,  # elements between state rows: a multiple of 16
@@ -222,7 +222,7 @@ def forward_scan(
         turn_after = next_turn(
             turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
         )
-    begin_hold(hold, HOLDS)
+    published = clock(HOLDS)
     for index in range(turns):
         step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
@@ -298,7 +298,7 @@ def forward_scan(
                 other=0.0,
             )
 
-        hold_back(HOLDS)
+        hold_back(hold, published, HOLDS)
         if CHAINED:
             if lane > 0:
                 if RAGGED:
@@ -310,7 +310,7 @@ def forward_scan(
                 sums = add_received(
                     sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, below_mask, weight_ks, ks,
                     STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
-                    TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLDS,
+                    TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED,
                 )  # fmt: skip
         # Not before: both states at once would take too many registers, and the layer below is a step ahead.
         hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
@@ -322,7 +322,7 @@ def forward_scan(
         sums = add_received(
             sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, weight_mask,
             weight_ks, ks, STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-            DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED, HOLDS,
+            DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED,
         )  # fmt: skip
         preact = total(sums, SPLIT_K, ACCUMULATORS)
         input_preact, forget_preact, cell_preact, output_preact = split_gates(preact, BLOCK_HIDDEN, BLOCK_BATCH)
@@ -349,7 +349,7 @@ def forward_scan(
         publish(hidden_ptrs + state_row * STATE_STRIDE, hidden, state_mask)
         if DROPOUT:
             publish(passed_ptrs + state_row * STATE_STRIDE, hidden * scale, state_mask)
-        have_published(HOLDS)
+        published = clock(HOLDS)
 
         if KEEP_CELLS:
             tl.store(cell_ptrs + state_row * STATE_STRIDE, cell, mask=state_mask)

@@ -183,7 +183,6 @@ def add_received(
     THREAD_ELEMENTS: tl.constexpr,
     PACKED: tl.constexpr,
     TOGETHER: tl.constexpr,  # see spin.py
-    HOLDS: tl.constexpr,  # see spin.py
 ):
     """Add weights @ state^T to the sums, waiting for the state as needed."""
     for first in tl.static_range(0, RESIDENT, GROUP):
@@ -191,7 +190,7 @@ def add_received(
             tiles = request(state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
         tiles = receive(
             tiles, state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K, wait, THREAD_ELEMENTS,
-            PACKED, TOGETHER, HOLDS and first == 0,
+            PACKED, TOGETHER,
         )  # fmt: skip
         sums = add_products(
             sums, lefts, first, tiles, min(GROUP, RESIDENT - first), ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION,

@@ -7,13 +7,11 @@ decision for the whole program, which costs two block-wide barriers whenever it 
 import triton
 import triton.language as tl
 
-from .hold import lengthen_code
-
 MOST_POLLS = 1 << 24  # seconds: after so many in vain, the scan ends in an error instead of never
 
 
 @triton.constexpr_function
-def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED, TOGETHER, HOLDS):
+def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED, TOGETHER):
     """PTX for one thread, which holds ELEMENTS elements of each of COUNT tiles.
 
     Operands: the words of all tiles on return; the same on entry; the addresses of the elements of the first tile; and,
@@ -47,7 +45,6 @@ def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED, TOGETHER, HOLDS):
     lines += [*is_missing("all"), "setp.ne.b32 yes, bits, 0;"]
     lines += ["vote.sync.any.pred yes, yes, 0xFFFFFFFF;"] if TOGETHER else []
     lines += ["@!yes bra received;"]
-    lines += ["setp.eq.u32 late, polls, 0;", *lengthen_code()] if HOLDS else []
     lines += ["add.u32 polls, polls, 1;", f"setp.gt.u32 late, polls, {MOST_POLLS};", "@late trap;"]
     for number, vector in enumerate(vectors):
         chunk, word = divmod(vector[0], words)
@@ -83,13 +80,12 @@ def spin(
     # The threads of a warp end their waits together. What is the same for all of them may then stay in registers that a
     # warp has once, but the compiler may move loads from before the wait to behind it.
     TOGETHER: tl.constexpr,
-    HOLDS: tl.constexpr,  # a thread that looks in vain holds back longer the next time (hold.py)
 ):
     """The tiles when none of their elements is the sentinel, or at once if not to `wait`."""
     BITS: tl.constexpr = tiles[0].dtype.primitive_bitwidth
     sign_bits = tl.where(wait, -0x7FFF8000 if BITS == 16 else -0x80000000, 0).to(tl.int32)
     return tl.inline_asm_elementwise(
-        _code(COUNT, THREAD_ELEMENTS, BITS, BLOCK_K * BITS // 8, PACKED, TOGETHER, HOLDS),
+        _code(COUNT, THREAD_ELEMENTS, BITS, BLOCK_K * BITS // 8, PACKED, TOGETHER),
         _constraints(COUNT, THREAD_ELEMENTS, BITS),
         tiles + (pointers.to(tl.int64), sign_bits),
         dtype=_types(tiles[0].dtype, COUNT),

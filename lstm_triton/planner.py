@@ -37,6 +37,7 @@ AGAIN_BLOCK, AGAIN_WARPS = (4, 64), 4  # of kernels/again.py, in which every seq
 # Only their ratios matter, and plans measured on a device replace what they lead to.
 LINK_BYTES_PER_CYCLE = 64  # from L2 to one multiprocessor
 L2_BYTES_PER_CYCLE = 2000  # from L2 to all of them, where all read the same lines at the same time: measured on an H100
+SECTOR_BYTES = 32  # of L2
 SHARED_BYTES_PER_CYCLE = 128  # within one multiprocessor
 MEMORY_BYTES_PER_CYCLE = 2500
 OPERATIONS_PER_CYCLE = 300_000  # of a large product of 16-bit matrices; of 32-bit ones half as many
@@ -45,7 +46,10 @@ EXCHANGE_CYCLES = 1000  # from publishing a value to having it elsewhere
 ROUND_CYCLES = 1200  # of asking again: for a further group of chunks
 MULTIPLIED_PER_CYCLE = {"16 bit": 1300, "tf32": 650, "tf32x3": 220, "ieee": 128}  # pairs of numbers, one multiprocessor
 FIXED_CYCLES = 500  # addresses, sentinels, barriers, and the gates of the first unit
-LEAST_HOLD, MOST_HOLD = 320, 768  # how long a thread holds back at first (kernels/hold.py)
+# Cycles that threads hold back (kernels/hold.py), where what all programs read takes L2 so many cycles.
+LEAST_HOLD, MOST_HOLD, HOLD_FROM = 320, 768, 70
+HALF_SECTOR_CYCLES = 200  # for states of which two programs write a sector of L2, and so each half of one
+PROJECTION_CYCLES = 50  # of a product of its own for the input: its launch, spread over the steps
 STAGING_CYCLES = 400  # of states on their way to the asynchronous tensor cores
 
 
@@ -108,7 +112,7 @@ class Plan:
         block_input: the same for the input projection.
         split_k: parts of a chunk that different warps multiply at the same time.
         resident_chunks: chunks of the recurrent weights that stay on the chip.
-        hold: cycles after publishing before a thread first looks for its peers' values, to begin with; 0: at once.
+        hold: cycles after publishing before a program first looks for its peers' values; 0: at once.
         register_chunks: those of them that stay in registers; the others stay in shared memory.
         chunks: chunks of the recurrent weights in all; what is not resident is read every step.
         group_chunks: resident chunks of the state that are requested together.
@@ -615,17 +619,21 @@ def _fitted(
     work += FIXED_CYCLES + idle * block_batch * block_hidden + (STAGING_CYCLES if asynchronous else 0)
     # What the input takes passes while the state is under way; one state is asked for after the other.
     waiting = states * LOAD_CYCLES + input_bytes // SHARED_BYTES_PER_CYCLE
+    if kind == "forward" and block_hidden * size < SECTOR_BYTES and min(batch_size, block_batch) >= 8 and slices > 1:
+        work += HALF_SECTOR_CYCLES
     # A program that serves several tiles works on the others while one is exchanged.
     cycles = max(work + max(EXCHANGE_CYCLES, waiting), _divide_up(batch_tiles, groups) * (work + waiting))
     if not fuse_input and kind == "forward":
         # The projections are written to memory and read back, and a product of their own computes them.
         projected = 1 if chained else lanes
         numbers = 4 * hidden_size * batch_size * projected
+        cycles += PROJECTION_CYCLES
         cycles += 2 * numbers * size // MEMORY_BYTES_PER_CYCLE
         cycles += numbers * input_size * size // OPERATIONS_PER_CYCLE
-    hold = 0
-    if device.capability > 0 and (slices > 1 or chained) and batch_tiles <= groups:  # of several tiles, one is there
-        hold = min(LEAST_HOLD + from_l2 * programs // L2_BYTES_PER_CYCLE // 2, MOST_HOLD)
+    # Of several tiles, the next one's states are there. Few programs with little to read do not slow each other down.
+    hold, traffic = 0, from_l2 * programs // L2_BYTES_PER_CYCLE
+    if device.capability > 0 and (slices > 1 or chained) and batch_tiles <= groups and traffic >= HOLD_FROM:
+        hold = min(LEAST_HOLD + traffic // 2, MOST_HOLD)
     return Plan(
         block_batch=block_batch,
         block_hidden=block_hidden,
