@@ -72,6 +72,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--timeout", type=positive, default=90.0, help="seconds without a sign of life before a child is killed"
     )
     everything.add_argument("--seconds", type=positive, default=0.3, help="how long to time each system in each case")
+    everything.add_argument(
+        "--compilers", type=int, help="processes that compile ahead; 0 where the kernel cache is filled (bench.cache)"
+    )
     everything.add_argument("--tests", default="tests", help="what pytest -m gpu is run on")
     everything.add_argument(
         "--retry", action="store_true", help="run again what failed or was wrong with these kernels"
@@ -159,7 +162,8 @@ def dispatch(arguments: argparse.Namespace) -> int:
         )
         session = gpu.Session(out, watchdog, arguments.seconds, arguments.tests, arguments.retry, START)
         if arguments.device == "cuda":  # elsewhere nothing is compiled
-            session.compilers = min((os.cpu_count() or 1) - 2, 12) if (os.cpu_count() or 1) >= 4 else 0
+            several = min((os.cpu_count() or 1) - 2, 12) if (os.cpu_count() or 1) >= 4 else 0
+            session.compilers = several if arguments.compilers is None else arguments.compilers
             session.test_workers = min(max((os.cpu_count() or 1) - 4, 1), 10)
         return gpu.gpu(session, [stage for stage in gpu.STAGES if stage in stages])
     if arguments.command == "tune":

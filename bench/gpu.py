@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -194,10 +195,13 @@ class Session:
         command += ["-p", "bench.journal", f"--journal={self.journal}", f"--journal-skip={skip}"]
         if self.test_workers > 1 and importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(self.test_workers)]
+        # Workers that each take all cores get into each other's way.
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.test_workers)), **os.environ}
         with self.watchdog.log.open("ab") as log:
             process = subprocess.Popen(
-                command, cwd=results.ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-            )
+                command, cwd=results.ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
         size, changed = -1, time.monotonic()
         outcome = ""
         try:
