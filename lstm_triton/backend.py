@@ -132,10 +132,10 @@ def _why_stock(call: "Call") -> str | None:
         return None
     if not _is_gpu(call.data) or torch.compiler.is_compiling():  # compiled, a batch size may be any
         return None
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in _tensors(call))
+    # Not whether gradients are enabled: what checkpointing computes again has to take the same path both times.
+    mode = "training" if call.training else "inference"
     dtype = autocast_dtype(call) or call.data.dtype
-    sizes = call.hidden_size, call.batch_size
-    return why_stock("training" if trains else "inference", dtype, allows_tf32(), *sizes, Device.of(call.data.device))
+    return why_stock(mode, dtype, allows_tf32(), call.hidden_size, call.batch_size, Device.of(call.data.device))
 
 
 def _is_gpu(tensor: Tensor) -> bool:

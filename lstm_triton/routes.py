@@ -2,7 +2,7 @@
 
 What was measured on a device lies beside its measured plans, in plans/NAME-against-stock.json: for layers of some
 sizes, the time of the kernels divided by that of `nn.LSTM`. `python -m bench.routes` writes the file from the results
-of a benchmark. Of other sizes the nearest one speaks, if it is no more than a factor of two away.
+of a benchmark. For a size that was not measured, the nearest one speaks.
 """
 
 import json
@@ -15,7 +15,6 @@ import torch
 from .planner import Device, dtype_name, table_path
 
 SLOWER = 1.05  # below, the difference is less than what lies between two measurements
-FARTHEST = 1.0  # of hidden size and batch size, as a power of 2
 
 
 class Measured(NamedTuple):
@@ -54,9 +53,9 @@ def why_stock(
     def distance(row: Measured) -> float:
         return max(abs(math.log2(row.hidden_size / hidden_size)), abs(math.log2(row.batch_size / batch_size)))
 
-    near = [row for row in measured_on(device) if (row.mode, row.dtype) == (mode, name)]
-    nearest = min(near, key=distance, default=None)
-    if nearest is None or distance(nearest) > FARTHEST or nearest.ratio < SLOWER:
+    rows = [row for row in measured_on(device) if (row.mode, row.dtype) == (mode, name)]
+    nearest = min(rows, key=distance, default=None)
+    if nearest is None or nearest.ratio < SLOWER:
         return None
     return (
         f"nn.LSTM was measured to be {nearest.ratio:.2f} times as fast in {mode} on {device.name} "
