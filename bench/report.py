@@ -268,7 +268,8 @@ right: its largest relative error against float64, over results and gradients, i
 same dtype (or four units of that dtype's rounding, where nn.LSTM is nearer than that). lstm_triton and nn.LSTM are
 measured in one process, in turns. "No different": the two ranges overlap. "Of the floor" is the floor over the time,
 and the floor the largest of what the exchange between programs alone takes, the products at the device's measured
-rate, and the tensors' bytes at its measured copying rate."""
+rate, and the tensors' bytes at its measured copying rate. It can be above 100 %: without arithmetic, the exchange alone
+is out of step with what its programs wait for."""
 
 
 def report_text(machines: list[Machine], pictures: dict[Path, dict[str, Path]], out: Path) -> str:

@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from lstm_triton.planner import Device, table_path
+from lstm_triton.planner import Device
+from lstm_triton.routes import SLOWER, table_path_of
 
 from . import cases, report, results
 
@@ -41,13 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     found = results.Results.read(chosen.results)
     device = Device(found.provenance["gpu"], arch="", multiprocessors=0, shared_bytes=0)
-    path = table_path(device)
-    path = chosen.out or path.with_name(f"{path.stem}-against-stock.json")
+    path = chosen.out or table_path_of(device)
     rows = measured(found)
     path.parent.mkdir(exist_ok=True)
     results.write_atomically(path, "[\n" + ",\n".join(" " + json.dumps(row) for row in rows) + "\n]\n")
-    slower = [row for row in rows if float(str(row[-1])) > 1]
-    print(f"{path}: {len(rows)} sizes, the kernels slower in {len(slower)}")
+    slower = [row for row in rows if float(str(row[-1])) >= SLOWER]
+    print(f"{path}: {len(rows)} sizes, the kernels slower in {len(slower)}:")
     for row in slower:
         print("  ", *row)
     return 0

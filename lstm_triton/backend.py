@@ -123,15 +123,20 @@ def _obstacle(call: "Call") -> str | None:
 
 def _why_stock(call: "Call") -> str | None:
     """Why the kernels had better not take a call that they can: nn.LSTM was measured to be faster there."""
+    # Compiled or traced, a batch size may be any; inside torch.func, or without cuDNN, nn.LSTM's path is another one.
+    if torch.compiler.is_compiling() or not isinstance(call.batch_size, int) or not _is_gpu(call.data):
+        return None
+    if transforms.active() or not torch.backends.cudnn.enabled:
+        return None
+    one_layer = call.num_layers == 1 and call.directions == 1 and call.output_size == call.hidden_size
+    dense = call.batch_sizes is None and call.lengths is None and call.resets is None
+    if not (one_layer and dense) or call.cell or call.return_cells or call.low_memory or call.time_steps == 1:
+        return None  # not what was measured
+
     from .ops import allows_tf32
     from .planner import Device
     from .routes import why_stock
 
-    plain = call.batch_sizes is None and call.lengths is None and call.resets is None and not call.return_cells
-    if not plain or call.cell or call.low_memory or call.output_size < call.hidden_size or call.time_steps == 1:
-        return None
-    if not _is_gpu(call.data) or torch.compiler.is_compiling():  # compiled, a batch size may be any
-        return None
     # Not whether gradients are enabled: what checkpointing computes again has to take the same path both times.
     mode = "training" if call.training else "inference"
     dtype = autocast_dtype(call) or call.data.dtype

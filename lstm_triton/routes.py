@@ -2,18 +2,21 @@
 
 What was measured on a device lies beside its measured plans, in plans/NAME-against-stock.json: for layers of some
 sizes, the time of the kernels divided by that of `nn.LSTM`. `python -m bench.routes` writes the file from the results
-of a benchmark. For a size that was not measured, the nearest one speaks.
+of a benchmark. Of other sizes the nearest one speaks, if it is no more
+than a factor of two away.
 """
 
 import json
 import math
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from .planner import Device, dtype_name, table_path
 
+FARTHEST = 1.0  # in powers of two, of hidden and batch size together
 SLOWER = 1.05  # below, the difference is less than what lies between two measurements
 
 
@@ -33,11 +36,16 @@ class Measured(NamedTuple):
     ratio: float
 
 
+def table_path_of(device: Device) -> Path:
+    """The file with what was measured on a device."""
+    plans = table_path(device)
+    return plans.with_name(f"{plans.stem}-against-stock.json")
+
+
 @cache
 def measured_on(device: Device) -> tuple[Measured, ...]:
     """All that was measured on a device; nothing, where nobody has."""
-    path = table_path(device)
-    path = path.with_name(f"{path.stem}-against-stock.json")
+    path = table_path_of(device)
     if not path.exists():
         return ()
     return tuple(Measured(*row) for row in json.loads(path.read_text()))
@@ -51,11 +59,11 @@ def why_stock(
     name = dtype_name(dtype, allow_tf32)
 
     def distance(row: Measured) -> float:
-        return max(abs(math.log2(row.hidden_size / hidden_size)), abs(math.log2(row.batch_size / batch_size)))
+        return math.hypot(math.log2(row.hidden_size / hidden_size), math.log2(row.batch_size / batch_size))
 
     rows = [row for row in measured_on(device) if (row.mode, row.dtype) == (mode, name)]
     nearest = min(rows, key=distance, default=None)
-    if nearest is None or nearest.ratio < SLOWER:
+    if nearest is None or distance(nearest) > FARTHEST or nearest.ratio < SLOWER:
         return None
     return (
         f"nn.LSTM was measured to be {nearest.ratio:.2f} times as fast in {mode} on {device.name} "

@@ -385,11 +385,14 @@ def test_the_gpu_tests_survive_a_test_that_crashes_or_hangs(session, tmp_path) -
     assert outcomes() == expected | {"test_wrong": "passed", "test_hang": "passed"}
 
 
-def test_tests_that_cannot_even_be_collected_are_a_failure(session, tmp_path) -> None:
+def test_tests_that_cannot_even_be_collected_are_a_failure(session, tmp_path, capsys) -> None:
     one = in_memory(session(tests=str(tmp_path / "nowhere")))
     one.run_tests()
-    assert gpu.outcomes_of(gpu.read_journal(one.journal)) == {"pytest itself": "failed"}
+    entries = gpu.read_journal(one.journal)
+    assert gpu.outcomes_of(entries) == {}
+    assert not any("end" in entry for entry in entries)  # the next call tries again
     assert one.failures == 1
+    assert "pytest did not run" in capsys.readouterr().out
 
 
 def test_a_journal_cut_short_is_read_as_far_as_it_goes(tmp_path) -> None:

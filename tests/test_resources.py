@@ -41,7 +41,7 @@ def test_hopper_holds_what_the_planner_promises() -> None:
         for row in rows
         if (row["kernel"], row["hidden"], row["batch"], row["dtype"]) == ("forward", 768, 16, "float16")
     )
-    assert headline["step_cycles"] <= 1500
+    assert headline["step_cycles"] <= 1600  # with the input projection in it, and two looks at the clock
 
 
 @pytest.mark.parametrize(
