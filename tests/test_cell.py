@@ -317,7 +317,7 @@ def test_odd_sizes(sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
 def test_tiles_of_every_height_and_width(hidden_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for block_batch, block_hidden, block in ((8, 32, 16), (32, 8, 32), (64, 4, 128)):
         programs = -(-40 // block_batch) * -(-hidden_size // block_hidden)
-        plan = CellPlan(block_batch, block_hidden, programs, block, block, "ieee", 2, 4)
+        plan = CellPlan(block_batch, block_hidden, programs, block, block, "ieee", "", 2, 4)
         monkeypatch.setattr(cell_ops, "plan_of", lambda *_, plan=plan: plan)
         check(arguments(40, 20, hidden_size), hidden_size)
 
