@@ -62,10 +62,15 @@ class Journal:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed or report.skipped or report.when == "call":
             message = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
-            self.outcomes.setdefault(report.nodeid, (report.outcome, message[-2000:]))
-            if report.failed:
-                printed = f"\nIt printed:\n{report.capstdout[-1500:]}" if report.capstdout else ""
-                self.outcomes[report.nodeid] = (report.outcome, message[-2000:] + printed)
+            printed = f"\nIt printed:\n{report.capstdout[-1500:]}" if report.failed and report.capstdout else ""
+            found = report.outcome, message[-2000:] + printed
+            if self.outcomes.setdefault(report.nodeid, found)[0] != "failed":  # the first failure is the cause
+                self.outcomes[report.nodeid] = found
+        if report.when == "???":  # a worker has ended in this test, which nobody else will say is over
+            outcome, message = self.outcomes[report.nodeid]
+            self.write(
+                test=report.nodeid, outcome="crashed" if "crashed while" in message else outcome, message=message
+            )
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         outcome, message = self.outcomes.get(nodeid, ("failed", "no report"))

@@ -353,11 +353,13 @@ TESTS = """
 """
 
 
-def test_the_gpu_tests_survive_a_test_that_crashes_or_hangs(session, tmp_path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_gpu_tests_survive_a_test_that_crashes_or_hangs(session, tmp_path, workers: int) -> None:
     folder = tmp_path / "gpu_tests"
     folder.mkdir()
     (folder / "test_some.py").write_text(textwrap.dedent(TESTS))
     one = in_memory(session(tests=str(folder), timeout=8.0))  # pytest may take seconds to start
+    one.test_workers = workers
     one.run_tests()
 
     def outcomes() -> dict[str, str]:
