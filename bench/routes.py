@@ -10,24 +10,21 @@ from pathlib import Path
 from lstm_triton.planner import Device
 from lstm_triton.routes import SLOWER, table_path_of
 
-from . import cases, report, results
+from . import report, results
 
 # Where inference itself was not measured, the forward pass of training stands for it, which does a little more.
 MODES = {"forward": "inference", "forward+backward": "training", "inference": "inference"}
 
 
-def measured(found: results.Results) -> list[list[object]]:
+def measured(machine: report.Machine) -> list[list[object]]:
     """[mode, dtype, H, B, time of the kernels / time of nn.LSTM] of single dense layers.
 
     Of several numbers of steps, the most count.
     """
-    by_case: dict[cases.Case, dict[str, cases.Row]] = {}
-    for row in found.rows:
-        by_case.setdefault(results.case_of(row), {})[row["system"]] = row
     ratios: dict[tuple[str, str, int, int], tuple[bool, int, float]] = {}
-    for case, rows in by_case.items():
+    for comparison in machine.comparisons():
+        case, faster = comparison.case, comparison.speedup
         single = case.layers == 1 and not case.bidirectional and case.layout == "dense" and not case.proj_size
-        faster = report.speedup(rows.get(cases.OURS), rows.get(cases.BASELINE))
         if not single or case.mode not in MODES or case.memory != "full" or case.T == 1 or faster is None:
             continue
         key = (MODES[case.mode], case.dtype, case.H, case.B)
@@ -40,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True, help="a results file of bench gpu")
     parser.add_argument("--out", type=Path, help="the file to write; otherwise the one that the library reads")
     chosen = parser.parse_args(arguments)
-    found = results.Results.read(chosen.results)
-    device = Device(found.provenance["gpu"], arch="", multiprocessors=0, shared_bytes=0)
+    machine = report.Machine(chosen.results, results.Results.read(chosen.results), slug="")
+    device = Device(machine.results.provenance["gpu"], arch="", multiprocessors=0, shared_bytes=0)
     path = chosen.out or table_path_of(device)
-    rows = measured(found)
+    rows = measured(machine)
     path.parent.mkdir(exist_ok=True)
     results.write_atomically(path, "[\n" + ",\n".join(" " + json.dumps(row) for row in rows) + "\n]\n")
     slower = [row for row in rows if float(str(row[-1])) >= SLOWER]

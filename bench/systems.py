@@ -7,6 +7,7 @@ call.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -173,19 +174,16 @@ def ours(problem: Problem) -> list[Runner]:
     # No fallback may pass for a kernel.
     label = "; ".join(dict.fromkeys(f"not the kernels: {layer.reason}" for layer in layers if layer.path != "triton"))
 
-    def call(input: Tensor | PackedSequence) -> Any:
+    def call(input: Tensor | PackedSequence, lengths: Tensor | None = None, resets: Tensor | None = None) -> Any:
         with lstm_triton.backend(path):
-            return module(input, lengths=problem.lengths, resets=problem.resets)
+            return module(input, lengths=lengths, resets=resets)
 
-    def without_resets(input: Tensor | PackedSequence) -> Any:
-        with lstm_triton.backend(path):
-            return module(input)
-
-    runner = replace(module_runner(problem, call, list(module.parameters()), label), modules=[module])
+    as_given = functools.partial(call, lengths=problem.lengths, resets=problem.resets)
+    runner = replace(module_runner(problem, as_given, list(module.parameters()), label), modules=[module])
     if problem.resets is None:
         return [runner]
     # Beside it, the same without resets: another result, of which only the time is of interest.
-    plain = module_runner(problem, without_resets, list(module.parameters()), "without resets")
+    plain = module_runner(problem, call, list(module.parameters()), "without resets")
     return [runner, replace(plain, compared=False)]
 
 

@@ -2,8 +2,7 @@
 
 What was measured on a device lies beside its measured plans, in plans/NAME-against-stock.json: for layers of some
 sizes, the time of the kernels divided by that of `nn.LSTM`. `python -m bench.routes` writes the file from the results
-of a benchmark. Of other sizes the nearest one speaks, if it is no more
-than a factor of two away.
+of a benchmark. Of other sizes the nearest one speaks, if it is no more than a factor of two away.
 """
 
 import json

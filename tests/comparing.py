@@ -295,6 +295,12 @@ def assert_as_accurate(
     assert ours <= max(factor * theirs, floor), f"{name}: error {ours:.2e}, nn.LSTM's {theirs:.2e}"
 
 
+def to_nearest_tf32(tensor: Tensor) -> Tensor:
+    """A float32 tensor of finite values, each rounded to 10 bits behind the first one."""
+    bits = tensor.view(torch.int32)
+    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
+
+
 def nudged(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A float64 tensor, each element off by up to four units of `dtype`: about what rounding on the way does.
 
@@ -302,9 +308,7 @@ def nudged(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     is no yardstick for TF32 where cuDNN chooses to compute in float32 all the same.
     """
     if dtype == torch.float32 and tensor.is_cuda and ops.allows_tf32():
-        bits = tensor.float().view(torch.int32)
-        rounded = ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
-        return torch.where(tensor.isfinite(), 2 * rounded.double() - tensor, tensor)
+        return torch.where(tensor.isfinite(), 2 * to_nearest_tf32(tensor.float()).double() - tensor, tensor)
     generator = torch.Generator().manual_seed(2)
     offsets = 2 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 1
     return tensor * (1 + 4 * torch.finfo(dtype).eps * offsets.to(tensor.device))

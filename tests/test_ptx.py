@@ -24,7 +24,7 @@ from lstm_triton.planner import Device, Kind, Plan
 from lstm_triton.reference import lstm_layer
 
 from . import ptx, test_cell
-from .comparing import error, floor_of, nudged
+from .comparing import error, floor_of, nudged, to_nearest_tf32
 from .conftest import INTERPRETED
 from .kernel_cases import DTYPES, Layer, streamed
 from .ptx import Deadlock, Diverged, Fault, Race
@@ -307,11 +307,6 @@ def test_tf32(arch: str) -> None:
         found, allowed = error(tensor, reference[name]), floor_of(sensitive[name], reference[name], torch.float16)
         print(f"{name}: {found:.2e} of {allowed:.2e}")
         assert found <= allowed, name
-
-
-def to_nearest_tf32(tensor: Tensor) -> Tensor:
-    bits = tensor.view(torch.int32)
-    return ((bits + 0xFFF + (bits >> 13 & 1)) & ~0x1FFF).view(torch.float32)
 
 
 @pytest.mark.emulated

@@ -41,7 +41,8 @@ def test_hopper_holds_what_the_planner_promises() -> None:
         for row in rows
         if (row["kernel"], row["hidden"], row["batch"], row["dtype"]) == ("forward", 768, 16, "float16")
     )
-    assert headline["step_cycles"] <= 1600  # with the input projection in it, and two looks at the clock
+    # 1500 again once the planner keeps the input projection out of this scan, as it should (bench/NOTES.md).
+    assert headline["step_cycles"] <= 1600
 
 
 @pytest.mark.parametrize(
