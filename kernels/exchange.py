@@ -3,15 +3,18 @@
 The exchange buffer is filled beforehand with the sentinel, a bit pattern (all ones: a NaN) that `publish` never
 stores. A reader loads the tiles it needs past the first-level cache, and loads them again until no sentinel is left
 in them. There are no counters, fences or atomics: every element says for itself whether it has been written.
+
+A wait ends: after `MOST_LOOKS` looks in vain, which take seconds, the launch ends in an error of the device.
 """
 
 import triton
 import triton.language as tl
 
-from .spin import spin
+from .spin import MOST_POLLS, spin
 
 SENTINEL_16 = tl.constexpr(0xFFFF)
 SENTINEL_32 = tl.constexpr(0xFFFFFFFF)
+MOST_LOOKS = tl.constexpr(MOST_POLLS)
 
 
 @triton.jit
@@ -82,6 +85,12 @@ def any_missing(tiles, COUNT: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
+def give_up():
+    """End the launch in an error of the device: a store to the address 0, where nobody may, does so on every one."""
+    tl.store(tl.cast(0, tl.int64).to(tl.pointer_type(tl.int32)), 0)
+
+
+@triton.jit
 def receive(
     tiles, pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, wait,
     THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, TOGETHER: tl.constexpr, MASKED: tl.constexpr = False,
@@ -92,6 +101,10 @@ def receive(
         tl.static_assert(SIZE * tiles[0].dtype.primitive_bitwidth % 128 == 0)
         tiles = spin(tiles, pointers + first * BLOCK_K, wait, COUNT, BLOCK_K, THREAD_ELEMENTS, PACKED, TOGETHER)
     else:
+        looks = 0
         while any_missing(tiles, COUNT, PACKED) & wait:
+            looks += 1
+            if looks > MOST_LOOKS:
+                give_up()
             tiles = request(pointers, ks, first, COUNT, SIZE, BLOCK_K, MASKED)
     return tiles

@@ -21,7 +21,7 @@ THREADS_OF_ROW = tl.constexpr(4)
 
 @triton.jit
 def row_places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr):
-    """Rows (ROWS * SPLIT_K,) and k's (ROWS * SPLIT_K, BLOCK_K // SPLIT_K) of a chunk whose rows lie along K.
+    """Rows (ROWS * SPLIT_K,) and k's (ROWS * SPLIT_K, BLOCK_K // SPLIT_K) of a chunk of states or weights.
 
     Tiles for SHARED memory are loaded by other warps than multiply them, so that the compiler puts them there.
     """

@@ -15,7 +15,7 @@ from .fragments import fragments_of_rows, row_places
 
 @triton.jit
 def places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr = False):
-    """The rows and (rows or 1, columns) k's of a tile for a chunk of states, or of weights whose rows lie along K."""
+    """The rows and (rows or 1, columns) k's of a tile for a chunk of states or weights."""
     if SPLIT_K > 1:
         rows, ks = row_places(ROWS, BLOCK_K, SPLIT_K, SHARED)
     else:

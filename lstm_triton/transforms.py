@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .failure import explained
+
 PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 
@@ -45,8 +47,18 @@ def call(operator: Any, *arguments: Any) -> Any:
 
     The way through PyTorch's dispatcher and back takes longer than the function itself. It is for torch.compile and
     torch.export, vmap, modes, and subclasses of tensors, such as those without data.
+
+    Raises:
+        KernelFailed: the GPU reports that a kernel failed.
     """
-    return operator(*arguments) if _is_observed(arguments) else operator._init_fn(*arguments)
+    if _is_observed(arguments):
+        return operator(*arguments)
+    try:
+        return operator._init_fn(*arguments)
+    except RuntimeError as error:
+        if (failed := explained(error)) is None:
+            raise
+        raise failed from error
 
 
 def _is_observed(arguments: tuple[Any, ...]) -> bool:

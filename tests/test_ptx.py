@@ -342,6 +342,22 @@ def test_a_wait_in_vain_ends() -> None:
 
 
 @pytest.mark.emulated
+def test_a_portable_wait_in_vain_ends() -> None:
+    """With a store to the address 0, after as many looks; here after the first."""
+    layer = Layer(2, 9, 10, 32, torch.float16)
+
+    def impatient(text: str) -> str:
+        changed = re.sub(r"(setp\.\w+\.[su]32\s+%p\d+, %r\d+), 1677721[67];", r"\1, 0;", text)
+        assert changed != text
+        return changed
+
+    plans = {kind: replace(plan, thread_elements=0) for kind, plan in plans_of(layer).items()}
+    layer = replace(layer, **plans)
+    with compiled_for("sm_90", change=impatient), pytest.raises(Fault, match="address 0x0 is in no buffer"):
+        layer.run(scan_layer)
+
+
+@pytest.mark.emulated
 def test_holding_back_changes_no_value() -> None:
     layer = Layer(3, 9, 10, 32, torch.float16)
     with compiled_for("sm_90", multiprocessors=4) as launched:
