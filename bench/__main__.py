@@ -1,4 +1,4 @@
-"""`python -m bench run | gpu | tune | report | status`: see `--help` of each."""
+"""`python -m bench contact | run | gpu | tune | report | status`: see `--help` of each."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import NoReturn
 START = time.monotonic()  # before the imports that take seconds: they count towards a budget
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("contact", "run", "gpu", "tune", "report", "status")
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Is every case right, and how fast is it against every alternative?",
         epilog="grids: " + "; ".join(f"{name}: {grid.about}" for name, grid in cases.GRIDS.items()),
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | gpu | tune | report | status")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     device = devices.default_device()
     defaults = argparse.ArgumentDefaultsHelpFormatter
 
@@ -82,6 +83,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     everything.add_argument(
         "--plugin", help="a module that every child imports first, which may add to bench.systems.REGISTRY"
     )
+
+    contact = add("contact", "the first command for any GPU: is everything right, how fast is it, and if not, why?")
+    contact.add_argument("--budget", type=positive, default=300.0, help="seconds until the command has ended")
+    contact.add_argument("--out", type=Path, required=True, help="folder of the findings")
+    contact.add_argument("--device", default="cuda", help="cuda, or interpreter: a rehearsal at tiny sizes")
+    contact.add_argument("--seconds", type=positive, default=0.05, help="how long to time each system in each case")
+    contact.add_argument(
+        "--timeout", type=positive, default=30.0, help="seconds without a sign of life before a child is killed"
+    )
+    contact.add_argument("--tests", default="tests", help="what pytest -m gpu is run on; none: no tests")
+    contact.add_argument("--plugin", help="a module that every child imports first")
 
     tune = add("tune", "measure the planner's candidates and write the table of plans it prefers on this device")
     tune.add_argument("--hidden", type=whole, nargs="+", default=[256, 512, 768, 1024], help="hidden sizes")
@@ -142,6 +154,34 @@ def run_tune(arguments: argparse.Namespace) -> int:
         )
 
 
+def run_contact(arguments: argparse.Namespace) -> int:
+    from . import devices
+    from .contact import Contact, contact
+    from .watchdog import MARGIN
+
+    devices.require(arguments.device)
+    if arguments.device == "cpu":
+        raise devices.UnusableDevice("device 'cpu': the kernels do not run on it; interpreter rehearses")
+    return contact(
+        Contact(
+            arguments.out.resolve(),
+            arguments.device,
+            START,
+            START + arguments.budget - MARGIN,
+            arguments.seconds,
+            arguments.timeout,
+            arguments.plugin,
+            None if arguments.tests == "none" else arguments.tests,
+            test_workers_of(arguments.device),
+        )
+    )
+
+
+def test_workers_of(device: str) -> int:
+    """How many processes run the gpu tests."""
+    return min(max((os.cpu_count() or 1) - 4, 1), 10) if device == "cuda" else 1
+
+
 def dispatch(arguments: argparse.Namespace) -> int:
     if arguments.command == "run":
         from .run import run
@@ -164,8 +204,10 @@ def dispatch(arguments: argparse.Namespace) -> int:
         if arguments.device == "cuda":  # elsewhere nothing is compiled
             several = min((os.cpu_count() or 1) - 2, 12) if (os.cpu_count() or 1) >= 4 else 0
             session.compilers = several if arguments.compilers is None else arguments.compilers
-            session.test_workers = min(max((os.cpu_count() or 1) - 4, 1), 10)
+            session.test_workers = test_workers_of(arguments.device)
         return gpu.gpu(session, [stage for stage in gpu.STAGES if stage in stages])
+    if arguments.command == "contact":
+        return run_contact(arguments)
     if arguments.command == "tune":
         return run_tune(arguments)
     if arguments.command == "report":

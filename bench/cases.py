@@ -243,23 +243,24 @@ GRIDS = {
 }
 
 
+def shrunk(case: Case) -> Case:
+    """The case with every size cut down to what an interpreter does in a second."""
+    return replace(
+        case,
+        T=min(case.T, 3),
+        B=min(case.B, 3),
+        I=min(case.I, 5),
+        H=min(case.H, 8),
+        layers=min(case.layers, 2),
+        proj_size=min(case.proj_size, 3),
+    )
+
+
 def rehearsal(grid: Grid) -> Grid:
-    """The grid with every size cut down to what an interpreter does in a second, a few cases of each block."""
-
-    def shrink(case: Case) -> Case:
-        return replace(
-            case,
-            T=min(case.T, 3),
-            B=min(case.B, 3),
-            I=min(case.I, 5),
-            H=min(case.H, 8),
-            layers=min(case.layers, 2),
-            proj_size=min(case.proj_size, 3),
-        )
-
+    """The grid with every case shrunk, a few cases of each block."""
     blocks = []
     for block in grid.blocks:
-        small = tuple(dict.fromkeys(shrink(case) for case in block.cases))
+        small = tuple(dict.fromkeys(shrunk(case) for case in block.cases))
         blocks.append(replace(block, cases=small[:: max(1, len(small) // 3)][:3]))
     return replace(grid, blocks=tuple(blocks))
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,10 @@ COMPILING = 0.3  # of the time left, at most, for that
 STRIKES = 3  # crashes and time-outs after which a system other than ours and nn.LSTM is not run any more
 
 
+def print_now(line: str) -> None:
+    print(line, flush=True)
+
+
 @dataclass
 class Session:
     """One call of the command."""
@@ -69,6 +73,7 @@ class Session:
     compilers: int = 0  # children that compile ahead, side by side
     test_workers: int = 1  # processes that run tests side by side
     crew: Crew | None = None
+    tell: Callable[[str], None] = print_now  # gets every line
 
     @property
     def results_file(self) -> Path:
@@ -79,7 +84,13 @@ class Session:
         return self.out / "gpu-tests.jsonl"
 
     def say(self, text: str) -> None:
-        print(f"[{time.monotonic() - self.start:7.1f} s] {text}", flush=True)
+        self.tell(f"[{time.monotonic() - self.start:7.1f} s] {text}")
+
+    def stop(self) -> None:
+        if self.crew is not None:
+            self.crew.stop()
+        if self.watchdog.child is not None:
+            end(self.watchdog.child.process)
 
     def open_results(self, origin: JsonObject) -> results.Results:
         """Rows of the same kernels and machine are kept; a file of others is moved aside, not lost."""
@@ -182,9 +193,13 @@ class Session:
         while not any("end" in entry for entry in read_journal(self.journal)):
             if not self.run_remaining_tests():
                 break
-        outcomes = Counter(outcomes_of(read_journal(self.journal)).values())
+        outcomes = self.test_outcomes()
         self.failures += sum(number for outcome, number in outcomes.items() if outcome not in ("passed", "skipped"))
         self.say(f"gpu tests: {', '.join(f'{number} {outcome}' for outcome, number in outcomes.items()) or 'none'}")
+
+    def test_outcomes(self) -> Counter[str]:
+        """How many of the tests that are over came to what."""
+        return Counter(outcomes_of(read_journal(self.journal)).values())
 
     def run_remaining_tests(self) -> bool:
         """Whether pytest did run them: what goes wrong before its first test would do so again."""
@@ -282,20 +297,17 @@ def summary(rows: list[Row]) -> str:
 
 
 @contextlib.contextmanager
-def ending_children(session: Session) -> Iterator[None]:
-    """No child outlives this process, however it ends."""
+def ending_children(stop: Callable[[], None]) -> Iterator[None]:
+    """No child outlives this process, however it ends. stop: ends them."""
 
-    def stop(signum: int, frame: object) -> None:
+    def leave(signum: int, frame: object) -> None:
         raise SystemExit(128 + signum)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
     finally:
-        if session.crew is not None:
-            session.crew.stop()
-        if session.watchdog.child is not None:
-            end(session.watchdog.child.process)
+        stop()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -306,7 +318,7 @@ def gpu(session: Session, stages: list[str]) -> int:
     if session.results_file.exists():
         results.Results.read(session.results_file)
     ended = "complete"
-    with ending_children(session):
+    with ending_children(session.stop):
         try:
             session.watchdog.started()
             assert session.watchdog.origin is not None

@@ -49,10 +49,22 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 
 class Child:
-    """A worker (bench.worker) and its answers."""
+    """A worker and its answers.
 
-    def __init__(self, device_name: str, plugin: str | None, log: Path) -> None:
-        command = [sys.executable, "-m", "bench.worker", device_name, *([plugin] if plugin else [])]
+    Args:
+        module: what is run: bench.worker, or another that speaks as it does.
+        under: a command that runs it, such as compute-sanitizer.
+    """
+
+    def __init__(
+        self,
+        device_name: str,
+        plugin: str | None,
+        log: Path,
+        module: str = "bench.worker",
+        under: Sequence[str] = (),
+    ) -> None:
+        command = [*under, sys.executable, "-m", module, device_name, *([plugin] if plugin else [])]
         with log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 command,
@@ -93,6 +105,8 @@ class Watchdog:
     deadline: float  # time.monotonic()
     timeout: float  # seconds a child may be silent
     plugin: str | None = None
+    module: str = "bench.worker"
+    under: Sequence[str] = ()  # a command that runs the children
     child: Child | None = None
     origin: JsonObject | None = None  # the provenance that the first child gave, with the device's rates once measured
 
@@ -107,7 +121,7 @@ class Watchdog:
         if self.child is not None:
             return self.child
         for _ in range(2):
-            child = Child(self.device_name, self.plugin, self.log)
+            child = Child(self.device_name, self.plugin, self.log, self.module, self.under)
             try:
                 ready = child.answer(min(START_TIMEOUT, self.time_left()))
             except (queue.Empty, OutOfBudget):

@@ -18,11 +18,15 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 from . import cases, devices, floor, measure, results
 
+Say = Callable[..., None]
 
-def work(device_name: str, plugin: str = "") -> int:
+
+def begin(device_name: str, plugin: str = "") -> tuple[Say, devices.Cpu]:
+    """Open the device. Returns what writes an answer, and the device."""
     # Libraries print to file descriptor 1 as they like: it becomes stderr, the answers keep a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -30,6 +34,21 @@ def work(device_name: str, plugin: str = "") -> int:
     def say(**message: object) -> None:
         answers.write(json.dumps(message) + "\n")
 
+    if device_name == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"
+    if plugin:
+        importlib.import_module(plugin)
+    return say, devices.open_device(device_name)
+
+
+def questions() -> Iterator[results.JsonObject]:
+    """What comes in, until the parent has no more of it."""
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def work(device_name: str, plugin: str = "") -> int:
+    say, device = begin(device_name, plugin)
     said = ("", "", 0.0)
 
     def progress(phase: str, system: str) -> None:
@@ -39,14 +58,8 @@ def work(device_name: str, plugin: str = "") -> int:
             said = (phase, system, now)
             say(phase=phase, system=system)
 
-    if device_name == "interpreter":
-        os.environ["TRITON_INTERPRET"] = "1"
-    if plugin:
-        importlib.import_module(plugin)
-    device = devices.open_device(device_name)
     say(ready=results.provenance(device.gpu, device.driver()))
-    for line in sys.stdin:
-        question = json.loads(line)
+    for question in questions():
         if "compile" in question:
             say(compiled=measure.compile_kernels(cases.from_dict(question["compile"]), device))
             continue

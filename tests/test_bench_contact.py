@@ -1,0 +1,220 @@
+"""bench.contact: whatever a layer does to its process, the report says it, says where, and goes on."""
+
+import json
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import contact, contact_worker
+from bench.cases import Case
+from bench.contact import Contact
+
+pytest.importorskip("greenlet")
+pytest.importorskip("triton")
+
+BOTH = "forward+backward"
+ONE = Case(BOTH, "float32", T=3, B=2, I=3, H=8)
+FAULTY = Case(BOTH, "float32", T=4, B=3, I=3, H=7)  # what the plugins do something to
+
+HANG = """
+    import time
+    from bench import contact_worker
+
+    check = contact_worker.check
+
+    def hanging(case, *others):
+        if case.H == 7:
+            time.sleep(1000)
+        return check(case, *others)
+
+    contact_worker.check = hanging
+"""
+CRASH = HANG.replace("time.sleep(1000)", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+WRONG = """
+    import torch
+    from dataclasses import replace
+    from bench import contact_worker
+
+    ours = contact_worker.ours
+
+    def wrong(problem):
+        [runner] = ours(problem)
+        if problem.case.H != 7:
+            return [runner]
+
+        def call(leaf):
+            output, h_n, c_n = runner.call(leaf)
+            off = torch.zeros_like(output)
+            off[2:, 1, 3:5] = 1
+            return output + off, h_n, c_n
+
+        return [replace(runner, call=call)]
+
+    contact_worker.ours = wrong
+"""
+# Program 1 keeps to itself what it computes.
+NEVER_ENDS = """
+    import triton
+    import triton.language as tl
+    from lstm_triton.kernels import forward
+
+    publish = forward.publish
+
+    @triton.jit
+    def losing(pointers, value, mask):
+        publish(pointers, value, mask & (mask.to(tl.int32) + tl.program_id(0) != 2))
+
+    forward.publish = losing
+"""
+
+Run = Callable[..., Contact]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """run(plugin source, checks=, timed=, budget=, tests=): a whole call of the command."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def call(
+        plugin: str = "",
+        checks: tuple[Case, ...] = (FAULTY, ONE),
+        timed: tuple[Case, ...] = (),
+        budget: float = 300.0,
+        tests: str | None = None,
+    ) -> Contact:
+        (tmp_path / "contact_plugin.py").write_text(textwrap.dedent(plugin))
+        monkeypatch.setattr(contact, "CHECKS", checks)
+        monkeypatch.setattr(contact, "TIMED", timed)
+        monkeypatch.setattr(contact, "EXPLAINED", 1)
+        if not timed:
+            for step in ("ask_questions", "time_layers"):
+                monkeypatch.setattr(Contact, step, lambda found: None)
+        monkeypatch.setattr(Contact, "sizes", lambda found, wanted: tuple(wanted))
+        monkeypatch.setattr(contact, "CHANGES", {"one slice": contact_worker.CHANGES["one slice"]})
+        monkeypatch.setattr(contact, "HOST", ONE)
+        now = time.monotonic()
+        found = Contact(
+            tmp_path / "out", "interpreter", now, now + budget, 0.01, silent=20.0, plugin="contact_plugin", tests=tests
+        )
+        found.status = contact.contact(found)
+        return found
+
+    return call
+
+
+def findings(found: Contact, step: str) -> list[dict]:
+    lines = (found.out / "contact.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["step"] == step]
+
+
+def printed(found: Contact) -> str:
+    return (found.out / "contact.txt").read_text()
+
+
+@pytest.mark.interpreted
+def test_the_whole_way(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "test_tiny.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_one():\n    pass\n")
+    forward = Case("forward", "float32", T=3, B=2, I=3, H=8)
+    found = run(checks=(ONE,), timed=(forward, ONE, Case("inference", "float32", T=2, B=1, I=3, H=8)),
+                tests=str(tmp_path / "test_tiny.py"))  # fmt: skip
+    text = printed(found)
+    assert found.status == 0, text
+    assert "everything that was tried is right" in text
+    assert "layers: 1 right, 0 failed" in text
+    assert "not done" not in text
+    for step in ("environment", "check", "handoff", "host", "plans", "times", "end"):
+        assert findings(found, step), step
+    assert findings(found, "environment")[0]["kernel_hash"]
+    [check] = findings(found, "check")
+    assert {row["name"] for row in check["result"]["backward"]} >= {"input", "weight_hh_l0"}
+    assert "tests marked gpu: 1 passed" in text
+    assert "hand" not in findings(found, "handoff")[0].get("error", "")
+    measured = {row.name: row for row in found.times}
+    assert len(measured) > 3  # other plans beside the three cases
+    assert all(row.ours > 0 and row.theirs > 0 for row in measured.values())
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("plugin", "says"), [(HANG, "NO ANSWER in"), (CRASH, "CRASHED in")], ids=["hang", "crash"])
+def test_a_child_that_is_lost(run: Run, plugin: str, says: str) -> None:
+    """Every time: the layer's own check, and when it is tried again."""
+    found = run(plugin)
+    text = printed(found)
+    assert found.status == 1
+    assert text.count(says) == 4  # alone, with another plan, and once more in the summary
+    assert found.right == 1
+    assert f"{contact.title(ONE)}: forward" in text
+
+
+@pytest.mark.interpreted
+def test_wrong_values_are_located(run: Run) -> None:
+    found = run(WRONG)
+    [wrong, right] = findings(found, "check")
+    assert found.status == 1
+    [row] = [row for row in wrong["result"]["forward"] if "wrong" in row]
+    assert row["name"] == "output"
+    assert row["wrong"] == {"elements": 4, "of": 84, "not_finite": 0, "first": 2, "columns": [[3, 5]], "rows": [[1, 2]]}
+    assert not any("wrong" in row for row in wrong["result"]["backward"])
+    assert not any("wrong" in row for row in right["result"]["forward"])
+    assert "WRONG output" in printed(found)
+
+
+@pytest.mark.interpreted
+def test_a_kernel_that_never_ends(run: Run) -> None:
+    """What is missing is named, and with one program for all units it ends."""
+    case = Case(BOTH, "float32", T=4, B=3, I=3, H=14)  # two programs of 8 units
+    found = run(NEVER_ENDS, checks=(case, ONE))
+    [stuck, right] = findings(found, "check")
+    assert "result" in right
+    assert stuck["hang"]["in"] == "forward"
+    [missing] = stuck["hang"]["missing"]
+    assert missing["scan"] == "forward"
+    assert missing["step"] == 0
+    assert missing["units"] == [[8, 14]]
+    assert missing["programs"] == [1]
+    again = {each["change"]: each for each in findings(found, "again")}
+    assert "hang" in again[None]
+    assert "result" in again["one slice"]
+    text = printed(found)
+    assert "DOES NOT END in forward: forward scan, lane 0" in text
+    assert "units 8 to 13, of program 1" in text
+
+
+@pytest.mark.interpreted
+def test_no_time_left(run: Run) -> None:
+    found = run(budget=0.5)
+    text = printed(found)
+    assert found.status == 0
+    assert found.right == 0
+    assert "not done, as the time was up: the machine, layers" in text
+    assert text.splitlines()[-1] == "nothing was tried"
+
+
+# What is said about a scan that does not end
+
+
+def test_what_is_missing() -> None:
+    case = Case(BOTH, "float32", T=4, B=2, I=3, H=6)
+    empty = torch.zeros(2 + 8 + 2, 16, dtype=torch.bool)
+    empty[-2:] = True  # the other direction's initial states
+    empty[:, 6:] = True  # padding
+    assert contact_worker.missing_of_lane(empty, case, "forward", 0, None) is None
+    steps = empty[2:10].view(4, 2, 16)
+    steps[3] = True
+    steps[2, 1, 4:6] = True
+    found = contact_worker.missing_of_lane(empty, case, "forward", 1, None)
+    assert found == {
+        "scan": "forward", "lane": 1, "rows_missing": 3, "of_rows": 8, "step": 2, "rows": [[1, 2]], "units": [[4, 6]]
+    }  # fmt: skip
+    steps[:] = torch.flip(steps, (0,))  # taken from the last step on, as backward does
+    assert contact_worker.missing_of_lane(empty, case, "forward", 1, None) == {**found, "step": 1}
+
+
+def test_spans() -> None:
+    assert contact_worker.spans(torch.tensor([True, True, False, True])) == [[0, 2], [3, 4]]
+    assert contact_worker.spans(torch.tensor([False])) == []
