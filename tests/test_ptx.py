@@ -358,6 +358,18 @@ def test_a_portable_wait_in_vain_ends() -> None:
 
 
 @pytest.mark.emulated
+def test_two_programs_hand_a_number_back_and_forth() -> None:
+    """bench.handoff, which a GPU is timed with."""
+    from bench.handoff import ping_pong
+
+    with ptx.emulated(90, seed=3):
+        for partner in (1, 2):
+            numbers = torch.zeros(2, dtype=torch.int32)
+            ping_pong[(3,)](numbers, partner, 4, num_warps=1)
+            assert numbers.tolist() == [4, 4]
+
+
+@pytest.mark.emulated
 def test_holding_back_changes_no_value() -> None:
     layer = Layer(3, 9, 10, 32, torch.float16)
     with compiled_for("sm_90", multiprocessors=4) as launched:
