@@ -195,7 +195,7 @@ class Scan:
                 new = {*before[left.pop()]} - positions
                 positions |= new
                 left += new
-            if 0 in positions:
+            if 0 in positions and start != 0:
                 continue  # one can come here without passing `start`: a way back from code that was moved aside
             known = found.get(start)
             found[start] = Loop(start, end, frozenset(positions | (known.positions if known else {start})))

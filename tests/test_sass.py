@@ -191,6 +191,19 @@ def test_a_vote_ends_waits_together(before: list[str], branch: str, together: bo
     assert (scan.reached_apart == []) == together
 
 
+@pytest.mark.parametrize("meet", [True, False])
+def test_a_wait_that_was_moved_behind_the_time_loop(meet: bool) -> None:
+    """As the assembler does for sm_100. Its code is part of the time loop all the same."""
+    loop = ["LDG.E.128.STRONG.SYS R4, [R2.64]", "@P0 BRA `(.L_x_1)", "WARPSYNC.ALL" if meet else "NOP"]
+    loop += ["HMMA.16816.F32 R8, R4, R6, R8", "@P2 BRA `(.L_x_3)", "EXIT"]
+    moved = ["LDG.E.128.STRONG.GPU R4, [R2.64]", "BRA `(.L_x_0)"]
+    texts = ["NOP", *loop, *moved]
+    scan = Scan([sass.Instruction(text, 1, 7, 7, 0) for text in texts], {"L_x_3": 1, "L_x_0": 2, "L_x_1": 7})
+    assert [sorted(wait.positions) for wait in scan.waits] == [[2, 7, 8]]
+    assert (len(scan.requests), len(scan.polls)) == (1, 1)
+    assert [each.opcode for each in scan.reached_apart] == ([] if meet else ["HMMA"])
+
+
 # (b) What peers have written is asked for past the first-level cache, the first time and again.
 
 
