@@ -270,7 +270,7 @@ class Scan:
             instruction = self.code[position]
             if instruction.target is not None and instruction.opcode == "BRA":
                 return [position] if instruction.conditional else []
-            if instruction.opcode == "LDG" or position in self.labels.values():
+            if (instruction.opcode == "LDG" and instruction.strong) or position in self.labels.values():
                 break
         return []
 
