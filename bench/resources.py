@@ -183,8 +183,7 @@ def resources(binary: Any, is_scan: bool = True) -> dict[str, int | None]:
 
     if "cubin" in binary.asm:
         cubin = binary.asm["cubin"]
-        usage = sass.run_on_cubin("cuobjdump", cubin, "--dump-resource-usage")
-        registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+        registers, stack = sass.usage(cubin)
         return {
             "registers": registers,
             "spill_bytes": stack,
