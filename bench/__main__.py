@@ -46,7 +46,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Is every case right, and how fast is it against every alternative?",
         epilog="grids: " + "; ".join(f"{name}: {grid.about}" for name, grid in cases.GRIDS.items()),
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | gpu | cache | tune | report | status")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="run | gpu | cache | tune | report | status"
+    )
     device = devices.default_device()
     defaults = argparse.ArgumentDefaultsHelpFormatter
 

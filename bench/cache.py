@@ -12,6 +12,7 @@ other kernels. tests/test_bench_cache.py shows that what is packed here is found
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import io
@@ -63,6 +64,7 @@ class Pretended(Cpu):
     name = "cuda"
 
 
+@functools.cache
 def triton_key(libtriton: Path) -> str:
     """What Triton's cache keys say of Triton, where the compiled library is another one (triton.runtime.cache)."""
     import triton
@@ -144,7 +146,7 @@ def compile_cases(wanted: Iterable[cases.Case], arch: str, libtriton: Path | Non
 
 def fill(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None, jobs: int) -> int:
     """`compile_cases` in several processes."""
-    different = dict.fromkeys(replace(case, T=min(2, case.T)) for case in wanted)  # as far as measure.compile_kernels goes
+    different = {replace(case, T=min(2, case.T)): None for case in wanted}  # measure.compile_kernels goes no further
     with ProcessPoolExecutor(jobs) as pool:
         futures = [pool.submit(compile_cases, [case], arch, libtriton) for case in different]
         return sum(future.result() for future in futures)

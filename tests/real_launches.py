@@ -5,8 +5,8 @@
 
 The latter prints a line of JSON for each: the kernels that Triton found in its cache, and those that it compiled.
 
-The driver is stub_libcuda.c, built as a libcuda.so.1 that LD_LIBRARY_PATH and TRITON_LIBCUDA_PATH name. What chooses and
-compiles kernels is not changed but for what bench.overhead pretends: CPU tensors are taken for a GPU's.
+The driver is stub_libcuda.c, built as a libcuda.so.1 that LD_LIBRARY_PATH and TRITON_LIBCUDA_PATH name. Nothing else is
+changed but what bench.overhead pretends: CPU tensors are taken for a GPU's.
 """
 
 import json

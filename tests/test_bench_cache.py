@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import cache
+
 from .processes import ROOT, output_of_python
 
 triton = pytest.importorskip("triton")
@@ -91,3 +93,14 @@ def test_a_launch_finds_what_was_packed_and_nothing_else(folder: Path, tmp_path:
     source.write_text("# A line more.\n" + source.read_text())
     [as_packed] = hits(project=copy)
     assert as_packed == {"found": [name for name in KERNELS if name != "cell_forward"], "compiled": ["cell_forward"]}
+
+
+def test_the_key_of_another_pythons_triton(tmp_path: Path) -> None:
+    """The library is a part of the key, and nothing else in it depends on Python."""
+    from triton.runtime.cache import triton_key
+
+    own = cache.triton_key(Path(triton.__file__).parent / "_C" / "libtriton.so")
+    assert own == triton_key()
+    (tmp_path / "libtriton.so").write_bytes(b"another")
+    other = cache.triton_key(tmp_path / "libtriton.so")
+    assert sum(mine != theirs for mine, theirs in zip(own.split("-"), other.split("-"), strict=True)) == 1
