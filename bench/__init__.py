@@ -1,10 +1,10 @@
 """Is every case right, and how fast is it against every alternative?
 
-    python -m bench run | gpu | tune | report | status
+    python -m bench contact | run | gpu | cache | tune | report | status
 
 The way of one case through the files: cases.py (what) -> systems.py (who) -> measure.py (values, then times, on a
 device of devices.py) -> results.py (rows in a JSON file) -> report.py (tables) and pictures.py. test_bench.py puts it
 on pytest-benchmark, which run.py drives; gpu.py runs all of it within a budget, in child processes (worker.py) under
 a watchdog (watchdog.py). tune.py measures plans; resources.py and sass.py tell what the kernels compile to, overhead.py
-what a call costs beside them.
+what a call costs beside them. cache.py compiles for a GPU that is elsewhere, where hits.py tells what that was worth.
 """

@@ -1,4 +1,4 @@
-"""`python -m bench contact | run | gpu | tune | report | status`: see `--help` of each."""
+"""`python -m bench contact | run | gpu | cache | tune | report | status`: see `--help` of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NoReturn
 START = time.monotonic()  # before the imports that take seconds: they count towards a budget
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("contact", "run", "gpu", "tune", "report", "status")
+COMMANDS = ("contact", "run", "gpu", "cache", "tune", "report", "status")
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +40,7 @@ def whole(text: str) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from . import cases, devices, gpu
+    from . import cache, cases, devices, gpu, resources
 
     parser = Parser(
         prog="python -m bench",
@@ -74,7 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     everything.add_argument("--seconds", type=positive, default=0.3, help="how long to time each system in each case")
     everything.add_argument(
-        "--compilers", type=int, help="processes that compile ahead; 0 where the kernel cache is filled (bench.cache)"
+        "--compilers", type=int, help="processes that compile ahead; 0 where the kernel cache is filled (bench cache)"
     )
     everything.add_argument("--tests", default="tests", help="what pytest -m gpu is run on")
     everything.add_argument(
@@ -94,6 +94,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     contact.add_argument("--tests", default="tests", help="what pytest -m gpu is run on; none: no tests")
     contact.add_argument("--plugin", help="a module that every child imports first")
+
+    filled = add("cache", "compile, without a GPU, what a GPU machine will look up in Triton's cache, and pack it")
+    archs = [name for name in resources.DEVICES if name.startswith("sm_")]
+    filled.add_argument("--arch", default="sm_90", choices=archs, help="of the GPU")
+    filled.add_argument(
+        "--stages", default="headline,common,stacks", help=f"some of {','.join([*cache.STAGES, cache.TESTS])}"
+    )
+    filled.add_argument("--libtriton", type=Path, help="triton/_C/libtriton.so of the other machine's Triton")
+    filled.add_argument("--jobs", type=whole, default=os.cpu_count() or 1, help="processes that compile side by side")
+    filled.add_argument("--out", type=Path, required=True, help="a .tar.xz, to be unpacked with `tar xJf FILE -C /`")
 
     tune = add("tune", "measure the planner's candidates and write the table of plans it prefers on this device")
     tune.add_argument("--hidden", type=whole, nargs="+", default=[256, 512, 768, 1024], help="hidden sizes")
@@ -208,6 +218,11 @@ def dispatch(arguments: argparse.Namespace) -> int:
         return gpu.gpu(session, [stage for stage in gpu.STAGES if stage in stages])
     if arguments.command == "contact":
         return run_contact(arguments)
+    if arguments.command == "cache":
+        from .cache import fill_and_pack
+
+        stages = arguments.stages.split(",")
+        return fill_and_pack(stages, arguments.arch, arguments.out, arguments.libtriton, arguments.jobs)
     if arguments.command == "tune":
         return run_tune(arguments)
     if arguments.command == "report":
@@ -222,6 +237,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
 
+    from .cache import CannotFill
     from .cases import UnknownName
     from .devices import UnusableDevice
     from .results import ResultsError
@@ -230,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return dispatch(arguments)
-    except (UnknownName, UnusableDevice, ResultsError, MissingPackage, CannotStart) as error:
+    except (UnknownName, UnusableDevice, ResultsError, MissingPackage, CannotFill, CannotStart) as error:
         print(f"python -m bench {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

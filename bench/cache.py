@@ -1,18 +1,22 @@
-"""`python -m bench.cache`: compile, without a GPU, what a GPU machine will look up in Triton's cache.
+"""`python -m bench cache`: compile, without a GPU, what a GPU machine will look up in Triton's cache.
 
 Compiling is most of what a first run on a GPU does, and GPU time is dearer than CPU time. Triton's cache knows a kernel
 by a key that depends on the kernel's source, its constants and options, and on Triton itself, but not on a GPU, a
 driver or PyTorch. So the cache can be filled on any machine and carried.
 
-Two things have to agree on both machines: the versions of Triton (and of Python, unless `--libtriton` names the
-library of the other Python's wheel, which is part of the key), and the path of the cache folder, since Triton writes
-absolute paths into its files.
+Three things have to agree on both machines: the version of Triton; that of Python, unless `--libtriton` names the
+library of the other Python's wheel, which is part of the key; and the path of the cache folder, since Triton writes
+absolute paths into its files. Plans are chosen for the GPUs of bench.resources: one with fewer multiprocessors launches
+other kernels. tests/test_bench_cache.py shows that what is packed here is found by a real launch.
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import hashlib
+import importlib.util
+import io
+import json
 import os
 import pkgutil
 import subprocess
@@ -22,19 +26,36 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from . import cases, gpu, measure
+from . import cases, gpu, measure, results
 from .devices import Cpu
-from .results import ROOT
 
 GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_pytorch.py")
 NEEDED = (".json", ".cubin")  # of the files that Triton writes for a kernel
+GROUP = "__grp__"  # begins the name of the file in which Triton lists the others
+
+
+def cases_of(stage: gpu.Stage) -> list[cases.Case]:
+    """The cases of a stage of `bench gpu` in which the kernels take part."""
+    work = cases.work_list(stage.grid, blocks=stage.blocks)
+    return [case for case, systems in work if cases.OURS in stage.systems(systems)]
+
+
+# What each stage launches. Besides there is the stage "tests": compile_tests.
+STAGES: dict[str, Iterable[cases.Case]] = {
+    **{name: found for name, stage in gpu.GRID_STAGES.items() if (found := cases_of(stage))},
+}
+TESTS = "tests"
+
+
+class CannotFill(Exception):
+    """The cache cannot be filled; the message is one line."""
 
 
 class Pretended(Cpu):
@@ -43,6 +64,7 @@ class Pretended(Cpu):
     name = "cuda"
 
 
+@functools.cache
 def triton_key(libtriton: Path) -> str:
     """What Triton's cache keys say of Triton, where the compiled library is another one (triton.runtime.cache)."""
     import triton
@@ -111,30 +133,23 @@ def compiling(arch: str, libtriton: str | Path | None) -> Iterator[Compiled]:
         yield compiled
 
 
-def compile_cases(wanted: list[cases.Case], arch: str, libtriton: Path | None) -> tuple[list[str], float]:
-    """The hashes of what the cases launch, and the seconds of processor time that it took."""
+def compile_cases(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None) -> int:
+    """Compile what the cases launch. Returns how many errors there were; each is printed."""
     torch.set_num_threads(1)
-    start = time.process_time()
     with compiling(arch, libtriton) as compiled:
-        for case in wanted:
-            if not measure.compile_kernels(case, Pretended()):
-                print(f"fails: {case}", file=sys.stderr, flush=True)
-    for error in compiled.errors:
-        print(f"does not compile: {error}", file=sys.stderr, flush=True)
-    return compiled.hashes, time.process_time() - start
+        errors = [f"fails: {case}" for case in wanted if not measure.compile_kernels(case, Pretended())]
+    errors += [f"does not compile: {error}" for error in compiled.errors]
+    for error in errors:
+        print(error, file=sys.stderr, flush=True)
+    return len(errors)
 
 
-def fill(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None, jobs: int) -> tuple[set[str], float]:
+def fill(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None, jobs: int) -> int:
     """`compile_cases` in several processes."""
-    found: set[str] = set()
-    seconds = 0.0
+    different = {replace(case, T=min(2, case.T)): None for case in wanted}  # measure.compile_kernels goes no further
     with ProcessPoolExecutor(jobs) as pool:
-        futures = [pool.submit(compile_cases, [case], arch, libtriton) for case in dict.fromkeys(wanted)]
-        for future in futures:
-            hashes, took = future.result()
-            found.update(hashes)
-            seconds += took
-    return found, seconds
+        futures = [pool.submit(compile_cases, [case], arch, libtriton) for case in different]
+        return sum(future.result() for future in futures)
 
 
 def compile_tests(arch: str, libtriton: Path | None, jobs: int, *more: str) -> int:
@@ -147,53 +162,67 @@ def compile_tests(arch: str, libtriton: Path | None, jobs: int, *more: str) -> i
     command = [sys.executable, "-m", "pytest", *GPU_TESTS, "-m", "gpu", "-q", "-p", "bench.pretend", "--arch", arch]
     command += [] if libtriton is None else ["--libtriton", str(libtriton.resolve())]
     command += [] if jobs == 1 else ["-n", str(jobs), "--dist", "worksteal"]
-    return subprocess.run([*command, *more], cwd=ROOT).returncode
+    return subprocess.run([*command, *more], cwd=results.ROOT).returncode
 
 
-def pack(folder: Path, target: Path) -> int:
-    """The cache folder as a .tar.xz with absolute names, of only what a hit needs. Returns its bytes."""
+def pack(folder: Path, target: Path) -> None:
+    """The cache folder as a .tar.xz with absolute names, of only what a hit needs."""
     with tarfile.open(target, "w:xz") as archive:
         for path in sorted(folder.rglob("*")):
             if path.name.endswith(NEEDED):
-                archive.add(path, arcname=str(path.resolve()).lstrip("/"))
-    return target.stat().st_size
+                content = path.read_bytes()
+                if path.name.startswith(GROUP):
+                    content = without_unneeded(content)
+                entry = tarfile.TarInfo(str(path).lstrip("/"))
+                entry.size, entry.mtime = len(content), int(time.time())
+                archive.addfile(entry, io.BytesIO(content))
 
 
-def wanted_cases(stages: Iterable[str]) -> Iterator[cases.Case]:
-    """The cases of some stages of `bench gpu` in which the kernels take part."""
-    for name in stages:
-        stage = gpu.GRID_STAGES[name]
-        for case, systems in cases.work_list(stage.grid, blocks=stage.blocks):
-            if cases.OURS in stage.systems(systems):
-                yield case
+def without_unneeded(group: bytes) -> bytes:
+    """Triton's list of a kernel's files, less those that are not packed: Triton 3.9 takes none if one is missing."""
+    listed = json.loads(group)
+    listed["child_paths"] = {name: path for name, path in listed["child_paths"].items() if name.endswith(NEEDED)}
+    return json.dumps(listed).encode()
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.cache", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arch", default="sm_90", help="of the GPU")
-    parser.add_argument("--stages", default="headline,common,stacks", help="stages of `bench gpu`; or tests")
-    parser.add_argument("--libtriton", type=Path, help="triton/_C/libtriton.so of the other machine's Triton")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, required=True, help="a .tar.xz, to be unpacked with `tar xJf FILE -C /`")
-    chosen = parser.parse_args(arguments)
+def processor_seconds() -> float:
+    """Of this process, and of those started by it that are over."""
+    return sum(os.times()[:4])
+
+
+def cache_folder() -> Path:
+    """Triton's, which the user has to name. Raises CannotFill where it cannot be filled."""
     folder = os.environ.get("TRITON_CACHE_DIR")
     if folder is None or not Path(folder).is_absolute():
-        parser.error("TRITON_CACHE_DIR must name a folder by its whole path, the same as on the other machine")
+        raise CannotFill("TRITON_CACHE_DIR must name a folder by its whole path, the same as on the other machine")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise CannotFill("TRITON_INTERPRET=1 is set: interpreted kernels are not compiled")
+    if importlib.util.find_spec("triton") is None:
+        raise CannotFill("needs the package triton")
+    return Path(folder)
+
+
+def fill_and_pack(stages: list[str], arch: str, out: Path, libtriton: Path | None, jobs: int) -> int:
+    """Compile what the stages launch, and pack the cache folder. Returns 1 if anything did not compile, else 0."""
+    if unknown := [name for name in stages if name not in (*STAGES, TESTS)]:
+        raise cases.UnknownName(f"unknown stage {unknown[0]!r}: choose from {', '.join([*STAGES, TESTS])}")
+    if libtriton is not None and not libtriton.is_file():
+        raise CannotFill(f"no such file: {libtriton}")
+    folder = cache_folder()
+    results.require_writable(out.resolve().parent)
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
-    stages = chosen.stages.split(",")
-    if unknown := [name for name in stages if name not in (*gpu.GRID_STAGES, "tests")]:
-        parser.error(f"unknown stage {unknown[0]!r}: choose from {', '.join([*gpu.GRID_STAGES, 'tests'])}")
-    start = time.monotonic()
-    grids = [name for name in stages if name != "tests"]
-    if grids:
-        hashes, seconds = fill(wanted_cases(grids), chosen.arch, chosen.libtriton, chosen.jobs)
-        print(f"{len(hashes)} kernels of {', '.join(grids)}: {seconds:.0f} seconds of processor time")
-    if "tests" in stages:
-        compile_tests(chosen.arch, chosen.libtriton, chosen.jobs)
-    size = pack(Path(folder), chosen.out)
-    print(f"{chosen.out}: {size / 1e6:.1f} MB after {time.monotonic() - start:.0f} seconds")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    there = len(list(folder.rglob("*.cubin")))
+    start, seconds = time.monotonic(), processor_seconds()
+    failed = fill([case for name in stages if name != TESTS for case in STAGES[name]], arch, libtriton, jobs)
+    if TESTS in stages:
+        failed += compile_tests(arch, libtriton, jobs) != 0
+    kernels = len(list(folder.rglob("*.cubin")))
+    print(
+        f"{kernels - there} kernels compiled in {processor_seconds() - seconds:.0f} seconds of processor time, "
+        f"{time.monotonic() - start:.0f} seconds by the clock; {there} were there before"
+    )
+    pack(folder, out)
+    size = out.stat().st_size
+    print(f"{out}: {kernels} kernels, {size / 1e6:.1f} MB, {size / max(1, kernels):.0f} bytes a kernel")
+    print(f"unpack it with: tar xJf {out.name} -C /   and set TRITON_CACHE_DIR={folder}")
+    return int(failed > 0)

@@ -100,7 +100,7 @@ class System:
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
     def why_missing(self, case: Case, device: Cpu) -> str | None:
-        if case.dtype == "tf32" and device.torch_device.type == "cpu":
+        if case.dtype == "tf32" and device.name != "cuda":
             return "a CPU has no TF32"
         if reason := self.refuses(case, device):
             return reason

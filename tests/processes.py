@@ -8,10 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def output_of_python(*arguments: str) -> str:
-    """What `python ARGUMENTS`, started in the project's folder, prints; it has to end well."""
+def output_of_python(*arguments: str, cwd: Path = ROOT) -> str:
+    """What `python ARGUMENTS`, started in the project's folder or a copy of it, prints; it has to end well."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout

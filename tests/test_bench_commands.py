@@ -51,6 +51,10 @@ def bench(*arguments: str, **options) -> subprocess.CompletedProcess:
         ),
         (["gpu", "--budget", "9", "--out", "/proc/nowhere", "--device", "cpu"], "gpu: cannot write into /proc/nowhere"),
         (["gpu", "--budget", "soon", "--out", "x"], "gpu: argument --budget: must be a number above 0, got 'soon'"),
+        (["cache", "--out", "x", "--stages", "dance"], "cache: unknown stage 'dance': choose from smoke"),
+        (["cache", "--out", "x", "--arch", "gfx942"], "cache: argument --arch: invalid choice: 'gfx942'"),
+        (["cache", "--out", "x", "--libtriton", "/nowhere"], "cache: no such file: /nowhere"),
+        (["cache", "--out", "x"], "cache: TRITON_CACHE_DIR must name a folder by its whole path"),
         (["tune", "--hidden", "0"], "tune: argument --hidden: must be a whole number of at least 1, got '0'"),
         (["tune", "--device", "cpu"], "tune: device 'cpu': the kernels do not run on it"),
         (["report", "--results", "/nowhere"], "report: cannot read /nowhere: no such folder"),
@@ -58,7 +62,8 @@ def bench(*arguments: str, **options) -> subprocess.CompletedProcess:
         ([], "the following arguments are required"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments: list[str], message: str) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments: list[str], message: str) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     try:
         code = main(arguments)
     except SystemExit as leaving:
