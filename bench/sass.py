@@ -17,7 +17,7 @@ cores, and the peers' own delay are left out: a lower bound to compare versions 
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,7 @@ REGISTER_UNIT = 256  # a warp has a multiple of so many
 
 # What a warp's threads do together, beside products (...MMA): PTX's instructions for all threads, and aligned barriers.
 TOGETHER = ("BAR", "ELECT", "LDSM", "LDTM", "MATCH", "MOVM", "REDUX", "SHFL", "STSM", "STTM", "VOTE", "WARPGROUP")
+MEET = ("WARPSYNC", "BSYNC")  # where threads of a warp that went different ways wait for each other
 LEAD_ANYWHERE = ("BRX", "BRXU", "JMP", "JMX", "JMXU")
 
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;?\s*/\* 0x[0-9a-f]{16} \*/")
@@ -263,6 +264,40 @@ class Scan:
                 if not self._by_vote(position):
                     found |= self._reached_first(set(self.following[position]) - wait.positions)
         return [self.code[position] for position in sorted(found)]
+
+    @cached_property
+    def held_up(self) -> list[Instruction]:
+        """Where threads that give up a wait (TRAP) first wait for others of their warp, who wait for them elsewhere.
+
+        Such a scan would never end, where some threads of a warp have their values and others wait in vain.
+        """
+        found: set[int] = set()
+        for wait in self.waits:
+            leaving = [at for at in wait.positions if not self._by_vote(at)]
+            left = [after for at in leaving for after in self.following[at] if after not in wait.positions]
+            meetings = self._until(left, MEET)
+            if len(meetings) > 1:
+                found |= {
+                    at for at in meetings if any(self._traps(each) for each in self._until(self.following[at], ()))
+                }
+        return [self.code[position] for position in sorted(found)]
+
+    def _until(self, positions: Iterable[int], opcodes: Collection[str]) -> set[int]:
+        """The first instructions with one of the opcodes on all ways from these positions on; with none, all TRAPs."""
+        found, seen, left = set(), set(), list(positions)
+        while left:
+            position = left.pop()
+            if position in seen:
+                continue
+            seen.add(position)
+            if self.code[position].opcode in opcodes or (not opcodes and self._traps(position)):
+                found.add(position)
+            elif self.code[position].opcode not in MEET and not self.code[position].together:
+                left += self.following[position]
+        return found
+
+    def _traps(self, position: int) -> bool:
+        return "TRAP" in self.code[position].modifiers
 
     def _test_before(self, wait: Loop) -> list[int]:
         """The branch, if there is one, past a wait whose condition is tested at its end: between request and wait."""

@@ -35,7 +35,7 @@ def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED, TOGETHER):
         return [*(marks("bits", value) if by_maximum else [f"mov.b32 bits, {value};"]), f"and.b32 bits, bits, ${mask};"]
 
     lines = [f"mov.b32 ${word}, ${COUNT * words + word};" for word in range(COUNT * words)]
-    lines += ["mov.b32 polls, 0;", "again:", "mov.b32 all, 0;"]
+    lines += ["mov.b32 polls, 0;", *([] if TOGETHER else ["setp.ne.b32 late, polls, 0;"]), "again:", "mov.b32 all, 0;"]
     for number, vector in enumerate(vectors):
         lines += [f"mov.b32 seen{number}, 0;"]
         for word in vector:
@@ -45,14 +45,17 @@ def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED, TOGETHER):
     lines += [*is_missing("all"), "setp.ne.b32 yes, bits, 0;"]
     lines += ["vote.sync.any.pred yes, yes, 0xFFFFFFFF;"] if TOGETHER else []
     lines += ["@!yes bra received;"]
-    lines += ["add.u32 polls, polls, 1;", f"setp.gt.u32 late, polls, {MOST_POLLS};", "@late trap;"]
+    # A late thread gives up where it has met those of its warp that are not late. In the loop it might wait for them
+    # first, unless the threads of a warp stay together all the time.
+    lines += ["add.u32 polls, polls, 1;", f"setp.gt.u32 late, polls, {MOST_POLLS};"]
+    lines += ["@late trap;"] if TOGETHER else ["@late bra received;"]
     for number, vector in enumerate(vectors):
         chunk, word = divmod(vector[0], words)
         source = f"[${address + word * 32 // BITS} + {chunk * CHUNK_BYTES}]"
         target = "{" + ", ".join(f"${word}" for word in vector) + "}" if width > 1 else f"${vector[0]}"
         load = f"@yes ld.relaxed.gpu.global{f'.v{width}' if width > 1 else ''}.b32 {target}, {source};"
         lines += [*is_missing(f"seen{number}"), "setp.ne.b32 yes, bits, 0;", load]
-    lines += ["bra again;", "received:"]
+    lines += ["bra again;", "received:", *([] if TOGETHER else ["@late trap;"])]
     seen = ", ".join(f"seen{number}" for number in range(len(vectors)))
     return "\n".join(["{", ".reg .pred yes, late;", f".reg .b32 bits, all, polls, {seen};", *lines, "}"])
 

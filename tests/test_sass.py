@@ -31,7 +31,7 @@ CASES = {
         ("headline", Case("backward", "sm_90", 768, 16, "float16")),
         ("headline tf32", Case("forward", "sm_90", 768, 16, "tf32")),
         ("headline float32", Case("forward", "sm_90", 768, 16, "float32")),  # waits for one group after the other
-        ("ragged, several tiles", Case("backward", "sm_90", 256, 256, "bfloat16", ragged=True)),
+        ("ragged, several tiles", Case("backward", "sm_90", 768, 256, "float16", ragged=True)),
         ("four layers", Case("forward", "sm_90", 256, 16, "bfloat16", lanes=4, chained=True, dropout=True)),
         ("weights read every step", Case("forward", "sm_90", 2048, 16, "tf32")),
         ("small", Case("backward", "sm_90", 64, 16, "float16")),
@@ -130,6 +130,23 @@ def test_threads_meet_after_every_wait(kernel: Kernel) -> None:
     assert len(kernel.scan.waits) == waits_of(kernel.plan)
     assert any("MMA" in kernel.scan.code[position].opcode for position in kernel.scan.time_loop.positions)
     assert kernel.scan.reached_apart == []
+
+
+def test_threads_that_give_up_end_the_launch(kernel: Kernel) -> None:
+    assert any("TRAP" in each.modifiers for each in kernel.scan.code)
+    assert kernel.scan.held_up == []
+
+
+@pytest.mark.parametrize("late", [["BSYNC B0"], []])
+def test_threads_that_are_held_up_are_found(late: list[str]) -> None:
+    """As the assembler did where threads gave up within the loop: those that go on meet in another place."""
+    poll = ["@P3 BRA `(.L_x_4)", "@P0 LDG.E.128.STRONG.GPU R4, [R2.64]", "@P0 BRA `(.L_x_0)", "WARPSYNC.ALL"]
+    texts = ["BSSY B0, `(.L_x_4)", "NOP", *poll, "HMMA.16816.F32 R8, R4, R6, R8", "@P2 BRA `(.L_x_3)", "EXIT"]
+    scan = Scan(
+        [sass.Instruction(text, 1, 7, 7, 0) for text in [*texts, *late, "BPT.TRAP 0x1"]],
+        {"L_x_3": 1, "L_x_0": 2, "L_x_4": len(texts)},
+    )
+    assert [each.text for each in scan.held_up] == late
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
