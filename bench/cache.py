@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ from unittest import mock
 
 import torch
 
-from . import cases, gpu, measure, results
+from . import cases, contact, gpu, measure, results
 from .devices import Cpu
 
 GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_pytorch.py")
@@ -49,8 +49,11 @@ def cases_of(stage: gpu.Stage) -> list[cases.Case]:
 
 # What each stage launches. Besides there is the stage "tests": compile_tests.
 STAGES: dict[str, Iterable[cases.Case]] = {
+    "contact": contact.CASES,
     **{name: found for name, stage in gpu.GRID_STAGES.items() if (found := cases_of(stage))},
 }
+# What a stage launches besides its cases, on a given device.
+BESIDES: dict[str, Callable[[Cpu], None]] = {"contact": contact.launch_besides}
 TESTS = "tests"
 
 
@@ -135,20 +138,34 @@ def compiling(arch: str, libtriton: str | Path | None) -> Iterator[Compiled]:
 
 def compile_cases(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None) -> int:
     """Compile what the cases launch. Returns how many errors there were; each is printed."""
+    return compile_launched(
+        lambda device: [case for case in wanted if not measure.compile_kernels(case, device)], arch, libtriton
+    )
+
+
+def compile_besides(stage: str, arch: str, libtriton: Path | None) -> int:
+    """Compile what a stage launches besides its cases. Returns how many errors there were."""
+    return compile_launched(BESIDES[stage], arch, libtriton)
+
+
+def compile_launched(launch: Callable[[Cpu], list[cases.Case] | None], arch: str, libtriton: Path | None) -> int:
+    """Compile whatever a function launches on a device. It returns what failed."""
     torch.set_num_threads(1)
     with compiling(arch, libtriton) as compiled:
-        errors = [f"fails: {case}" for case in wanted if not measure.compile_kernels(case, Pretended())]
+        errors = [f"fails: {case}" for case in launch(Pretended()) or ()]
     errors += [f"does not compile: {error}" for error in compiled.errors]
     for error in errors:
         print(error, file=sys.stderr, flush=True)
     return len(errors)
 
 
-def fill(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None, jobs: int) -> int:
-    """`compile_cases` in several processes."""
+def fill(stages: Iterable[str], arch: str, libtriton: Path | None, jobs: int) -> int:
+    """Compile what stages launch, in several processes. Returns how many errors there were."""
+    wanted = [case for name in stages for case in STAGES[name]]
     different = {replace(case, T=min(2, case.T)): None for case in wanted}  # measure.compile_kernels goes no further
     with ProcessPoolExecutor(jobs) as pool:
-        futures = [pool.submit(compile_cases, [case], arch, libtriton) for case in different]
+        futures = [pool.submit(compile_besides, name, arch, libtriton) for name in stages if name in BESIDES]
+        futures += [pool.submit(compile_cases, [case], arch, libtriton) for case in different]
         return sum(future.result() for future in futures)
 
 
@@ -213,7 +230,7 @@ def fill_and_pack(stages: list[str], arch: str, out: Path, libtriton: Path | Non
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
     there = len(list(folder.rglob("*.cubin")))
     start, seconds = time.monotonic(), processor_seconds()
-    failed = fill([case for name in stages if name != TESTS for case in STAGES[name]], arch, libtriton, jobs)
+    failed = fill([name for name in stages if name != TESTS], arch, libtriton, jobs)
     if TESTS in stages:
         failed += compile_tests(arch, libtriton, jobs) != 0
     kernels = len(list(folder.rglob("*.cubin")))

@@ -22,16 +22,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from . import cases, devices, results
+from . import cases, devices, measure, results
 from .cases import BASELINE, FLOOR, OURS, Case
-from .contact_worker import CHANGES
+from .contact_worker import CHANGES, plans_to_try
 from .gpu import Session, append, ending_children
 from .results import JsonObject
 from .watchdog import OutOfBudget, Watchdog
 
+if TYPE_CHECKING:
+    from lstm_triton.planner import Kind
+
 BOTH = "forward+backward"
+MODES: tuple[tuple[Kind, str], ...] = (("forward", "forward"), ("backward", BOTH))  # what shows a scan's time
 DTYPES = ("float16", "bfloat16", "tf32", "float32")
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "compute_mode")
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--print-limit", "20")
@@ -72,6 +76,7 @@ TIMED = (
 )
 HOST = layer("float16", 16, 16, 256, 256)
 REHEARSED = 7  # cases of each step in a rehearsal
+CASES = (*CHECKS, *TIMED, HOST)
 MOST_FAILURES = 4  # layers, after which no more are tried: something is wrong from the ground up
 EXPLAINED = 2  # of them, how many are tried with other plans
 CANDIDATES = 5  # plans that are timed for each scan of the headline
@@ -154,6 +159,20 @@ def in_words(missing: JsonObject | str) -> str:
     return f"{lane}, first in step {missing['step']}: batch rows {rows}, units {units}{programs}"
 
 
+def launch_besides(device: devices.Cpu) -> None:
+    """Launch what this command launches besides its cases, for the sake of Triton's cache (bench.cache)."""
+    from lstm_triton import planner
+
+    from . import handoff
+
+    handoff.times(device)
+    for kind, mode in MODES:
+        case = replace(HEADLINE, mode=mode)
+        for _, plan in plans_to_try(case, device, kind, CANDIDATES):
+            with planner.forced(planner.Plan(**plan), kind):
+                measure.compile_kernels(case, device)
+
+
 @dataclass
 class Contact:
     """One call of the command."""
@@ -170,6 +189,7 @@ class Contact:
     times: list[TimeRow] = field(default_factory=list)
     answers: dict[str, str] = field(default_factory=dict)  # what was asked, and what came out
     failed: list[tuple[Case, JsonObject]] = field(default_factory=list)
+    kernels: tuple[int, int] = (0, 0)  # found in Triton's cache, and compiled
     right: int = 0
     status: int = 0
     skipped: list[str] = field(default_factory=list)
@@ -242,6 +262,8 @@ class Contact:
         for case in self.sizes(CHECKS):
             outcome = self.ask(self.checking, {"check": cases.as_dict(case), "change": None})
             self.write("check", case=cases.as_dict(case), **outcome)
+            found, compiled = outcome.get("kernels", (0, 0))
+            self.kernels = self.kernels[0] + found, self.kernels[1] + compiled
             verdict, good = verdict_of(outcome)
             self.say(f"{title(case)}: {verdict}")
             if good:
@@ -251,6 +273,8 @@ class Contact:
             if len(self.failed) == MOST_FAILURES:
                 self.say(f"{MOST_FAILURES} layers failed: no more are tried")
                 break
+        self.answers["kernel cache"] = "of these layers' kernels {} were found, {} compiled".format(*self.kernels)
+        self.say(f"kernel cache: {self.answers['kernel cache']}")
 
     def explain_failures(self) -> None:
         """The first failures again, each in a child of its own: as they are, with other plans, under a sanitizer."""
@@ -295,7 +319,7 @@ class Contact:
     def plans_to_try(self, case: Case) -> list[tuple[str, str, JsonObject]]:
         """(mode, label, {"kind", "plan"}): what is measured beside the planner's choices for a layer."""
         found = []
-        for kind, mode in (("forward", "forward"), ("backward", BOTH)):
+        for kind, mode in MODES:
             outcome = self.ask(self.checking, {"plans": cases.as_dict(case), "kind": kind, "most": CANDIDATES})
             self.write("plans", case=cases.as_dict(case), kind=kind, **outcome)
             for label, plan in outcome.get("result", ()):

@@ -8,7 +8,7 @@ Out:  {"ready": provenance}             once
       {"phase": text}                   before anything that may crash or never come back
       {"hang": {"in", "missing"}}       the last words: a kernel does not end; what its programs have not published
       {"error": text, "lost": bool}     an answer; if "lost", the device is gone and the process ends
-      {"result": ...}                   an answer
+      {"result": ..., "kernels"}        an answer; how many kernels Triton found in its cache, and compiled
 
 Forward and backward are looked at one after the other, so that each can be told to be right. A kernel that does not end
 keeps the device busy but not the copy engine: what has been published is read on a second stream while it runs.
@@ -30,7 +30,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from . import cases, measure, results, worker
+from . import cases, hits, measure, results, worker
 from .cases import Case
 from .devices import Cpu, tf32
 from .results import JsonObject
@@ -405,7 +405,9 @@ def answer(question: JsonObject, watch: Watch, say: Say) -> Any:
 
 def reply(question: JsonObject, watch: Watch, say: Say) -> None:
     try:
-        say(result=answer(question, watch, say))
+        with hits.counting() as kernels:
+            result = answer(question, watch, say)
+        say(result=result, kernels=[len(kernels.found), len(kernels.compiled)])
     except Hangs as hang:
         say(hang={"in": hang.args[0], "missing": hang.args[1]})
         os._exit(7)  # a context whose kernel does not end cannot be left in another way

@@ -39,7 +39,7 @@ def bench(*arguments: str, **options) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--grid", "huge"], "run: unknown grid 'huge': choose from smoke"),
+        (["run", "--grid", "huge"], "run: unknown grid 'huge': choose from contact"),
         (["run", "--systems", "lstm_triton,keras"], "run: unknown system 'keras': choose from lstm_triton"),
         (["run", "--device", "tpu"], "run: unknown device 'tpu': choose from cpu"),
         (["run", "--out", "/proc/nowhere/results.json"], "run: cannot write into /proc/nowhere"),
@@ -51,7 +51,7 @@ def bench(*arguments: str, **options) -> subprocess.CompletedProcess:
         ),
         (["gpu", "--budget", "9", "--out", "/proc/nowhere", "--device", "cpu"], "gpu: cannot write into /proc/nowhere"),
         (["gpu", "--budget", "soon", "--out", "x"], "gpu: argument --budget: must be a number above 0, got 'soon'"),
-        (["cache", "--out", "x", "--stages", "dance"], "cache: unknown stage 'dance': choose from smoke"),
+        (["cache", "--out", "x", "--stages", "dance"], "cache: unknown stage 'dance': choose from contact"),
         (["cache", "--out", "x", "--arch", "gfx942"], "cache: argument --arch: invalid choice: 'gfx942'"),
         (["cache", "--out", "x", "--libtriton", "/nowhere"], "cache: no such file: /nowhere"),
         (["cache", "--out", "x"], "cache: TRITON_CACHE_DIR must name a folder by its whole path"),
