@@ -125,10 +125,9 @@ def _install() -> None:
         elif function.__module__ in prepared:
             return None
         languages = {each.__name__ for each in function.__globals__.values() if each is tl or each is tl.core}
-        if languages and languages <= prepared:
-            return None
+        is_prepared = bool(languages) and languages <= prepared
         prepared.update(languages, {function.__module__})
-        return plain_patch(function)
+        return None if is_prepared else plain_patch(function)
 
     interpreter._patch_lang = patch_lang
 

@@ -120,18 +120,19 @@ class Semantic(tl.semantic.TritonSemantic):  # type: ignore[misc]
     broadcasts: ClassVar[dict[Types, Types]] = {}
 
     def binary_op_type_checking_impl(self, lhs: Any, rhs: Any, *options: Any, **keywords: Any) -> Types:
-        given = lhs, rhs
         # The digits of a number tell 0, 0.0, -0.0 and False apart, which are equal.
-        key = *(each.type if isinstance(each, tl.tensor) else repr(each) for each in given), options, *keywords.items()
+        left = lhs.type if isinstance(lhs, tl.tensor) else repr(lhs)
+        right = rhs.type if isinstance(rhs, tl.tensor) else repr(rhs)
+        key = left, right, *options, *keywords.items()
         wanted = self.operands.get(key)
         if wanted is not None:
             return self._with_type(lhs, wanted[0]), self._with_type(rhs, wanted[1])
-        left, right = super().binary_op_type_checking_impl(lhs, rhs, *options, **keywords)
+        found = super().binary_op_type_checking_impl(lhs, rhs, *options, **keywords)
         self.operands[key] = (
-            left.type if isinstance(lhs, tl.tensor) else left,
-            right.type if isinstance(rhs, tl.tensor) else right,
+            found[0].type if isinstance(lhs, tl.tensor) else found[0],
+            found[1].type if isinstance(rhs, tl.tensor) else found[1],
         )
-        return left, right
+        return found  # type: ignore[no-any-return]
 
     def _with_type(self, operand: Any, wanted: Any) -> Any:
         if isinstance(wanted, tl.tensor):  # the operand is a number
@@ -152,7 +153,7 @@ class Semantic(tl.semantic.TritonSemantic):  # type: ignore[misc]
         """An operand of the wanted scalar type in the wanted shape."""
         if operand.type is wanted:
             return operand
-        data = numpy.empty(tuple(wanted.shape), operand.handle.data.dtype)
+        data = numpy.empty(wanted.shape.values, operand.handle.data.dtype)
         data[...] = operand.handle.data
         return tl.tensor(interpreter.TensorHandle(data, wanted.scalar), wanted)
 
