@@ -66,8 +66,11 @@ def _install() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 
+    from . import shortcuts
+
     if not hasattr(interpreter.InterpretedFunction, "run"):
         raise RuntimeError("interpreting the kernels needs Triton 3.6 or later")
+    shortcuts.install()
     builder = interpreter.interpreter_builder
     schedule = _Schedule(builder, greenlet.greenlet, greenlet.getcurrent)
 
@@ -115,13 +118,16 @@ def _install() -> None:
     prepared: set[str] = set()
 
     def patch_lang(function: Any) -> Any:
-        # Triton prepares the language anew for every function that a program calls: once a module and launch is enough.
+        # Triton prepares the language anew for every function that a program calls: once a launch is enough, for each
+        # of the two modules that functions may know it by.
         if schedule.scheduler is None:
             prepared.clear()
         elif function.__module__ in prepared:
             return None
-        prepared.add(function.__module__)
-        return plain_patch(function)
+        languages = {each.__name__ for each in function.__globals__.values() if each is tl or each is tl.core}
+        is_prepared = bool(languages) and languages <= prepared
+        prepared.update(languages, {function.__module__})
+        return None if is_prepared else plain_patch(function)
 
     interpreter._patch_lang = patch_lang
 

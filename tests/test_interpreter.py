@@ -1,9 +1,13 @@
 """The cooperative interpreter: programs take turns, schedules repeat, deadlocks are found."""
 
+import itertools
+import math
 import os
 import subprocess
 import sys
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -88,6 +92,62 @@ def test_bfloat16_rounds_to_nearest() -> None:
     with interpreter.interpret():
         round_off[(1,)](values, result)
     torch.testing.assert_close(result, values.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+OPERATIONS: dict[str, tuple[Any, ...]] = {
+    "add": (False,), "sub": (False,), "truediv": (), "floordiv": (), "and_": (), "less_than": (),
+    "broadcast_impl_value": (),
+}  # fmt: skip
+
+
+def operands() -> list[Any]:
+    """Numbers, and tensors of all kinds of elements and of shapes that fit each other or do not."""
+    import triton.language as tl
+    from triton.runtime import interpreter as triton_interpreter
+
+    found: list[Any] = [0, -1, 2**40, 0.0, -0.0, 2.5, False]
+    kinds = (tl.int1, tl.int32, tl.uint32, tl.bfloat16, tl.float32, tl.pointer_type(tl.float32))
+    for dtype, shape in itertools.product(kinds, ((), (4, 1), (1, 2), (4, 2))):
+        values = numpy.arange(1, 1 + math.prod(shape)).astype(triton_interpreter._get_np_dtype(dtype))
+        handle = triton_interpreter.TensorHandle(values.reshape(shape or 1), dtype)
+        found.append(tl.tensor(handle, tl.block_type(dtype, list(shape)) if shape else dtype))
+    return found
+
+
+def outcome(semantic: Any, name: str, left: Any, right: Any) -> list[Any]:
+    """Types, shapes and bits of an operation's results, or its error."""
+    try:
+        results = getattr(semantic, name)(left, right, *OPERATIONS[name])
+    except Exception as error:
+        return [type(error), str(error)]
+    found = []
+    for each in results if isinstance(results, tuple) else (results,):
+        data = each.handle.data
+        found += [each.type, each.handle.dtype, data.shape, data.dtype, data.tobytes()]
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # divisions by 0, and numbers that are too large
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_shortcuts_lead_to_what_triton_gives(name: str) -> None:
+    """Results and errors, at the first time and where types are known already."""
+    import triton.language as tl
+    from triton.runtime import interpreter as triton_interpreter
+
+    from lstm_triton.kernels import gates
+
+    with interpreter.interpret():
+        ours = triton_interpreter.interpreter_semantic
+    triton_own = tl.semantic.TritonSemantic(triton_interpreter.interpreter_builder)
+    assert type(ours) is not type(triton_own)
+    language = triton_interpreter._patch_lang(gates.tanh.fn)  # as it is while a kernel runs
+    try:
+        for left, right in itertools.product(operands(), operands()):
+            expected = outcome(triton_own, name, left, right)
+            for _ in range(2):
+                assert outcome(ours, name, left, right) == expected, (left, right)
+    finally:
+        language.restore()
 
 
 def test_off_by_default_and_nested() -> None:
