@@ -250,8 +250,8 @@ def test_exported_program_runs_without_this_library(tmp_path: Path) -> None:
             "T",
             marks=pytest.mark.xfail(
                 TorchVersion(torch.__version__) < "2.13",
-                raises=torch._inductor.exc.InductorError,
-                reason="AOTInductor of PyTorch 2.11 cannot compile the loop (its `scan`)",
+                raises=(torch._inductor.exc.InductorError, AssertionError),  # 2.11 and 2.9
+                reason="AOTInductor of PyTorch 2.9 and 2.11 cannot compile the loop (its `scan`) for open T",
             ),
         ),
         "B",
