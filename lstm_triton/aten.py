@@ -221,10 +221,10 @@ def scan_layers(
     outputs, ends = [], []
     for lane in range(lanes):
         weight_ih, weight_hh, *others = weights[size * lane : size * (lane + 1)]
-        weight_hr = others.pop() if projected else None
+        weight_hr = others[-1] if projected else None
         states = [None if each is None else each[lane] for each in (h_0, c_0, h_reset, c_reset)]
         output, *end = one_layer(
-            input, *states[:2], weight_ih, weight_hh, *(others or (None, None)), weight_hr,
+            input, *states[:2], weight_ih, weight_hh, *(others[:2] if bias else (None, None)), weight_hr,
             reverse=lane % directions == 1, h_reset=states[2], c_reset=states[3], ragged=ragged,
             return_cells=return_cells,
         )  # fmt: skip

@@ -8,8 +8,19 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
+from torch.torch_version import TorchVersion
 
 from .ragged import Ragged
+
+# In PyTorch 2.11, `scan` hands no gradient from step to step where the initial states need none: the gradients of the
+# weights are then wrong, and nothing says so. PyTorch 2.13 is right; 2.12 has not been tried.
+_SCAN_NEEDS_STATES_WITH_GRADIENTS = TorchVersion(torch.__version__) < "2.13"
+
+
+def _needing_gradients_like(others: list[Tensor | None], state: Tensor) -> Tensor:
+    """A copy of the state that needs a gradient if any of the others does: none of their elements are appended."""
+    nothing = torch.cat([other.flatten()[:0] for other in others if other is not None])
+    return torch.cat((state, nothing.view(0, state.shape[1])))
 
 
 def layer(
@@ -59,6 +70,9 @@ def layer(
         shown = torch.where(is_step, h, 0), torch.where(is_step, c, 0)
         return (torch.where(is_step, h, h_before), torch.where(is_step, c, c_before)), shown
 
+    if _SCAN_NEEDS_STATES_WITH_GRADIENTS:
+        others = [gates, weight_hh, bias_hh, weight_hr, h_0, c_0, h_anew, c_anew]
+        h_0, c_0 = _needing_gradients_like(others, h_0), _needing_gradients_like(others, c_0)
     (h_n, c_n), (output, cells) = scan(step, (h_0, c_0), (gates, *masks), reverse=reverse)
     if ragged is not None:
         output, cells = output.flatten(0, 1), cells.flatten(0, 1)

@@ -428,7 +428,7 @@ def _layer_function(call: Call) -> Callable[..., tuple[Tensor, ...]] | None:
     interrupted = call.lengths is not None or call.resets is not None
     if transforms.need_formula() or (transforms.active() and (interrupted or not dense)):
         return lstm_layer
-    if torch.compiler.is_exporting() and dense:
+    if transforms.exporting() and dense:
         fixed = not torch.compiler.is_dynamo_compiling() and isinstance(call.time_steps, int)
         if fixed and not interrupted and not call.return_cells:
             return None  # one call of PyTorch's own function, for this number of time steps

@@ -10,6 +10,8 @@ import torch
 import lstm_triton
 from lstm_triton.planner import Device
 
+# Pairs of PyTorch and Triton that the tests ran with: `.ci/versions`, and `.ci/run`. README.md names the same ones.
+TESTED = (("2.9.1", "3.5.1"), ("2.11.0", "3.6.0"), ("2.13.0", "3.9.0"), ("2.14.1", "3.8.0"))
 SEQ_LEN, BATCH_SIZE, SIZE = 16, 16, 512  # of the example whose path is explained
 
 
@@ -19,6 +21,7 @@ def run() -> int:
     print(f"Python      {platform.python_version()} on {platform.platform()}")
     print(f"PyTorch     {torch.__version__}, {accelerator_libraries()}")
     print(f"Triton      {installed_version('triton')}")
+    print(f"This pair   {tested(torch.__version__, installed_version('triton'))}")
 
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
@@ -44,6 +47,17 @@ def accelerator_libraries() -> str:
         cudnn = torch.backends.cudnn.version()
         return f"CUDA {torch.version.cuda}, cuDNN {cudnn or 'not usable here'}"
     return "built without CUDA and ROCm"
+
+
+def tested(pytorch: str, triton: str) -> str:
+    """Whether this release of lstm-triton was tested with these versions, in words; otherwise with which."""
+    if (pytorch.split("+")[0], triton) in TESTED:  # whatever it was built for: "2.11.0+cu130"
+        return "tested with this release"
+    return f"not tested with this release; tested: {tested_pairs()}"
+
+
+def tested_pairs() -> str:
+    return ", ".join(f"PyTorch {pytorch} with Triton {triton}" for pytorch, triton in TESTED)
 
 
 def installed_version(distribution: str) -> str:

@@ -134,7 +134,7 @@ def dense(
     if resets is not None:
         anew = 2 * batch_size + rows + sequences
         before = torch.where(resets, anew, before)
-        cut = torch.nn.functional.pad(resets[1:], (0, 0, 0, 1))
+        cut = torch.cat((resets[1:], resets.new_zeros(1, batch_size)))  # PyTorch 2.9 cannot pad an empty batch
         after = torch.where(cut & (times + 1 < lengths), anew, after)
     is_step = times < lengths
     before, after = (torch.where(is_step, table, -1).flatten() for table in (before, after))

@@ -35,6 +35,15 @@ def need_formula() -> bool:
     return active() and any(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack() or ())
 
 
+def exporting() -> bool:
+    """Whether torch.export traces the call, and not torch.compile.
+
+    Dynamo of PyTorch 2.11 and older takes `torch.compiler.is_exporting()` for True under torch.compile as well. The
+    flag behind that function is right in all versions.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def plain(tensor: Tensor) -> Tensor:
     """The tensor with the entries of every vmap around it."""
     while not torch.compiler.is_dynamo_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):

@@ -44,7 +44,11 @@ def why_skipped(marker: str) -> str | None:
         return "needs Triton, which is not installed (it is released for Linux only)"
     if marker == "emulated":
         return "needs compiled kernels: test_the_emulated_ones runs it" if INTERPRETED else None
-    return None if INTERPRETED else "needs interpreted kernels: run again with TRITON_INTERPRET=1"
+    if not INTERPRETED:
+        return "needs interpreted kernels: run again with TRITON_INTERPRET=1"
+    version = importlib.metadata.version("triton")
+    too_old = tuple(map(int, version.split(".")[:2])) < (3, 6)
+    return f"needs Triton 3.6 or later, which lstm_triton.interpreter can change, not {version}" if too_old else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -5,12 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.image import imread
 
-from lstm_triton import __version__, check, demo
+from lstm_triton import __version__, check, demo, info
 from lstm_triton.__main__ import main
 
 
@@ -71,6 +72,20 @@ class TestInfo:
         printed = capsys.readouterr().out
         for expected in (f"lstm-triton {__version__}", f"PyTorch     {torch.__version__}", "Triton ", "aten"):
             assert expected in printed
+
+    def test_says_whether_the_pair_was_tested(self, capsys, monkeypatch):
+        assert info.tested("2.11.0+cu130", "3.6.0") == info.tested("2.14.1", "3.8.0") == "tested with this release"
+        for pair in (("2.11.0", "3.5.1"), ("2.14.2", "3.8.0"), ("2.11.0", "not installed: ...")):
+            assert info.tested(*pair) == f"not tested with this release; tested: {info.tested_pairs()}"
+        monkeypatch.setattr(info, "installed_version", lambda distribution: "3.5")
+        for pytorch, expected in ((torch.__version__.split("+")[0], "tested"), ("2.0.0", "not tested")):
+            monkeypatch.setattr(info, "TESTED", ((pytorch, "3.5"),))
+            assert main(["info"]) == 0
+            assert f"This pair   {expected} with this release" in capsys.readouterr().out
+
+    def test_readme_names_the_tested_pairs(self):
+        readme = (Path(__file__).parent.parent / "README.md").read_text()
+        assert f"Tested: {info.tested_pairs()}." in " ".join(readme.split())
 
     def test_works_without_triton(self):
         finished = run("info", without=["triton"])
