@@ -12,6 +12,7 @@ import triton.language as tl
 from lstm_triton.kernels.exchange import any_missing, publish, receive, request
 from lstm_triton.kernels.hold import clock, hold_back
 from lstm_triton.kernels.lanes import place
+from lstm_triton.kernels.sizes import smaller
 
 
 @triton.jit
@@ -63,8 +64,8 @@ def exchange_scan(
     BACKWARD: tl.constexpr = COPIES > 1
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
     WIDTH: tl.constexpr = COPIES * STATE_STRIDE
-    WRITTEN: tl.constexpr = COPIES * min(SLICES * BLOCK_HIDDEN, STATE_STRIDE)
-    GROUP: tl.constexpr = min(GROUP_CHUNKS, RESIDENT_CHUNKS)
+    WRITTEN: tl.constexpr = COPIES * smaller(SLICES * BLOCK_HIDDEN, STATE_STRIDE)
+    GROUP: tl.constexpr = smaller(GROUP_CHUNKS, RESIDENT_CHUNKS)
 
     slice_index, group, groups, lane = place(SLICES, LANES)
     state_ptr += lane.to(tl.int64) * (seq_len + 1) * batch_size * WIDTH
@@ -114,17 +115,17 @@ def exchange_scan(
             if lane > 0:  # the lane beside it waits for this one: which way makes no difference here
                 beside = previous + tl.cast(batch_size, tl.int64) * WIDTH - to_neighbour
                 for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
-                    tiles = request(beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
+                    tiles = request(beside, ks, first, smaller(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
                     wait_for(
-                        tiles, beside, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step >= 0,
+                        tiles, beside, ks, first, smaller(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step >= 0,
                         THREAD_ELEMENTS, PACKED,
                     )  # fmt: skip
         tiles = request(previous, ks, 0, GROUP, WRITTEN, BLOCK_K)
         for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
             if first > 0:
-                tiles = request(previous, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
+                tiles = request(previous, ks, first, smaller(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
             wait_for(
-                tiles, previous, ks, first, min(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step > 0,
+                tiles, previous, ks, first, smaller(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step > 0,
                 THREAD_ELEMENTS, PACKED,
             )  # fmt: skip
         for streamed in range(RESIDENT_CHUNKS, CHUNKS):

@@ -23,6 +23,7 @@ from .hold import clock, hold_back
 from .lanes import dropout_scale, of_lane, place
 from .product import add_received, load_resident, no_sums, places, total
 from .ragged import count_turns, look_up, next_turn, no_turn
+from .sizes import smaller
 
 
 @triton.jit
@@ -131,8 +132,8 @@ def backward_scan(
     HOLDS: tl.constexpr,
 ):
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
-    WRITTEN: tl.constexpr = 4 * min(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of grad_gates_ptr that are written
-    GROUP: tl.constexpr = min(GROUP_CHUNKS, RESIDENT_CHUNKS)
+    WRITTEN: tl.constexpr = 4 * smaller(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of gradients that are written
+    GROUP: tl.constexpr = smaller(GROUP_CHUNKS, RESIDENT_CHUNKS)
 
     slice_index, group, groups, lane = place(SLICES, LANES)
     if not CHAINED:

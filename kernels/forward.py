@@ -23,6 +23,7 @@ from .hold import clock, hold_back
 from .lanes import dropout_scale, of_lane, place
 from .product import add_products, add_received, load_resident, no_sums, places, total
 from .ragged import count_turns, look_up, next_turn, no_turn
+from .sizes import smaller
 
 
 @triton.jit
@@ -145,9 +146,9 @@ def forward_scan(
     HOLDS: tl.constexpr,  # threads hold back before they look for their peers' values
 ):
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
-    WRITTEN: tl.constexpr = min(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of a state row that are written
+    WRITTEN: tl.constexpr = smaller(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of a state row that are written
     INPUT_CHUNKS: tl.constexpr = (INPUT + BLOCK_INPUT - 1) // BLOCK_INPUT if FUSE_INPUT else 0
-    GROUP: tl.constexpr = min(GROUP_CHUNKS, RESIDENT_CHUNKS)
+    GROUP: tl.constexpr = smaller(GROUP_CHUNKS, RESIDENT_CHUNKS)
 
     slice_index, group, groups, lane = place(SLICES, LANES)
     if not CHAINED:

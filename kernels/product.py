@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .exchange import receive, request
 from .fragments import fragments_of_rows, row_places
+from .sizes import smaller
 
 
 @triton.jit
@@ -187,13 +188,13 @@ def add_received(
     """Add weights @ state^T to the sums, waiting for the state as needed."""
     for first in tl.static_range(0, RESIDENT, GROUP):
         if first > 0:
-            tiles = request(state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
+            tiles = request(state_pointers, ks, first, smaller(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
         tiles = receive(
-            tiles, state_pointers, ks, first, min(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K, wait, THREAD_ELEMENTS,
-            PACKED, TOGETHER,
+            tiles, state_pointers, ks, first, smaller(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K, wait,
+            THREAD_ELEMENTS, PACKED, TOGETHER,
         )  # fmt: skip
         sums = add_products(
-            sums, lefts, first, tiles, min(GROUP, RESIDENT - first), ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION,
+            sums, lefts, first, tiles, smaller(GROUP, RESIDENT - first), ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION,
             TF32_ROUNDING,
         )  # fmt: skip
     for streamed in range(RESIDENT, (WEIGHT_SIZE + BLOCK_K - 1) // BLOCK_K):
