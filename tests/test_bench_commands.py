@@ -39,7 +39,7 @@ def bench(*arguments: str, **options) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--grid", "huge"], "run: unknown grid 'huge': choose from contact"),
+        (["run", "--grid", "huge"], "run: unknown grid 'huge': choose from smoke"),
         (["run", "--systems", "lstm_triton,keras"], "run: unknown system 'keras': choose from lstm_triton"),
         (["run", "--device", "tpu"], "run: unknown device 'tpu': choose from cpu"),
         (["run", "--out", "/proc/nowhere/results.json"], "run: cannot write into /proc/nowhere"),
