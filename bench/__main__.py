@@ -77,6 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--compilers", type=int, help="processes that compile ahead; 0 where the kernel cache is filled (bench cache)"
     )
     everything.add_argument("--tests", default="tests", help="what pytest -m gpu is run on")
+    everything.add_argument("--resume", type=Path, help="folder of an earlier call, to go on from in an empty --out")
     everything.add_argument(
         "--retry", action="store_true", help="run again what failed or was wrong with these kernels"
     )
@@ -211,6 +212,8 @@ def dispatch(arguments: argparse.Namespace) -> int:
             arguments.device, out / "gpu.log", START + arguments.budget - MARGIN, arguments.timeout, arguments.plugin
         )
         session = gpu.Session(out, watchdog, arguments.seconds, arguments.tests, arguments.retry, START)
+        if arguments.resume is not None:
+            session.resume(arguments.resume)
         if arguments.device == "cuda":  # elsewhere nothing is compiled
             several = min((os.cpu_count() or 1) - 2, 12) if (os.cpu_count() or 1) >= 4 else 0
             session.compilers = several if arguments.compilers is None else arguments.compilers

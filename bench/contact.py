@@ -79,7 +79,7 @@ REHEARSED = 7  # cases of each step in a rehearsal
 CASES = (*CHECKS, *TIMED, HOST)
 MOST_FAILURES = 4  # layers, after which no more are tried: something is wrong from the ground up
 EXPLAINED = 2  # of them, how many are tried with other plans
-CANDIDATES = 5  # plans that are timed for each scan of the headline
+CANDIDATES = 8  # plans that are timed for each scan of the headline
 SHARE_OF_TESTS = 0.3  # of the budget
 LEAST_FOR_TESTS = 20.0  # seconds: with fewer none would end
 

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,15 @@ class Session:
         if self.watchdog.child is not None:
             end(self.watchdog.child.process)
 
+    def resume(self, folder: Path) -> None:
+        """Go on from what an earlier call left in another folder, where this one's is empty."""
+        if not folder.is_dir():
+            raise results.ResultsError(f"cannot resume from {folder}: no such folder")
+        results.require_writable(self.out)
+        for name in (self.results_file.name, self.journal.name):
+            if (folder / name).exists() and not (self.out / name).exists():
+                shutil.copy(folder / name, self.out / name)
+
     def open_results(self, origin: JsonObject) -> results.Results:
         """Rows of the same kernels and machine are kept; a file of others is moved aside, not lost."""
         if not self.results_file.exists():
@@ -132,7 +142,7 @@ class Session:
 
     def compile(self, work: list[tuple[cases.Case, list[str]]]) -> None:
         """Compile, side by side, what these cases launch."""
-        wanted = dict.fromkeys(case for case, todo in work if cases.OURS in todo)
+        wanted = {case: todo for case, todo in work if cases.OURS in todo}
         if self.compilers == 0 or not wanted:
             return
         self.crew = self.crew or Crew(self.watchdog, self.compilers)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,15 +188,19 @@ class Crew:
         self.starting = {Child(watchdog.device_name, watchdog.plugin, watchdog.log) for _ in range(size)}
         self.ready: set[Child] = set()
 
-    def compile(self, wanted: Iterable[cases.Case], seconds: float) -> None:
-        """Compile for as many of the cases as the time allows; a child that ends or stays silent is not replaced."""
-        waiting = deque(wanted)
+    def compile(self, wanted: Mapping[cases.Case, Sequence[str]], seconds: float) -> None:
+        """Compile what systems launch in cases, for as many cases as the time allows.
+
+        A child that ends or stays silent is not replaced.
+        """
+        waiting = deque(wanted.items())
         until = time.monotonic() + seconds
         busy: dict[Child, float] = dict.fromkeys(self.starting, time.monotonic() + START_TIMEOUT)
         while (waiting or busy.keys() - self.starting) and (busy or self.ready) and time.monotonic() < until:
             while waiting and self.ready:
                 child = self.ready.pop()
-                child.ask(compile=cases.as_dict(waiting.popleft()))
+                case, systems = waiting.popleft()
+                child.ask(compile=cases.as_dict(case), systems=systems)
                 busy[child] = time.monotonic() + self.timeout
             for child, patience in list(busy.items()):
                 with contextlib.suppress(queue.Empty):

@@ -3,7 +3,7 @@
     python -m bench.worker DEVICE [PLUGIN], one JSON object a line
 
 In:   {"measure": {"grid", "case", "systems", "seconds"}, "forced": null or {"kind", "plan"}, a plan to use}
-      {"compile": case}
+      {"compile": case, "systems"}
 Out:  {"ready": provenance}                     once
       {"phase", "system"}                       before anything that may crash or never come back
       {"rows", "rates", "lost": false}          the answer; if "lost", the device is gone and the process ends
@@ -61,7 +61,8 @@ def work(device_name: str, plugin: str = "") -> int:
     say(ready=results.provenance(device.gpu, device.driver()))
     for question in questions():
         if "compile" in question:
-            say(compiled=measure.compile_kernels(cases.from_dict(question["compile"]), device))
+            case = cases.from_dict(question["compile"])
+            say(compiled=measure.compile_kernels(case, device, question["systems"]))
             continue
         task = question["measure"]
         grid = cases.GRIDS.get(task["grid"], cases.Grid("a case of its own", ()))

@@ -125,7 +125,7 @@ def test_a_call_ends_in_time_and_the_next_one_goes_on(session, monkeypatch, caps
     with_systems(monkeypatch, "lstm_triton", "nn.LSTM")
     first = session(SLOW_PLUGIN)
     child = first.watchdog.started()
-    child.ask(compile=cases.as_dict(CASE))
+    child.ask(compile=cases.as_dict(CASE), systems=["lstm_triton"])
     assert child.answer(60.0) == {"compiled": True}
     first.watchdog.deadline = time.monotonic() + 5.5  # enough for one case of eight slow calls, not for two
     assert gpu.gpu(first, ["smoke"]) == 0
@@ -146,6 +146,21 @@ def test_a_call_ends_in_time_and_the_next_one_goes_on(session, monkeypatch, caps
     assert {case for case, _ in after} == {CASE, OTHER}
     second.run_grid(gpu.Stage("smoke"))
     assert len(asked) == 1  # nothing is left to do
+
+
+def test_a_call_goes_on_from_another_folder(session, tmp_path) -> None:
+    earlier, one = tmp_path / "earlier", session()
+    earlier.mkdir()
+    origin = dict.fromkeys(results.PROVENANCE_KEYS, "x")
+    results.Results(origin).write(earlier / one.results_file.name)
+    (earlier / one.journal.name).write_text("{}\n")
+    one.resume(earlier)
+    assert results.Results.read(one.results_file).provenance == origin
+    one.journal.write_text("its own\n")
+    one.resume(earlier)
+    assert one.journal.read_text() == "its own\n"
+    with pytest.raises(results.ResultsError, match="no such folder"):
+        one.resume(tmp_path / "nowhere")
 
 
 def fake_watchdog(monkeypatch, answers) -> list[list[str]]:
@@ -263,7 +278,8 @@ class FakeChild:
         self.process = types.SimpleNamespace(ended=False)
         self.answers: list[dict | None] = [{"ready": {}}]
 
-    def ask(self, compile: dict) -> None:
+    def ask(self, compile: dict, systems: list[str]) -> None:
+        assert systems == ["lstm_triton"]
         if compile["T"] == 2:
             self.answers.append(None)
         elif compile["T"] != 3:
@@ -282,10 +298,10 @@ def test_a_crew_compiles_until_nobody_of_it_is_left(session, monkeypatch) -> Non
     monkeypatch.setattr(FakeChild, "compiled", [])
     crew = Crew(session(timeout=0.05).watchdog, 2)
     processes = [child.process for child in crew.starting]
-    crew.compile([replace(CASE, T=length) for length in (1, 4, 5, 2, 6, 3, 7)], 60.0)
+    crew.compile({replace(CASE, T=length): ["lstm_triton"] for length in (1, 4, 5, 2, 6, 3, 7)}, 60.0)
     assert FakeChild.compiled == [1, 4, 5, 6]
     assert all(process.ended for process in processes)
-    crew.compile([CASE], 60.0)  # nobody is waited for
+    crew.compile({CASE: ["lstm_triton"]}, 60.0)  # nobody is waited for
 
 
 def test_a_crew_stops_in_time_and_ends_who_is_in_the_middle_of_something(session, monkeypatch) -> None:
@@ -294,7 +310,7 @@ def test_a_crew_stops_in_time_and_ends_who_is_in_the_middle_of_something(session
     crew = Crew(session(timeout=60.0).watchdog, 2)
     processes = [child.process for child in crew.starting]
     started = time.monotonic()
-    crew.compile([replace(CASE, T=3)], 0.1)
+    crew.compile({replace(CASE, T=3): ["lstm_triton"]}, 0.1)
     assert time.monotonic() - started < 5.0
     assert sorted(process.ended for process in processes) == [False, True]
     crew.stop()
