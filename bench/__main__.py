@@ -175,15 +175,15 @@ def run_contact(arguments: argparse.Namespace) -> int:
         raise devices.UnusableDevice("device 'cpu': the kernels do not run on it; interpreter rehearses")
     return contact(
         Contact(
-            arguments.out.resolve(),
-            arguments.device,
-            START,
-            START + arguments.budget - MARGIN,
-            arguments.seconds,
-            arguments.timeout,
-            arguments.plugin,
-            None if arguments.tests == "none" else arguments.tests,
-            test_workers_of(arguments.device),
+            out=arguments.out.resolve(),
+            device_name=arguments.device,
+            start=START,
+            deadline=START + arguments.budget - MARGIN,
+            seconds=arguments.seconds,
+            silent=arguments.timeout,
+            plugin=arguments.plugin,
+            tests=None if arguments.tests == "none" else arguments.tests,
+            processes=test_workers_of(arguments.device),
         )
     )
 

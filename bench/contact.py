@@ -12,24 +12,27 @@ known; contact.txt, the lines that are printed; contact.log, what the children p
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
-import json
 import os
 import queue
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from . import cases, devices, measure, results
 from .cases import BASELINE, FLOOR, OURS, Case
-from .contact_worker import CHANGES, plans_to_try
+from .contact_report import TimeRow, is_right, table, title, verdict_of
+from .contact_worker import plans_to_try
 from .gpu import Session, append, ending_children
+from .hang import HANG
 from .results import JsonObject
-from .watchdog import OutOfBudget, Watchdog
+from .watchdog import Crew, OutOfBudget, Watchdog, end
 
 if TYPE_CHECKING:
     from lstm_triton.planner import Kind
@@ -75,30 +78,18 @@ TIMED = (
     replace(HEADLINE, T=2, B=1, H=512, I=512, mode="inference"),
 )
 HOST = layer("float16", 16, 16, 256, 256)
-REHEARSED = 7  # cases of each step in a rehearsal
 CASES = (*CHECKS, *TIMED, HOST)
+REHEARSED = 7  # cases of each step in a rehearsal
+COLD = 4  # layers, after which it shows whether a kernel cache was carried here
+COMPILING = 0.3  # of the time left, at most, for compiling side by side
 MOST_FAILURES = 4  # layers, after which no more are tried: something is wrong from the ground up
-EXPLAINED = 2  # of them, how many are tried with other plans
-CANDIDATES = 8  # plans that are timed for each scan of the headline
-SHARE_OF_TESTS = 0.3  # of the budget
+EXPLAINED = 2  # of the layers that failed, so many are tried with other plans
+CANDIDATES = 8  # the planner's best plans, its own among them, that are timed for each scan
+LEAST_FOR_TIMES = 0.5  # part of the budget that is left for times and tests, whatever fails
+FOR_TESTS = 0.3  # part of the budget that is left for tests
 LEAST_FOR_TESTS = 20.0  # seconds: with fewer none would end
-
-
-class TimeRow(NamedTuple):
-    """Microseconds of one case; None where a system does not take part."""
-
-    name: str
-    ours: float
-    theirs: float | None
-    exchange: float | None
-
-    def __str__(self) -> str:
-        parts = [f"lstm_triton {self.ours:.1f} us"]
-        if self.theirs is not None:
-            parts.append(f"nn.LSTM {self.theirs:.1f} us ({self.theirs / self.ours:.2f} x as long)")
-        if self.exchange is not None:
-            parts.append(f"the exchange alone {self.exchange:.1f} us")
-        return f"{self.name}: {', '.join(parts)}"
+START_OF_TESTS = 90.0  # seconds that pytest may be silent: its workers import everything first
+SLOWER = 4  # how many times slower everything may be under a sanitizer
 
 
 def asked(*command: str) -> str:
@@ -106,57 +97,8 @@ def asked(*command: str) -> str:
     if shutil.which(command[0]) is None:
         return ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     return ""
-
-
-def title(case: Case) -> str:
-    """A case without its mode."""
-    more = [f"{case.layers} layers"] if case.layers > 1 else []
-    more += ["both directions"] if case.bidirectional else []
-    more += [case.layout] if case.layout != "dense" else []
-    return " ".join([case.dtype, f"T={case.T} B={case.B} I={case.I} H={case.H}", *more])
-
-
-def verdict_of(outcome: JsonObject) -> tuple[str, bool]:
-    """What a check came to, as a line; and whether all is right."""
-    where = f" in {outcome['in']}" if outcome.get("in") else ""
-    for name, text in (("timeout", "NO ANSWER"), ("crash", "CRASHED"), ("error", "FAILED")):
-        if name in outcome:
-            return f"{text}{where}: {outcome[name]}", False
-    if "hang" in outcome:
-        missing = "; ".join(in_words(each) for each in outcome["hang"]["missing"]) or "everything was published"
-        return f"DOES NOT END in {outcome['hang']['in']}: {missing}", False
-    parts, good = [], True
-    for kind in ("forward", "backward"):
-        rows = outcome["result"][kind]
-        wrong = [row for row in rows if "wrong" in row]
-        worst = max(rows, key=ratio)
-        parts.append(f"{kind} {worst['error']:.1e}, {ratio(worst):.2f} x nn.LSTM's")
-        parts += [f"WRONG {row['name']}: {json.dumps(row['wrong'])}" for row in wrong]
-        good = good and not wrong
-    return "; ".join(parts), good
-
-
-def ratio(row: JsonObject) -> float:
-    """An error divided by nn.LSTM's."""
-    if not row["error"] >= 0:
-        return float("inf")
-    return float(row["error"] / max(row["nn.LSTM"], 1e-12))
-
-
-def in_words(missing: JsonObject | str) -> str:
-    """What a scan that does not end waits for."""
-    if isinstance(missing, str):
-        return missing
-    units = ", ".join(f"{first} to {last - 1}" for first, last in missing["units"])
-    rows = f"{missing['rows_missing']} of {missing['of_rows']} rows"
-    lane = f"{missing['scan']} scan, lane {missing['lane']}: {rows} missing"
-    if "first_row" in missing:
-        return f"{lane}, the first is row {missing['first_row']}, units {units}"
-    rows = ", ".join(f"{first} to {last - 1}" for first, last in missing["rows"])
-    programs = f", of program {', '.join(map(str, missing['programs']))}" if "programs" in missing else ""
-    return f"{lane}, first in step {missing['step']}: batch rows {rows}, units {units}{programs}"
 
 
 def launch_besides(device: devices.Cpu) -> None:
@@ -175,29 +117,44 @@ def launch_besides(device: devices.Cpu) -> None:
 
 @dataclass
 class Contact:
-    """One call of the command."""
+    """One call of the command.
+
+    Attributes:
+        seconds: of timing for each system and case.
+        silent: seconds without a sign of life before a child is killed, compiling included.
+        plugin: a module that every child imports first.
+        tests: what pytest -m gpu is run on; None: no tests.
+        processes: that compile ahead where the kernel cache is empty, and that run tests.
+    """
 
     out: Path
     device_name: str
     start: float  # time.monotonic()
     deadline: float
-    seconds: float = 0.05  # of timing for each system and case
-    silent: float = 30.0  # seconds without a sign of life before a child is killed, compiling included
+    seconds: float = 0.05
+    silent: float = 30.0
     plugin: str | None = None
-    tests: str | None = "tests"  # what pytest -m gpu is run on
-    test_workers: int = 1
+    tests: str | None = "tests"
+    processes: int = 1
+    # What was found.
+    right: int = 0
+    failed_layers: list[Case] = field(default_factory=list)
+    failed: list[tuple[str, JsonObject]] = field(default_factory=list)  # what, layers or others, and how it failed
     times: list[TimeRow] = field(default_factory=list)
     answers: dict[str, str] = field(default_factory=dict)  # what was asked, and what came out
-    failed: list[tuple[Case, JsonObject]] = field(default_factory=list)
-    kernels: tuple[int, int] = (0, 0)  # found in Triton's cache, and compiled
-    right: int = 0
-    status: int = 0
     skipped: list[str] = field(default_factory=list)
+    kernels: tuple[int, int] = (0, 0)  # of the layers' kernels: found in Triton's cache, and compiled
 
     def __post_init__(self) -> None:
+        self.checking, self.timing = self.watchdog("bench.contact_worker"), self.watchdog("bench.worker")
+
+    def watchdog(self, module: str, under: tuple[str, ...] = (), silent: float | None = None) -> Watchdog:
         log = self.out / "contact.log"
-        self.checking = Watchdog(self.device_name, log, self.deadline, self.silent, self.plugin, "bench.contact_worker")
-        self.timing = Watchdog(self.device_name, log, self.deadline, self.silent, self.plugin)
+        return Watchdog(self.device_name, log, self.deadline, silent or self.silent, self.plugin, module, under)
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device_name == "cuda"
 
     # Findings
 
@@ -216,8 +173,17 @@ class Contact:
         if what not in self.skipped:
             self.skipped.append(what)
 
-    def left(self) -> float:
-        return self.deadline - time.monotonic()
+    def has_time(self, part: float, what: str) -> bool:
+        """Whether more than a part of the budget is left. If not, `what` is not done."""
+        there = self.deadline - time.monotonic() > part * (self.deadline - self.start)
+        if not there:
+            self.skip(what)
+        return there
+
+    @property
+    def for_tests(self) -> float:
+        """The part of the budget that is kept for the tests."""
+        return FOR_TESTS if self.tests is not None else 0.0
 
     def ask(self, watchdog: Watchdog, question: JsonObject) -> JsonObject:
         """What a child of bench.contact_worker answers: {"result"}, {"error"}, {"hang"}, {"timeout"} or {"crash"}."""
@@ -240,6 +206,12 @@ class Contact:
                 watchdog.stop()
             return {**answer, "in": phase}
 
+    def check(self, watchdog: Watchdog, case: Case, change: str | None, patience: float = HANG) -> JsonObject:
+        question = {"check": cases.as_dict(case), "change": change, "patience": patience}
+        outcome = self.ask(watchdog, question)
+        self.write("check", case=question["check"], change=change, under=watchdog.under, **outcome)
+        return outcome
+
     # Steps
 
     def environment(self) -> None:
@@ -255,99 +227,68 @@ class Contact:
         if clocks:
             self.say(", ".join(f"{name} {value}" for name, value in zip(CLOCKS, clocks.split(", "), strict=False)))
         if clocks and "Default" not in clocks:
-            self.say("one process at a time may use this GPU (its compute mode): the tests run on one worker")
-            self.test_workers = 1
+            self.say("only one process at a time may use this GPU (its compute mode): one process does everything")
+            self.processes = 1
 
     def check_layers(self) -> None:
-        for case in self.sizes(CHECKS):
-            outcome = self.ask(self.checking, {"check": cases.as_dict(case), "change": None})
-            self.write("check", case=cases.as_dict(case), **outcome)
-            found, compiled = outcome.get("kernels", (0, 0))
-            self.kernels = self.kernels[0] + found, self.kernels[1] + compiled
-            verdict, good = verdict_of(outcome)
-            self.say(f"{title(case)}: {verdict}")
-            if good:
-                self.right += 1
-            else:
-                self.failed.append((case, outcome))
-            if len(self.failed) == MOST_FAILURES:
-                self.say(f"{MOST_FAILURES} layers failed: no more are tried")
-                break
-        self.answers["kernel cache"] = "of these layers' kernels {} were found, {} compiled".format(*self.kernels)
-        self.say(f"kernel cache: {self.answers['kernel cache']}")
+        wanted = self.sizes(CHECKS)
+        try:
+            for number, case in enumerate(wanted):
+                if number == COLD and self.kernels[1] > self.kernels[0]:
+                    self.compile(wanted[number:], (OURS,))
+                if not self.has_time(LEAST_FOR_TIMES, "some layers"):
+                    break
+                outcome = self.check(self.checking, case, None)
+                found, compiled = outcome.get("kernels", (0, 0))
+                self.kernels = self.kernels[0] + found, self.kernels[1] + compiled
+                self.say(f"{title(case)}: {verdict_of(outcome)}")
+                if is_right(outcome):
+                    self.right += 1
+                else:
+                    self.failed.append((title(case), outcome))
+                    self.failed_layers.append(case)
+                if len(self.failed_layers) == MOST_FAILURES:
+                    self.say(f"{MOST_FAILURES} layers failed: no more are tried")
+                    break
+        finally:
+            self.answers["kernel cache"] = "of these layers' kernels {} found, {} compiled".format(*self.kernels)
+            self.say(f"kernel cache: {self.answers['kernel cache']}")
+
+    def compile(self, wanted: Sequence[Case], systems: tuple[str, ...]) -> None:
+        """Compile side by side what the cases launch: no cache was carried here."""
+        if self.processes == 1:
+            return
+        crew = Crew(self.timing, self.processes)
+        try:
+            crew.compile(dict.fromkeys(wanted, systems), COMPILING * (self.deadline - time.monotonic()))
+        finally:
+            crew.stop()
 
     def explain_failures(self) -> None:
         """The first failures again, each in a child of its own: as they are, with other plans, under a sanitizer."""
-        for case, _ in self.failed[:EXPLAINED]:
-            for change in (None, *CHANGES):
-                if self.left() < (self.deadline - self.start) / 4:
-                    self.skip("some of what the failures depend on")
+        what = "some of what the failures depend on"
+        for case in self.failed_layers[:EXPLAINED]:
+            changes = self.ask(self.checking, {"changes": cases.as_dict(case)}).get("result", ())
+            self.checking.stop()
+            for change in (None, *changes):
+                if not self.has_time(LEAST_FOR_TIMES, what):
                     return
                 with self.child_of_its_own() as watchdog:
-                    outcome = self.ask(watchdog, {"check": cases.as_dict(case), "change": change})
-                self.write("again", case=cases.as_dict(case), change=change, **outcome)
-                self.say(f"  {title(case)}, {change or 'once more, alone'}: {verdict_of(outcome)[0]}")
-            if self.device_name == "cuda" and shutil.which(SANITIZER[0]):
+                    outcome = self.check(watchdog, case, change)
+                self.say(f"  {title(case)}, {change or 'once more, alone'}: {verdict_of(outcome)}")
+            if self.on_gpu and shutil.which(SANITIZER[0]) and self.has_time(LEAST_FOR_TIMES, what):
                 short = replace(case, T=min(case.T, 2))
-                with self.child_of_its_own(SANITIZER, 3 * self.silent) as watchdog:
-                    outcome = self.ask(watchdog, {"check": cases.as_dict(short), "change": None})
-                self.write("sanitizer", case=cases.as_dict(short), **outcome)
-                self.say(f"  {title(short)}, under {SANITIZER[0]}: {verdict_of(outcome)[0]}; see contact.log")
+                with self.child_of_its_own(SANITIZER, SLOWER * self.silent) as watchdog:
+                    outcome = self.check(watchdog, short, None, SLOWER * SLOWER * HANG)
+                self.say(f"  {title(short)}, under {SANITIZER[0]}: {verdict_of(outcome)}; see contact.log")
 
     @contextlib.contextmanager
     def child_of_its_own(self, under: tuple[str, ...] = (), silent: float | None = None) -> Iterator[Watchdog]:
-        watchdog = replace(self.checking, under=under, timeout=silent or self.silent, child=None)
+        watchdog = self.watchdog("bench.contact_worker", under, silent)
         try:
             yield watchdog
         finally:
             watchdog.stop()
-
-    def time_layers(self) -> None:
-        """lstm_triton, nn.LSTM and the exchange alone in turns; the headline with other plans, too."""
-        headline, *_ = timed = self.sizes(TIMED)
-        plans = self.plans_to_try(headline)
-        self.checking.stop()  # two children would hold memory that neither uses
-        for number, case in enumerate(timed):
-            if number == 2:  # the headline has been measured as it is
-                for mode, label, forced in plans:
-                    if self.has_time("times of other plans"):
-                        self.time_layer(replace(headline, mode=mode), forced, label)
-            if self.has_time("some times"):
-                self.time_layer(case)
-        self.timing.stop()
-
-    def plans_to_try(self, case: Case) -> list[tuple[str, str, JsonObject]]:
-        """(mode, label, {"kind", "plan"}): what is measured beside the planner's choices for a layer."""
-        found = []
-        for kind, mode in MODES:
-            outcome = self.ask(self.checking, {"plans": cases.as_dict(case), "kind": kind, "most": CANDIDATES})
-            self.write("plans", case=cases.as_dict(case), kind=kind, **outcome)
-            for label, plan in outcome.get("result", ()):
-                found.append((mode, f", {kind} {label}", {"kind": kind, "plan": plan}))
-        return found
-
-    def has_time(self, what: str) -> bool:
-        """Whether there is time left before that of the tests; if not, `what` is not done."""
-        there = self.left() > (SHARE_OF_TESTS * (self.deadline - self.start) if self.tests is not None else 0.0)
-        if not there:
-            self.skip(what)
-        return there
-
-    def time_layer(self, case: Case, forced: JsonObject | None = None, label: str = "") -> None:
-        rows, failure = self.timing.measure("contact", case, (OURS, BASELINE, FLOOR), self.seconds, forced)
-        self.write("times", case=cases.as_dict(case), rows=rows, failure=failure, forced=forced)
-        found = {row["system"]: row for row in rows if row["status"] != "missing"}
-        name = f"{title(case)} {case.mode}{label}"
-        mine = found.get(OURS)
-        if failure is not None or mine is None or mine["status"] != "ok":
-            why = failure or mine or {"message": "no row"}
-            self.say(f"{name}: FAILED: {why['message']}")
-            if forced is None:  # of other plans it is no fault that they fail
-                self.failed.append((case, {"error": why["message"]}))
-            return
-        row = TimeRow(name, *(found.get(system, {}).get("median_us") for system in (OURS, BASELINE, FLOOR)))
-        self.times.append(row)
-        self.say(str(row))
 
     def ask_questions(self) -> None:
         """What the planner's estimates rest on: the hand-off between multiprocessors; what a call costs the host."""
@@ -359,74 +300,110 @@ class Contact:
             outcome = self.ask(self.checking, question)
             self.write(step, **outcome)
             found = outcome.get("result")
-            text = ", ".join(f"{name} {value}" for name, value in found.items()) if found else verdict_of(outcome)[0]
+            if found is None:
+                self.failed.append((what, outcome))
+            text = ", ".join(f"{name} {value}" for name, value in found.items()) if found else verdict_of(outcome)
             self.answers[what] = text
             self.say(f"{what}: {text}")
 
-    def run_tests(self) -> int:
-        """`pytest -m gpu` as `bench gpu` runs it. Returns the number of failures."""
+    def time_layers(self) -> None:
+        """lstm_triton, nn.LSTM and the exchange alone in turns; the headline with other plans, too."""
+        headline, *_ = timed = self.sizes(TIMED)
+        plans = self.plans_of(headline)
+        self.checking.stop()  # two children would hold memory that neither uses
+        if self.kernels[1] > self.kernels[0]:
+            self.compile(timed, (OURS, FLOOR))
+        for number, case in enumerate(timed):
+            if number == 2:  # the headline has been measured as it is
+                for mode, label, forced in plans:
+                    if self.has_time(self.for_tests, "times of other plans"):
+                        self.time_layer(replace(headline, mode=mode), forced, label)
+            if self.has_time(self.for_tests, "some times"):
+                self.time_layer(case)
+        self.timing.stop()
+
+    def plans_of(self, case: Case) -> list[tuple[str, str, JsonObject]]:
+        """(mode, label, {"kind", "plan"}): what is measured beside the planner's choices for a layer."""
+        found = []
+        for kind, mode in MODES:
+            outcome = self.ask(self.checking, {"plans": cases.as_dict(case), "kind": kind, "most": CANDIDATES})
+            self.write("plans", case=cases.as_dict(case), kind=kind, **outcome)
+            for label, plan in outcome.get("result", ()):
+                found.append((mode, f", {kind} {label}", {"kind": kind, "plan": plan}))
+        return found
+
+    def time_layer(self, case: Case, forced: JsonObject | None = None, label: str = "") -> None:
+        rows, failure = self.timing.measure("contact", case, (OURS, BASELINE, FLOOR), self.seconds, forced)
+        self.write("times", case=cases.as_dict(case), rows=rows, failure=failure, forced=forced)
+        found = {row["system"]: row for row in rows if row["status"] != "missing"}
+        name = f"{title(case)} {case.mode}{label}"
+        why = failure or next((row for row in found.values() if row["status"] != "ok"), None)
+        if why is not None:
+            self.say(f"{name}: FAILED: {why['system']}: {why['message']}")
+            if forced is None and why["system"] not in (BASELINE, FLOOR):  # other plans need not be possible
+                self.failed.append((name, {"error": why["message"]}))
+        if OURS in found and found[OURS]["status"] == "ok":
+            row = TimeRow(name, *(found.get(system, {}).get("median_us") for system in (OURS, BASELINE, FLOOR)))
+            self.times.append(row)
+            self.say(str(row))
+
+    def run_tests(self) -> None:
+        """`pytest -m gpu` as `bench gpu` runs it."""
         if self.tests is None:
-            return 0
-        if self.left() < LEAST_FOR_TESTS:
+            return
+        if self.deadline - time.monotonic() < LEAST_FOR_TESTS or self.checking.origin is None:
             self.skip("the tests")
-            return 0
+            return
         self.checking.stop()
         self.timing.stop()
-        watchdog = Watchdog(self.device_name, self.out / "contact.log", self.deadline, self.silent, self.plugin)
-        assert self.checking.origin is not None
         session = Session(
-            self.out, watchdog, self.seconds, self.tests, start=self.start, test_workers=self.test_workers,
-            found=results.Results(self.checking.origin), tell=self.tell,
+            self.out, self.watchdog("bench.worker", silent=max(self.silent, START_OF_TESTS)), self.seconds, self.tests,
+            start=self.start, test_workers=self.processes, found=results.Results(self.checking.origin), tell=self.tell,
         )  # fmt: skip
         try:
             session.run_tests()
         except OutOfBudget:
             self.skip("some tests")
         outcomes = session.test_outcomes()
-        self.answers["tests marked gpu"] = ", ".join(f"{number} {name}" for name, number in outcomes.items()) or "none"
-        return sum(number for name, number in outcomes.items() if name not in ("passed", "skipped"))
+        text = ", ".join(f"{number} {name}" for name, number in outcomes.items())
+        self.answers["tests marked gpu"] = text or "none"
+        failures = sum(number for name, number in outcomes.items() if name not in ("passed", "skipped"))
+        if failures or session.failures:
+            self.failed.append(("tests marked gpu", {"error": text or "pytest did not run: see contact.log"}))
 
     def sizes(self, found: tuple[Case, ...]) -> tuple[Case, ...]:
-        """The cases; in a rehearsal small ones, without those that need a GPU's units."""
-        if self.device_name == "cuda":
+        """The cases; in a rehearsal some small ones, without those that need a GPU's units."""
+        if self.on_gpu:
             return found
         small = (cases.shrunk(case) for case in found if case.dtype != "tf32")
         return tuple(dict.fromkeys(small))[:REHEARSED]
 
     # The end
 
-    def summary(self, failures: int) -> None:
+    def stop(self) -> None:
+        for watchdog in (self.checking, self.timing):
+            if watchdog.child is not None:
+                end(watchdog.child.process)
+
+    def summary(self) -> None:
         """What matters, last."""
-        self.tell("")
-        if self.times:
-            width = max(len(row.name) for row in self.times)
-            self.tell(f"{'microseconds':{width}} {'ours':>10} {'nn.LSTM':>10} {'exchange':>10} {'nn.LSTM / ours':>15}")
-            for row in self.times:
-                numbers = [f"{number:10.1f}" if number is not None else f"{'-':>10}" for number in row[1:4]]
-                against = f"{row.theirs / row.ours:15.2f}" if row.theirs is not None else f"{'-':>15}"
-                self.tell(f"{row.name:{width}} {' '.join(numbers)} {against}")
-        for what, text in self.answers.items():
-            self.tell(f"{what}: {text}")
-        self.tell(f"layers: {self.right} right, {len(self.failed)} failed")
-        for case, outcome in self.failed:
-            self.tell(f"  {title(case)}: {verdict_of(outcome)[0]}")
+        for line in ("", *table(self.times), *(f"{what}: {text}" for what, text in self.answers.items())):
+            self.tell(line)
+        self.tell(f"layers: {self.right} right, {len(self.failed_layers)} failed")
+        for what, outcome in self.failed:
+            self.tell(f"  {what}: {verdict_of(outcome)}")
         if self.skipped:
             self.tell(f"not done, as the time was up: {', '.join(self.skipped)}")
         good = "everything that was tried is right" if self.right else "nothing was tried"
-        self.tell(good if failures == 0 else f"{failures} failures")
+        self.tell(f"{len(self.failed)} failures" if self.failed else good)
 
 
 def contact(run: Contact) -> int:
-    """All steps in order. Returns 0, or 1 if anything failed."""
+    """All steps in order. Returns 0, or 1 if anything failed or nothing could be tried."""
     devices.require(run.device_name)
     results.require_writable(run.out)
-    failed_tests = 0
-
-    def stop() -> None:
-        run.checking.stop()
-        run.timing.stop()
-
-    steps: dict[str, Callable[[], int | None]] = {
+    run.tell(f"contact, {datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')}")
+    steps: dict[str, Callable[[], None]] = {
         "the machine": run.environment,
         "layers": run.check_layers,
         "what failures depend on": run.explain_failures,
@@ -434,15 +411,22 @@ def contact(run: Contact) -> int:
         "times": run.time_layers,
         "tests": run.run_tests,
     }
-    with ending_children(stop):
+    with ending_children(run.stop):
         for name, step in steps.items():
-            if name in ("questions", "times") and len(run.failed) >= MOST_FAILURES:
+            if name in ("questions", "times") and len(run.failed_layers) >= MOST_FAILURES:
+                run.say(f"{name}: not asked for, as {MOST_FAILURES} layers failed")
                 continue
             try:
-                failed_tests += step() or 0
+                run.checking.time_left()
+                step()
             except OutOfBudget:
                 run.skip(name)
-    failures = len(run.failed) + failed_tests
-    run.write("end", right=run.right, failures=failures, skipped=run.skipped)
-    run.summary(failures)
-    return int(failures > 0)
+            except Exception as error:  # of one step, which must not cost the others
+                run.write("broken", what=name, error=traceback.format_exc())
+                run.say(f"{name}: this step failed: {measure.one_line(error)}")
+                run.failed.append((name, {"error": measure.one_line(error)}))
+                if run.checking.origin is None:
+                    break  # no child starts
+    run.write("end", right=run.right, failures=len(run.failed), skipped=run.skipped)
+    run.summary()
+    return int(bool(run.failed) or run.right == 0)

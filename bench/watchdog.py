@@ -118,8 +118,9 @@ class Watchdog:
 
     def started(self) -> Child:
         """The running child, or a new one that is ready."""
-        if self.child is not None:
+        if self.child is not None and self.child.process.poll() is None:
             return self.child
+        self.stop()
         for _ in range(2):
             child = Child(self.device_name, self.plugin, self.log, self.module, self.under)
             try:

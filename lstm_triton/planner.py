@@ -49,8 +49,8 @@ FIXED_CYCLES = 500  # addresses, sentinels, barriers, and the gates of the first
 # Cycles that threads hold back (kernels/hold.py), where what all programs read takes L2 so many cycles.
 LEAST_HOLD, MOST_HOLD, HOLD_FROM = 320, 768, 70
 HALF_SECTOR_CYCLES = 200  # for states of which two programs write a sector of L2, and so each half of one
-# Of a product of its own for the input: its launch, and that a step waits for its result from the device's memory. With
-# H = 256 and B = 16 an H100 took 220 cycles a step longer so.
+# Of a product of its own for the input: its launch, and that a step waits for its result from the device's memory. An
+# H100 took 220 cycles a step longer with such a product (H = 256, B = 16).
 PROJECTION_CYCLES = 250
 STAGING_CYCLES = 400  # of states on their way to the asynchronous tensor cores
 
