@@ -55,6 +55,8 @@ def bench(*arguments: str, **options) -> subprocess.CompletedProcess:
         (["cache", "--out", "x", "--arch", "gfx942"], "cache: argument --arch: invalid choice: 'gfx942'"),
         (["cache", "--out", "x", "--libtriton", "/nowhere"], "cache: no such file: /nowhere"),
         (["cache", "--out", "x"], "cache: TRITON_CACHE_DIR must name a folder by its whole path"),
+        (["contact", "--out", "x", "--device", "cpu"], "contact: device 'cpu': the kernels do not run on it"),
+        (["contact", "--out", "/proc/nowhere", "--device", "interpreter"], "contact: cannot write into /proc/nowhere"),
         (["tune", "--hidden", "0"], "tune: argument --hidden: must be a whole number of at least 1, got '0'"),
         (["tune", "--device", "cpu"], "tune: device 'cpu': the kernels do not run on it"),
         (["report", "--results", "/nowhere"], "report: cannot read /nowhere: no such folder"),
