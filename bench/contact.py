@@ -88,7 +88,6 @@ CANDIDATES = 8  # the planner's best plans, its own among them, that are timed f
 LEAST_FOR_TIMES = 0.5  # part of the budget that is left for times and tests, whatever fails
 FOR_TESTS = 0.3  # part of the budget that is left for tests
 LEAST_FOR_TESTS = 20.0  # seconds: with fewer none would end
-START_OF_TESTS = 90.0  # seconds that pytest may be silent: its workers import everything first
 SLOWER = 4  # how many times slower everything may be under a sanitizer
 
 
@@ -357,8 +356,8 @@ class Contact:
         self.checking.stop()
         self.timing.stop()
         session = Session(
-            self.out, self.watchdog("bench.worker", silent=max(self.silent, START_OF_TESTS)), self.seconds, self.tests,
-            start=self.start, test_workers=self.processes, found=results.Results(self.checking.origin), tell=self.tell,
+            self.out, self.watchdog("bench.worker"), self.seconds, self.tests, start=self.start,
+            test_workers=self.processes, found=results.Results(self.checking.origin), tell=self.tell,
         )  # fmt: skip
         try:
             session.run_tests()

@@ -27,7 +27,7 @@ from .cases import Row
 from .results import JsonObject
 from .run import empty_kernel_caches
 from .systems import REGISTRY
-from .watchdog import Crew, OutOfBudget, Watchdog, describe_exit, end
+from .watchdog import START_TIMEOUT, Crew, OutOfBudget, Watchdog, describe_exit, end
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,8 @@ class Session:
                 command, cwd=results.ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
-        size, changed = -1, time.monotonic()
+        size, changed = self.journal.stat().st_size, time.monotonic()
+        patience = max(START_TIMEOUT, self.watchdog.timeout)  # until it has begun: its workers import everything first
         outcome = ""
         try:
             while process.poll() is None:
@@ -235,8 +236,8 @@ class Session:
                 self.watchdog.time_left()
                 now = self.journal.stat().st_size
                 if now != size:
-                    size, changed = now, time.monotonic()
-                elif time.monotonic() - changed > self.watchdog.timeout:
+                    size, changed, patience = now, time.monotonic(), self.watchdog.timeout
+                elif time.monotonic() - changed > patience:
                     outcome = "timeout"
                     break
         finally:
@@ -245,7 +246,7 @@ class Session:
         entries = read_journal(self.journal)
         running = [entry["test"] for entry in entries if entry.get("outcome") == "started"]
         unfinished = [test for test in running if test not in outcomes_of(entries)]
-        message = f"silent for {self.watchdog.timeout:.0f} s" if outcome else describe_exit(process.returncode)
+        message = f"silent for {patience:.0f} s" if outcome else describe_exit(process.returncode)
         for test in unfinished:
             append(self.journal, {"test": test, "outcome": outcome or "crashed", "message": message})
             self.say(f"gpu test {test}: {outcome or 'crashed'} ({message})")

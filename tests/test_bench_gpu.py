@@ -374,7 +374,7 @@ def test_the_gpu_tests_survive_a_test_that_crashes_or_hangs(session, tmp_path, w
     folder = tmp_path / "gpu_tests"
     folder.mkdir()
     (folder / "test_some.py").write_text(textwrap.dedent(TESTS))
-    one = in_memory(session(tests=str(folder), timeout=8.0))  # pytest may take seconds to start
+    one = in_memory(session(tests=str(folder), timeout=3.0))
     one.test_workers = workers
     one.run_tests()
 

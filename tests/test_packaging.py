@@ -75,7 +75,7 @@ def test_the_metadata_say_what_is_needed(wheel):
     assert f"{dist_info}/licenses/LICENSE" in files_in(wheel)
     required = [requirement for requirement in metadata.get_all("Requires-Dist") if "extra ==" not in requirement]
     assert sorted(required) == ["torch>=2.9", 'triton>=3.5; platform_system == "Linux"']
-    assert set(metadata.get_all("Provides-Extra")) == {"bench", "demo", "examples", "models", "test"}
+    assert set(metadata.get_all("Provides-Extra")) == {"bench", "demo", "examples", "gpu-test", "models", "test"}
 
 
 def test_the_source_distribution_gives_the_same_wheel_and_has_its_tests(built, wheel, tmp_path):
