@@ -51,6 +51,7 @@ GRID_STAGES = {name: Stage(name) for name in cases.GRIDS} | {
 STAGES = ("headline", "common", "stacks", "accuracy", "tests", "latency", "peers", "full")
 CHUNK = 24  # cases whose kernels are compiled before the first of them is measured
 COMPILING = 0.3  # of the time left, at most, for that
+PATIENCE = 3  # how many times longer a test may take than all of them may be silent
 STRIKES = 3  # crashes and time-outs after which a system other than ours and nn.LSTM is not run any more
 
 
@@ -214,12 +215,16 @@ class Session:
     def run_remaining_tests(self) -> bool:
         """Whether pytest did run them: what goes wrong before its first test would do so again."""
         skip = self.out / ".gpu-tests-done"
-        skip.write_text("\n".join(outcomes_of(read_journal(self.journal))), encoding="utf-8")
+        over = outcomes_of(read_journal(self.journal))
+        skip.write_text("\n".join(over), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", self.tests, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         command += [f"--rootdir={results.ROOT}", f"--config-file={results.ROOT / 'pyproject.toml'}"]
         command += ["-p", "bench.journal", f"--journal={self.journal}", f"--journal-skip={skip}"]
         if self.test_workers > 1 and importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(self.test_workers)]
+            if importlib.util.find_spec("pytest_timeout") is not None:
+                # A test that hangs while others run. A signal would not interrupt a call of CUDA.
+                command += [f"--timeout={PATIENCE * self.watchdog.timeout:.0f}", "--timeout-method=thread"]
         # Workers that each take all cores get into each other's way.
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.test_workers)), **os.environ}
         with self.watchdog.log.open("ab") as log:
@@ -251,7 +256,9 @@ class Session:
             append(self.journal, {"test": test, "outcome": outcome or "crashed", "message": message})
             self.say(f"gpu test {test}: {outcome or 'crashed'} ({message})")
         lost = bool(entries) and "lost" in entries[-1]
-        if unfinished or lost:
+        # After the loss of a worker pytest may stay although all tests are over.
+        stays = outcome == "timeout" and len(outcomes_of(entries)) > len(over)
+        if unfinished or lost or stays:
             return True
         if process.returncode not in (0, 1, 5):  # 0: all passed, 1: some failed, 5: none left
             self.failures += 1

@@ -12,10 +12,21 @@ import torch
 import triton
 import triton.language as tl
 
+from lstm_triton.kernels.exchange import MOST_LOOKS, give_up
+
 from .devices import Cpu
 from .results import JsonObject
 
 ROUNDS = 500  # there and back, for each pair
+
+
+@triton.jit
+def wait_for(pointer, turn):
+    looks = 0
+    while tl.load(pointer, volatile=True) < turn:
+        looks += 1
+        if looks > MOST_LOOKS:
+            give_up()
 
 
 @triton.jit(do_not_specialize=["partner", "rounds"])
@@ -25,14 +36,10 @@ def ping_pong(numbers, partner, rounds):
     if program == 0:
         for turn in range(1, rounds + 1):
             tl.store(numbers, turn, cache_modifier=".cg")
-            seen = tl.load(numbers + 1, volatile=True)
-            while seen < turn:
-                seen = tl.load(numbers + 1, volatile=True)
+            wait_for(numbers + 1, turn)
     if program == partner:
         for turn in range(1, rounds + 1):
-            seen = tl.load(numbers, volatile=True)
-            while seen < turn:
-                seen = tl.load(numbers, volatile=True)
+            wait_for(numbers, turn)
             tl.store(numbers + 1, turn, cache_modifier=".cg")
 
 

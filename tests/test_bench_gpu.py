@@ -369,6 +369,30 @@ TESTS = """
 """
 
 
+def test_a_test_that_hangs_while_others_run(session, tmp_path) -> None:
+    pytest.importorskip("pytest_timeout")
+    (tmp_path / "gpu_tests").mkdir()
+    source = """
+        import time
+        import pytest
+
+        pytestmark = pytest.mark.gpu
+
+        def test_hang():
+            time.sleep(1000)
+
+        @pytest.mark.parametrize("number", range(24))
+        def test_slow(number):
+            time.sleep(0.5)
+    """
+    (tmp_path / "gpu_tests" / "test_some.py").write_text(textwrap.dedent(source))
+    one = in_memory(session(tests=str(tmp_path / "gpu_tests"), timeout=2.0))
+    one.test_workers = 2
+    one.run_tests()
+    assert one.test_outcomes() == {"passed": 24, "crashed": 1}
+    assert one.failures == 1
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_gpu_tests_survive_a_test_that_crashes_or_hangs(session, tmp_path, workers: int) -> None:
     folder = tmp_path / "gpu_tests"
