@@ -9,7 +9,7 @@ read, nothing is computed.
 import triton
 import triton.language as tl
 
-from lstm_triton.kernels.exchange import any_missing, publish, receive, request
+from lstm_triton.kernels.exchange import MOST_LOOKS, any_missing, give_up, publish, receive, request
 from lstm_triton.kernels.hold import clock, hold_back
 from lstm_triton.kernels.lanes import place
 from lstm_triton.kernels.sizes import smaller
@@ -25,8 +25,11 @@ def wait_for(
         receive(tiles, pointers, ks, first, COUNT, SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, False, MASKED)
     else:
         # Not with `receive`: tiles carried by its loop and then not used crash the compiler of Triton 3.6.
-        missing = any_missing(tiles, COUNT, PACKED) & wait
+        missing, looks = any_missing(tiles, COUNT, PACKED) & wait, 0
         while missing:
+            looks += 1
+            if looks > MOST_LOOKS:
+                give_up()
             again = request(pointers, ks, first, COUNT, SIZE, BLOCK_K, MASKED)
             missing = any_missing(again, COUNT, PACKED)
 
