@@ -170,7 +170,6 @@ def run_contact(arguments: argparse.Namespace) -> int:
     from .contact import Contact, contact
     from .watchdog import MARGIN
 
-    devices.require(arguments.device)
     if arguments.device == "cpu":
         raise devices.UnusableDevice("device 'cpu': the kernels do not run on it; interpreter rehearses")
     return contact(

@@ -15,30 +15,25 @@ import contextlib
 import datetime
 import itertools
 import os
-import queue
 import shutil
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import cases, devices, measure, results
 from .cases import BASELINE, FLOOR, OURS, Case
 from .contact_report import TimeRow, is_right, table, title, verdict_of
 from .contact_worker import plans_to_try
-from .gpu import Session, append, ending_children
+from .gpu import COMPILING, Session, append, ending_children
 from .hang import HANG
+from .plans import MODES
 from .results import JsonObject
-from .watchdog import Crew, OutOfBudget, Watchdog, end
-
-if TYPE_CHECKING:
-    from lstm_triton.planner import Kind
+from .watchdog import Crew, OutOfBudget, Watchdog, ending
 
 BOTH = "forward+backward"
-MODES: tuple[tuple[Kind, str], ...] = (("forward", "forward"), ("backward", BOTH))  # what shows a scan's time
 DTYPES = ("float16", "bfloat16", "tf32", "float32")
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "compute_mode")
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--print-limit", "20")
@@ -81,7 +76,6 @@ HOST = layer("float16", 16, 16, 256, 256)
 CASES = (*CHECKS, *TIMED, HOST)
 REHEARSED = 7  # cases of each step in a rehearsal
 COLD = 4  # layers, after which it shows whether a kernel cache was carried here
-COMPILING = 0.3  # of the time left, at most, for compiling side by side
 MOST_FAILURES = 4  # layers, after which no more are tried: something is wrong from the ground up
 EXPLAINED = 2  # of the layers that failed, so many are tried with other plans
 CANDIDATES = 8  # the planner's best plans, its own among them, that are timed for each scan
@@ -107,7 +101,7 @@ def launch_besides(device: devices.Cpu) -> None:
     from . import handoff
 
     handoff.times(device)
-    for kind, mode in MODES:
+    for kind, mode in MODES.items():
         case = replace(HEADLINE, mode=mode)
         for _, plan in plans_to_try(case, device, kind, CANDIDATES):
             with planner.forced(planner.Plan(**plan), kind):
@@ -186,18 +180,12 @@ class Contact:
 
     def ask(self, watchdog: Watchdog, question: JsonObject) -> JsonObject:
         """What a child of bench.contact_worker answers: {"result"}, {"error"}, {"hang"}, {"timeout"} or {"crash"}."""
-        child = watchdog.started()
-        child.ask(**question)
+        watchdog.started().ask(**question)
         phase = "start"
         while True:
-            try:
-                answer = child.answer(min(watchdog.timeout, watchdog.time_left()))
-            except queue.Empty:
-                watchdog.time_left()  # raises if it is the budget that ended
-                watchdog.stop()
-                return {"timeout": f"silent for {watchdog.timeout:.0f} s", "in": phase}
-            if answer is None:
-                return {"crash": watchdog.stop(), "in": phase}
+            answer = watchdog.answer(watchdog.timeout)
+            if failure := answer.get("failure"):
+                return {"timeout" if failure["status"] == "timeout" else "crash": failure["message"], "in": phase}
             if "phase" in answer:
                 phase = answer["phase"]
                 continue
@@ -217,7 +205,7 @@ class Contact:
         """What the machine is: versions from a child, clocks and compute mode from the driver's own tool."""
         self.checking.started()
         assert self.checking.origin is not None
-        found = dict(self.checking.origin)
+        found = self.checking.origin
         named = ("gpu", "driver", "torch", "triton", "cudnn", "commit", "kernel_hash")
         self.say(", ".join(f"{name} {found[name]}" for name in named))
         variables = {name: value for name, value in os.environ.items() if name.startswith(("TRITON", "CUDA", "PTXAS"))}
@@ -272,22 +260,14 @@ class Contact:
             for change in (None, *changes):
                 if not self.has_time(LEAST_FOR_TIMES, what):
                     return
-                with self.child_of_its_own() as watchdog:
+                with ending(self.watchdog("bench.contact_worker")) as watchdog:
                     outcome = self.check(watchdog, case, change)
                 self.say(f"  {title(case)}, {change or 'once more, alone'}: {verdict_of(outcome)}")
             if self.on_gpu and shutil.which(SANITIZER[0]) and self.has_time(LEAST_FOR_TIMES, what):
                 short = replace(case, T=min(case.T, 2))
-                with self.child_of_its_own(SANITIZER, SLOWER * self.silent) as watchdog:
+                with ending(self.watchdog("bench.contact_worker", SANITIZER, SLOWER * self.silent)) as watchdog:
                     outcome = self.check(watchdog, short, None, SLOWER * SLOWER * HANG)
                 self.say(f"  {title(short)}, under {SANITIZER[0]}: {verdict_of(outcome)}; see contact.log")
-
-    @contextlib.contextmanager
-    def child_of_its_own(self, under: tuple[str, ...] = (), silent: float | None = None) -> Iterator[Watchdog]:
-        watchdog = self.watchdog("bench.contact_worker", under, silent)
-        try:
-            yield watchdog
-        finally:
-            watchdog.stop()
 
     def ask_questions(self) -> None:
         """What the planner's estimates rest on: the hand-off between multiprocessors; what a call costs the host."""
@@ -324,7 +304,7 @@ class Contact:
     def plans_of(self, case: Case) -> list[tuple[str, str, JsonObject]]:
         """(mode, label, {"kind", "plan"}): what is measured beside the planner's choices for a layer."""
         found = []
-        for kind, mode in MODES:
+        for kind, mode in MODES.items():
             outcome = self.ask(self.checking, {"plans": cases.as_dict(case), "kind": kind, "most": CANDIDATES})
             self.write("plans", case=cases.as_dict(case), kind=kind, **outcome)
             for label, plan in outcome.get("result", ()):
@@ -380,9 +360,8 @@ class Contact:
     # The end
 
     def stop(self) -> None:
-        for watchdog in (self.checking, self.timing):
-            if watchdog.child is not None:
-                end(watchdog.child.process)
+        self.checking.kill()
+        self.timing.kill()
 
     def summary(self) -> None:
         """What matters, last."""

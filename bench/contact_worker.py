@@ -22,7 +22,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -34,8 +34,10 @@ from . import cases, hits, measure, results, worker
 from .cases import Case
 from .devices import Cpu, tf32
 from .hang import Missing, Watch, spans
+from .plans import MODES, candidates_of, launches_of
 from .results import JsonObject
-from .systems import TORCH_DTYPES, Problem, Runner, as_users_write_it, baseline, ours
+from .systems import Problem, Runner, as_users_write_it, baseline, ours
+from .worker import Say
 
 if TYPE_CHECKING:
     from lstm_triton.planner import Kind, Plan
@@ -52,8 +54,6 @@ CHANGES: dict[str, JsonObject] = {
     "K not split": {"split_k": 1},
 }
 
-Say = Callable[..., None]
-
 
 class Inapplicable(Exception):
     """A change that changes nothing of a layer's plans, or that no plan allows."""
@@ -64,22 +64,7 @@ class Inapplicable(Exception):
 
 def plans_of(case: Case, device: Cpu) -> dict[Kind, Plan]:
     """The planner's choice for the first launch of each scan."""
-    from lstm_triton import ops
-
-    kinds: tuple[Kind, ...] = ("forward", "backward")
-    return {
-        kind: ops.launches_of(
-            kind,
-            num_layers=case.layers,
-            directions=2 if case.bidirectional else 1,
-            batch_size=case.B,
-            input_size=case.I,
-            hidden_size=case.H,
-            dtype=TORCH_DTYPES[case.dtype],
-            device=device.torch_device,
-        )[0].plan
-        for kind in kinds
-    }
+    return {kind: launches_of(kind, case, device)[0].plan for kind in MODES}
 
 
 def changed_plans(case: Case, device: Cpu, change: str) -> dict[Kind, Plan]:
@@ -88,6 +73,8 @@ def changed_plans(case: Case, device: Cpu, change: str) -> dict[Kind, Plan]:
     Raises:
         Inapplicable: there are none.
     """
+    from lstm_triton.planner import Device
+
     wanted = CHANGES[change]
     found: dict[Kind, Plan] = {}
     for kind, plan in plans_of(case, device).items():
@@ -96,7 +83,7 @@ def changed_plans(case: Case, device: Cpu, change: str) -> dict[Kind, Plan]:
                 found[kind] = plan
         elif any(getattr(plan, name) != value for name, value in wanted.items()):
             if "slices" in wanted or "split_k" in wanted:  # other sizes follow from these
-                others = candidates_of(kind, case, device, plan.lanes, plan.chained)
+                others = candidates_of(kind, case, Device.of(device.torch_device), plan.lanes, plan.chained)
                 others = [each for each in others if all(getattr(each, name) == to for name, to in wanted.items())]
             else:
                 others = [dataclasses.replace(plan, **wanted)]
@@ -105,15 +92,6 @@ def changed_plans(case: Case, device: Cpu, change: str) -> dict[Kind, Plan]:
     if not found:
         raise Inapplicable(change)
     return found
-
-
-def candidates_of(kind: Kind, case: Case, device: Cpu, lanes: int = 1, chained: bool = False) -> list[Plan]:
-    from lstm_triton import planner
-
-    return planner.candidates(
-        kind, batch_size=case.B, input_size=case.I, hidden_size=case.H, dtype=TORCH_DTYPES[case.dtype],
-        device=planner.Device.of(device.torch_device), allow_tf32=case.dtype == "tf32", lanes=lanes, chained=chained,
-    )  # fmt: skip
 
 
 def applicable_changes(case: Case, device: Cpu) -> list[str]:
@@ -149,9 +127,8 @@ def compare(names: Sequence[str], mine: Sequence[Tensor], theirs: Sequence[Tenso
     rows = []
     for name, one, other, exact in zip(names, mine, theirs, right, strict=True):
         error, their_error = (measure.distance([each], [exact]) for each in (one, other))
-        allowed = max(measure.FACTOR * their_error, measure.ROUNDINGS * measure.ROUNDING[dtype])
         row: JsonObject = {"name": name, "error": error, "nn.LSTM": their_error}
-        if not error <= allowed:
+        if not error <= measure.allowed(their_error, dtype):
             row["wrong"] = located(one, other, exact)
         rows.append(row)
     return rows
@@ -256,7 +233,9 @@ def short(plan: Plan) -> str:
 
 def plans_to_try(case: Case, device: Cpu, kind: Kind, most: int) -> list[tuple[str, JsonObject]]:
     """Labels and plans: the planner's with the portable wait, the planner's without a hold, the next candidates."""
-    found = candidates_of(kind, case, device)[:most]
+    from lstm_triton.planner import Device
+
+    found = candidates_of(kind, case, Device.of(device.torch_device))[:most]
     named = {"portable wait": dataclasses.replace(found[0], thread_elements=0)}
     named["no hold"] = dataclasses.replace(found[0], hold=0)
     named |= {short(plan): plan for plan in found[1:]}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .cases import Case
 from .devices import Call, Cpu, tf32
+from .plans import launches_of
 from .systems import TORCH_DTYPES, Outputs, Problem, Runner
 
 if TYPE_CHECKING:
@@ -100,18 +101,8 @@ def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
     directions = 2 if case.bidirectional else 1
     stride = planner.state_stride(case.H)
     copies = 1 if kind == "forward" else 4
-    launches = ops.launches_of(
-        kind,
-        num_layers=case.layers,
-        directions=directions,
-        batch_size=case.B,
-        input_size=case.I,
-        hidden_size=case.H,
-        dtype=problem.dtype,
-        device=device,
-    )
     states = []
-    for launch in launches:
+    for launch in launches_of(kind, case, problem.device):
         plan = launch.plan
         input_size = case.I if launch.first < directions else directions * case.H
         like = torch.empty(case.T, case.B, input_size, dtype=problem.dtype, device=device)

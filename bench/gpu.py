@@ -91,8 +91,7 @@ class Session:
     def stop(self) -> None:
         if self.crew is not None:
             self.crew.stop()
-        if self.watchdog.child is not None:
-            end(self.watchdog.child.process)
+        self.watchdog.kill()
 
     def resume(self, folder: Path) -> None:
         """Go on from what an earlier call left in another folder, where this one's is empty."""

@@ -101,6 +101,11 @@ def distance(values: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     return worst
 
 
+def allowed(their_error: float, dtype: str) -> float:
+    """The largest error that is right, where nn.LSTM makes this one."""
+    return max(ROUNDINGS * ROUNDING[dtype], FACTOR * their_error)
+
+
 def check_values(problem: Problem, entries: list[Entry], progress: Progress) -> None:
     """Fill in every entry's error against nn.LSTM in float64, and call the wrong ones wrong."""
     case, device = problem.case, problem.device
@@ -117,7 +122,7 @@ def check_values(problem: Problem, entries: list[Entry], progress: Progress) -> 
         ]
         cotangents = [cotangent.to(problem.dtype).double() for cotangent in cotangents]
         reference = compute(exact_runner, leaf.double(), case.mode, cotangents)
-    allowed = ROUNDINGS * ROUNDING[case.dtype]
+    limit = allowed(0.0, case.dtype)
     # nn.LSTM comes first: its error is the yardstick for the others.
     for entry in sorted(entries, key=lambda entry: entry.system.name != BASELINE):
         if not (entry.runner.checked and entry.runner.compared):
@@ -131,9 +136,9 @@ def check_values(problem: Problem, entries: list[Entry], progress: Progress) -> 
             entry.first_call_us = (time.perf_counter() - start) * 1e6
             entry.error = distance(values, reference)
             if entry.system.name == BASELINE:
-                allowed = max(allowed, FACTOR * entry.error)
-            elif not entry.error <= allowed:
-                entry.wrong = f"error {entry.error:.2e} against float64, allowed {allowed:.2e}"
+                limit = allowed(entry.error, case.dtype)
+            elif not entry.error <= limit:
+                entry.wrong = f"error {entry.error:.2e} against float64, allowed {limit:.2e}"
             if not math.isfinite(entry.error):
                 entry.wrong = "the result is not finite"
 

@@ -7,28 +7,24 @@ values are right.
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from . import resources
 from .cases import OURS, Case
+from .plans import MODES, candidates_of
 from .report import microseconds
 from .results import JsonObject, ResultsError, require_writable, write_atomically
 from .systems import TORCH_DTYPES
-from .watchdog import OutOfBudget, Watchdog
+from .watchdog import OutOfBudget, Watchdog, ending
 
 if TYPE_CHECKING:
     from lstm_triton.planner import Device, Kind, Plan
 
 TIMED_STEPS = 256  # the best plan does not depend on T
-MODES = {
-    "forward": "forward",
-    "backward": "forward+backward",
-}  # what shows a kind's time; the rest of it is the same for all
 
 
 def read_table(path: Path) -> dict[str, JsonObject]:
@@ -70,18 +66,8 @@ def refusal(kind: Kind, device: Device, hidden_size: int, dtype: str, plan: Plan
 
 def kept_candidates(kind: Kind, case: Case, device: Device, limit: int, say: Callable[[str], None]) -> list[Plan]:
     """The `limit` most promising candidates that nothing speaks against."""
-    from lstm_triton import planner
-
     kept: list[Plan] = []
-    for plan in planner.candidates(
-        kind,
-        batch_size=case.B,
-        input_size=case.I,
-        hidden_size=case.H,
-        dtype=TORCH_DTYPES[case.dtype],
-        device=device,
-        allow_tf32=case.dtype == "tf32",
-    ):
+    for plan in candidates_of(kind, case, device):
         if len(kept) == limit:
             break
         if why := refusal(kind, device, case.H, case.dtype, plan):
@@ -107,14 +93,6 @@ def tune_case(
         else:
             say(f"  {row['status']}, {row['message']}: {plan}")
     return best
-
-
-@contextlib.contextmanager
-def ending(watchdog: Watchdog) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        watchdog.stop()
 
 
 def tune(

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,11 @@ class Watchdog:
             end(child.process)
         raise CannotStart(f"no worker starts on device {self.device_name!r}; see the end of {self.log}")
 
+    def kill(self) -> None:
+        """End the child at once, if there is one."""
+        if self.child is not None:
+            end(self.child.process)
+
     def stop(self) -> str:
         """End the child, if there is one. Returns how it ended."""
         if self.child is None:
@@ -151,6 +156,20 @@ class Watchdog:
         self.child = None
         return describe_exit(code)
 
+    def answer(self, patience: float) -> JsonObject:
+        """The running child's next answer.
+
+        {"failure": {"status", "message"}} where it stays silent or has ended: then there is no child any more.
+        """
+        assert self.child is not None
+        try:
+            answer = self.child.answer(min(patience, self.time_left()))
+        except queue.Empty:
+            self.time_left()  # raises if it is the budget that ended
+            self.stop()
+            return {"failure": {"status": "timeout", "message": f"silent for {patience:.0f} s"}}
+        return {"failure": {"status": "error", "message": self.stop()}} if answer is None else answer
+
     def measure(
         self, grid_name: str, case: cases.Case, names: Sequence[str], seconds: float, forced: JsonObject | None = None
     ) -> tuple[list[Row], JsonObject | None]:
@@ -158,20 +177,14 @@ class Watchdog:
 
         forced: {"kind", "plan"}, a plan to use instead of the planner's.
         """
-        child = self.started()
         doing = {"phase": "start", "system": "reference"}
         task = {"grid": grid_name, "case": cases.as_dict(case), "systems": list(names), "seconds": seconds}
-        child.ask(measure=task, forced=forced)
+        self.started().ask(measure=task, forced=forced)
         while True:
             patience = self.timeout * (REGISTRY[doing["system"]].patience if doing["system"] in REGISTRY else 1.0)
-            try:
-                answer = child.answer(min(patience, self.time_left()))
-            except queue.Empty:
-                self.time_left()  # raises if it is the budget that ended
-                self.stop()
-                return [], {"status": "timeout", "message": f"silent for {patience:.0f} s", **doing}
-            if answer is None:
-                return [], {"status": "error", "message": self.stop(), **doing}
+            answer = self.answer(patience)
+            if "failure" in answer:
+                return [], {**answer["failure"], **doing}
             if "rows" in answer:
                 if answer["lost"]:
                     self.stop()
@@ -179,6 +192,15 @@ class Watchdog:
                     self.origin["rates"] = answer["rates"]
                 return answer["rows"], None
             doing = answer
+
+
+@contextlib.contextmanager
+def ending(watchdog: Watchdog) -> Iterator[Watchdog]:
+    """Its child ends with the block."""
+    try:
+        yield watchdog
+    finally:
+        watchdog.stop()
 
 
 class Crew:
