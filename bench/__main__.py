@@ -145,7 +145,8 @@ def run_tune(arguments: argparse.Namespace) -> int:
     devices.require(arguments.device)
     if arguments.device == "cpu":
         raise devices.UnusableDevice("device 'cpu': the kernels do not run on it")
-    from lstm_triton.planner import Device, table_path
+    from lstm_triton.scan.planner import table_path
+    from lstm_triton.target import Device
 
     from .tune import tune
 

@@ -104,7 +104,7 @@ def compiling(arch: str, libtriton: str | Path | None) -> Iterator[Compiled]:
     import triton.compiler
     from triton.runtime import cache
 
-    from lstm_triton import ops
+    from lstm_triton.scan import products
 
     from .overhead import Compilations, pretended_gpu
 
@@ -127,10 +127,10 @@ def compiling(arch: str, libtriton: str | Path | None) -> Iterator[Compiled]:
             stack.enter_context(mock.patch.object(cache, "triton_key", return_value=key))
         stack.enter_context(pretended_gpu(arch, Compiling()))
         # Products of matrices launch none of this library's kernels, and would take a CPU long.
-        stack.enter_context(mock.patch.object(ops, "project", return_value=None))
+        stack.enter_context(mock.patch.object(products, "project", return_value=None))
         stack.enter_context(
             mock.patch.object(
-                ops, "matmul", lambda left, right, exact=False: left.new_empty((left.shape[0], right.shape[1]))
+                products, "matmul", lambda left, right, exact=False: left.new_empty((left.shape[0], right.shape[1]))
             )
         )
         yield compiled

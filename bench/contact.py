@@ -96,7 +96,7 @@ def asked(*command: str) -> str:
 
 def launch_besides(device: devices.Cpu) -> None:
     """Launch what this command launches besides its cases, for the sake of Triton's cache (bench.cache)."""
-    from lstm_triton import planner
+    from lstm_triton.scan import planner
 
     from . import handoff
 

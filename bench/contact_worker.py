@@ -40,7 +40,7 @@ from .systems import Problem, Runner, as_users_write_it, baseline, ours
 from .worker import Say
 
 if TYPE_CHECKING:
-    from lstm_triton.planner import Kind, Plan
+    from lstm_triton.scan.planner import Kind, Plan
 
 # What to change in a layer's plans when it fails: which of these helps tells what the fault depends on.
 CHANGES: dict[str, JsonObject] = {
@@ -73,7 +73,7 @@ def changed_plans(case: Case, device: Cpu, change: str) -> dict[Kind, Plan]:
     Raises:
         Inapplicable: there are none.
     """
-    from lstm_triton.planner import Device
+    from lstm_triton.target import Device
 
     wanted = CHANGES[change]
     found: dict[Kind, Plan] = {}
@@ -105,16 +105,16 @@ def applicable_changes(case: Case, device: Cpu) -> list[str]:
 
 @contextlib.contextmanager
 def with_change(case: Case, device: Cpu, change: str | None) -> Iterator[None]:
-    from lstm_triton import ops, planner
+    from lstm_triton.scan import launch, planner
 
     with ExitStack() as stack:
         if change is not None:
             for kind, plan in changed_plans(case, device, change).items():
                 stack.enter_context(planner.forced(plan, kind))
         if change == "not cooperative":
-            options = ops.launch_options
+            options = launch.launch_options
             alone = lambda plan: {**options(plan), "launch_cooperative_grid": False}  # noqa: E731
-            stack.enter_context(mock.patch.object(ops, "launch_options", alone))
+            stack.enter_context(mock.patch.object(launch, "launch_options", alone))
         yield
 
 
@@ -233,7 +233,7 @@ def short(plan: Plan) -> str:
 
 def plans_to_try(case: Case, device: Cpu, kind: Kind, most: int) -> list[tuple[str, JsonObject]]:
     """Labels and plans: the planner's with the portable wait, the planner's without a hold, the next candidates."""
-    from lstm_triton.planner import Device
+    from lstm_triton.target import Device
 
     found = candidates_of(kind, case, Device.of(device.torch_device))[:most]
     named = {"portable wait": dataclasses.replace(found[0], thread_elements=0)}

@@ -20,7 +20,7 @@ from .plans import launches_of
 from .systems import TORCH_DTYPES, Outputs, Problem, Runner
 
 if TYPE_CHECKING:
-    from lstm_triton.planner import Kind
+    from lstm_triton.scan.planner import Kind
 
 
 @functools.cache
@@ -93,7 +93,7 @@ def exchange_runner(problem: Problem) -> Runner:
 
 def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
     """A scan's launches, with its buffers and plans. Returns the states, in which every program has published."""
-    from lstm_triton import ops, planner
+    from lstm_triton.scan import buffers, launch, planner
 
     from .exchange_only import exchange_scan
 
@@ -102,11 +102,11 @@ def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
     stride = planner.state_stride(case.H)
     copies = 1 if kind == "forward" else 4
     states = []
-    for launch in launches_of(kind, case, problem.device):
-        plan = launch.plan
-        input_size = case.I if launch.first < directions else directions * case.H
+    for planned in launches_of(kind, case, problem.device):
+        plan = planned.plan
+        input_size = case.I if planned.first < directions else directions * case.H
         like = torch.empty(case.T, case.B, input_size, dtype=problem.dtype, device=device)
-        state = ops.sentinels((plan.lanes, case.T + 1, case.B, copies * stride), like)
+        state = buffers.sentinels((plan.lanes, case.T + 1, case.B, copies * stride), like)
         state[:, 0] = 0
         arguments = {
             "state_ptr": state,
@@ -119,7 +119,7 @@ def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
             "hold": plan.hold,
         }
         constants = {
-            **ops.constants_of(plan),
+            **launch.constants_of(plan),
             "HIDDEN": case.H,
             "INPUT": input_size,
             "STATE_STRIDE": stride,
@@ -129,6 +129,6 @@ def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
             "BLOCK_INPUT": plan.block_input,
             "CHUNKS": plan.chunks,
         }
-        ops.launch(exchange_scan, (plan.programs,), device, arguments, constants, ops.launch_options(plan))
+        launch.launch(exchange_scan, (plan.programs,), device, arguments, constants, launch.launch_options(plan))
         states.append(state)
     return states

@@ -48,8 +48,8 @@ def times(device: Cpu) -> JsonObject:
 
     A GPU deals programs out to idle multiprocessors first, so that each of these has one of its own.
     """
-    from lstm_triton import ops
-    from lstm_triton.planner import Device
+    from lstm_triton.scan import launch
+    from lstm_triton.target import Device
 
     on_gpu = device.torch_device.type == "cuda"
     programs = Device.of(device.torch_device).multiprocessors if on_gpu else 3
@@ -59,7 +59,7 @@ def times(device: Cpu) -> JsonObject:
     def call(partner: int) -> None:
         numbers = torch.zeros(2, dtype=torch.int32, device=device.torch_device)
         arguments = {"numbers": numbers, "partner": partner, "rounds": rounds}
-        ops.launch(ping_pong, (programs,), device.torch_device, arguments, {}, options)
+        launch.launch(ping_pong, (programs,), device.torch_device, arguments, {}, options)
 
     with device.active():
         call(1)

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
@@ -22,7 +22,7 @@ from .devices import Cpu
 from .results import JsonObject
 
 if TYPE_CHECKING:
-    from lstm_triton.planner import Kind, Plan
+    from lstm_triton.scan.planner import Kind, Plan
 
 HANG = 4.0  # seconds after which a kernel that takes milliseconds hangs
 COPY = 3.0  # seconds for copying what it has published
@@ -58,20 +58,20 @@ class Watch:
     @contextlib.contextmanager
     def over(self, phase: str, case: Case, plans: dict[Kind, Plan]) -> Iterator[None]:
         """Until all that is asked for inside has ended."""
-        from lstm_triton import ops
+        from lstm_triton import target
         from lstm_triton.interpreter import Deadlock
+        from lstm_triton.scan import buffers
 
         self.buffers.clear()
         self.launched.clear()
         self.over_what = phase, case, plans
-        sentinels, launch = ops.sentinels, ops.launch
+        sentinels = buffers.sentinels
 
         def recorded_buffer(shape: tuple[int, ...], like: Tensor) -> Tensor:
             self.buffers.append(sentinels(shape, like))
             return self.buffers[-1]
 
-        def recorded_launch(*arguments: Any) -> None:
-            launch(*arguments)
+        def recorded_launch(launched: target.Launched) -> None:
             if self.device.torch_device.type == "cuda":
                 event = torch.cuda.Event()
                 event.record()
@@ -79,8 +79,8 @@ class Watch:
 
         try:
             with (
-                mock.patch.object(ops, "sentinels", recorded_buffer),
-                mock.patch.object(ops, "launch", recorded_launch),
+                mock.patch.object(buffers, "sentinels", recorded_buffer),
+                target.after_every_launch(recorded_launch),
             ):
                 yield
             self.device.synchronize()  # raises where a kernel crashed
@@ -144,9 +144,8 @@ def missing_of_lane(empty: Tensor, case: Case, kind: Kind, lane: int, plan: Plan
     """
     width = 1 if kind == "forward" else 4  # columns of a unit
     ragged = case.layout != "dense"
-    rows = (
-        empty.shape[0] - (3 if ragged else 2) * case.B
-    )  # lstm_triton.ops.Layout: initial states, and those to reset to
+    # Besides those of the steps: initial states, and those to reset to (lstm_triton/scan/buffers.py, Layout).
+    rows = empty.shape[0] - (3 if ragged else 2) * case.B
     empty = empty[case.B : case.B + rows, : width * case.H].unflatten(1, (case.H, width)).any(2)
     if not empty.any():
         return None

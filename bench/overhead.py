@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
-from lstm_triton import cell_ops, interpreter, ops, planner
+from lstm_triton.scan import backward, cell, forward
+from lstm_triton.target import Device, Gpus, Launched, after_every_launch, recorded_launches, running_on
 
 from .resources import DEVICES, DTYPES
 
@@ -108,17 +109,27 @@ def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None)
     from lstm_triton.kernels.forward import forward_scan
     from lstm_triton.kernels.lanes import dropout_scales
 
-    compilations, launch = compilations or Compilations(), ops.launch
+    compilations = compilations or Compilations()
+
+    class PretendedGpu(Gpus):
+        def takes(self, device: torch.device) -> bool:
+            return device.type == "cpu"
+
+        def describe(self, device: torch.device) -> Device:
+            return DEVICES[arch]
+
+        def may_take_tf32(self, tensor: Tensor) -> bool:
+            return tensor.dtype == torch.float32
+
+        def run(self, kernel: Any, grid: Any, device: torch.device, arguments: Any, options: Any) -> None:
+            super().run(kernel, grid, torch.device("cuda", 0), arguments, options)
+
     with ExitStack() as stack:
 
         def patch(target: object, name: str, replacement: object) -> None:
             stack.enter_context(mock.patch.object(target, name, replacement))
 
-        patch(interpreter, "active", lambda: True)
-        patch(planner.Device, "of", staticmethod(lambda device: DEVICES[arch]))
-        gpu = torch.device("cuda", 0)
-        patch(ops, "launch", lambda kernel, grid, device, *others: launch(kernel, grid, gpu, *others))
-        patch(ops, "may_take_tf32", lambda tensor: tensor.dtype == torch.float32)
+        stack.enter_context(running_on(PretendedGpu()))
         patch(torch.cuda, "_exchange_device", lambda index: index)
         patch(torch.cuda, "_maybe_exchange_device", lambda index: index)
         patch(triton.compiler, "compile", compilations)
@@ -133,7 +144,7 @@ class Operators(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        own = (ops.scan_forward, ops.scan_backward, cell_ops.single_step, cell_ops.cell_forward, cell_ops.cell_backward)
+        own = (forward.scan_forward, backward.scan_backward, cell.single_step, cell.cell_forward, cell.cell_backward)
         self.own = {operator._qualname: operator._init_fn for operator in own}
         self.counted: Counter[str] = Counter()
 
@@ -225,19 +236,12 @@ def report(case: Case, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
         call = call_of(case, lstm_triton.LSTM, dtype)
         for _ in range(3):
             call()
-        launches = Counter[str]()
-        launch = ops.launch
-
-        def counted(kernel: Any, *others: Any) -> None:
-            launches[kernel.fn.__name__] += 1
-            launch(kernel, *others)
-
-        with mock.patch.object(ops, "launch", counted), Operators() as operators:
+        with recorded_launches() as launches, Operators() as operators:
             call()
         return {
             **asdict(case),
             "operators": dict(operators.counted),
-            "launches": dict(launches),
+            "launches": dict(Counter(each.name for each in launches)),
             "functions": functions(call),
             "microseconds": least_microseconds(call, seconds),
             "nn.LSTM": stock_microseconds(case, dtype, seconds),
@@ -253,15 +257,13 @@ def compilations(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     module = lstm_triton.LSTM(hidden, hidden, dtype=dtype)
     constants: dict[str, set[str]] = {}
     with pretended_gpu() as found:
-        launch = ops.launch
 
-        def recorded(kernel: Any, grid: Any, device: Any, arguments: Any, plan: Any, options: Any) -> None:
-            named = {**arguments, **plan}
-            chosen = [named[parameter.name] for parameter in kernel.params if parameter.is_constexpr]
-            constants.setdefault(kernel.fn.__name__, set()).add(str((chosen, options)))
-            launch(kernel, grid, device, arguments, plan, options)
+        def collect(launched: Launched) -> None:
+            parameters = launched.kernel.params
+            chosen = [launched.arguments[each.name] for each in parameters if each.is_constexpr]
+            constants.setdefault(launched.name, set()).add(str((chosen, launched.options)))
 
-        with mock.patch.object(ops, "launch", recorded):
+        with after_every_launch(collect):
             for batch_size in range(1, 257):
                 some = batch_size in (1, 2, 3, 15, 16, 17, 64, 130)
                 for input in _inputs(hidden, batch_size, dtype) if some else [torch.empty(2, batch_size, hidden)]:

@@ -9,7 +9,8 @@ from .devices import Cpu
 from .systems import TORCH_DTYPES
 
 if TYPE_CHECKING:
-    from lstm_triton.planner import Device, Kind, Launch, Plan
+    from lstm_triton.scan.planner import Kind, Launch, Plan
+    from lstm_triton.target import Device
 
 # What shows a scan's time; the rest of it is the same for all plans.
 MODES: dict[Kind, str] = {"forward": "forward", "backward": "forward+backward"}
@@ -17,9 +18,9 @@ MODES: dict[Kind, str] = {"forward": "forward", "backward": "forward+backward"}
 
 def launches_of(kind: Kind, case: Case, device: Cpu) -> tuple[Launch, ...]:
     """A scan's launches, with the planner's choices."""
-    from lstm_triton import ops
+    from lstm_triton.scan import launch
 
-    return ops.launches_of(
+    return launch.launches_of(
         kind,
         num_layers=case.layers,
         directions=2 if case.bidirectional else 1,
@@ -33,7 +34,7 @@ def launches_of(kind: Kind, case: Case, device: Cpu) -> tuple[Launch, ...]:
 
 def candidates_of(kind: Kind, case: Case, device: Device, lanes: int = 1, chained: bool = False) -> list[Plan]:
     """Every plan that fits the device for one launch of a scan, the one that promises most first."""
-    from lstm_triton import planner
+    from lstm_triton.scan import planner
 
     return planner.candidates(
         kind,

@@ -59,8 +59,9 @@ def memory() -> tuple[int, int]:
 @contextmanager
 def pretending(modules: Sequence[ModuleType], arch: str, libtriton: str | None) -> Iterator[Patch]:
     """The tests of the modules run on CPU tensors, and compare nothing. Yields what replaces more while it lasts."""
-    from lstm_triton import interpreter, ops
-    from lstm_triton.autograd import scan_layer
+    from lstm_triton import interpreter, target
+    from lstm_triton.scan import dropout, products
+    from lstm_triton.scan.layers import scan_lane as scan_layer
 
     lstm = torch._VF.lstm
 
@@ -73,7 +74,7 @@ def pretending(modules: Sequence[ModuleType], arch: str, libtriton: str | None) 
         batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
         return left.new_empty((*batch, left.shape[-2], right.shape[-1]))
 
-    dropout_scale = ops.dropout_scale
+    dropout_scale = dropout.dropout_scale
 
     def drawn_scale(seed: torch.Tensor, lane: int, dropout: float, *others: Any) -> torch.Tensor:
         return torch.nn.functional.dropout(torch.ones_like(dropout_scale(seed, lane, dropout, *others)), dropout)
@@ -84,15 +85,13 @@ def pretending(modules: Sequence[ModuleType], arch: str, libtriton: str | None) 
             stack.enter_context(mock.patch.object(target, name, replacement))
 
         COUNTED.compiled = stack.enter_context(cache.compiling(arch, libtriton))
-        launch = ops.launch
 
-        def counted(*arguments: Any) -> None:
+        def counted(launched: target.Launched) -> None:
             COUNTED.launches += 1
-            launch(*arguments)
 
-        patch(ops, "launch", counted)
-        patch(ops, "batched_matmul", batched_matmul)
-        patch(ops, "dropout_scale", drawn_scale)  # a test judges how many are kept, and then goes on
+        stack.enter_context(target.after_every_launch(counted))
+        patch(products, "batched_matmul", batched_matmul)
+        patch(dropout, "dropout_scale", drawn_scale)  # a test judges how many are kept, and then goes on
         patch(interpreter, "interpret", lambda seed=0: nullcontext())
         for module in modules:
             patch(module, "DEVICE", "cpu")

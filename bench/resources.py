@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from lstm_triton import planner
-from lstm_triton.planner import CellPlan, Device, Kind, Plan, plan, state_stride
+from lstm_triton.scan import planner
+from lstm_triton.scan.planner import CellPlan, Kind, Plan, plan, state_stride
+from lstm_triton.target import Device
 
 DEVICES = {
     device.arch: device
@@ -82,8 +83,16 @@ def plan_of(case: Case) -> Plan | CellPlan:
 
 def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chosen: CellPlan) -> Any:
     """A kernel of LSTMCell, compiled for an architecture: what a training step launches."""
-    from lstm_triton.cell_ops import BACKWARD_OPTIONS, compiler_options, constants_of
     from lstm_triton.kernels.cell import cell_backward, cell_forward
+    from lstm_triton.scan.cell import (
+        BACKWARD_OPTIONS,
+    )
+    from lstm_triton.scan.cell import (
+        cell_compiler_options as compiler_options,
+    )
+    from lstm_triton.scan.cell import (
+        cell_constants_of as constants_of,
+    )
 
     constants: dict[str, Any] = {"HIDDEN": hidden, "HAS_STATE": True}
     if kernel == "cell_backward":
@@ -118,7 +127,7 @@ def compiled(
     """The scan of a plan, compiled for an architecture: what a training step launches."""
     from lstm_triton.kernels.backward import backward_scan
     from lstm_triton.kernels.forward import forward_scan
-    from lstm_triton.ops import compiler_options, constants_of, input_constants_of
+    from lstm_triton.scan.launch import compiler_options, constants_of, input_constants_of
 
     kernel = forward_scan if kind == "forward" else backward_scan
     constants: dict[str, Any] = {"HIDDEN": hidden, "STATE_STRIDE": state_stride(hidden), **constants_of(chosen)}

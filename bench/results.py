@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from lstm_triton.planner import Device, table_path
+from lstm_triton.scan.planner import table_path
+from lstm_triton.target import Device
 
 from .cases import Case, Row, from_dict
 

@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from lstm_triton.planner import Device
 from lstm_triton.routes import SLOWER, table_path_of
+from lstm_triton.target import Device
 
 from . import report, results
 

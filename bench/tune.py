@@ -22,14 +22,15 @@ from .systems import TORCH_DTYPES
 from .watchdog import OutOfBudget, Watchdog, ending
 
 if TYPE_CHECKING:
-    from lstm_triton.planner import Device, Kind, Plan
+    from lstm_triton.scan.planner import Kind, Plan
+    from lstm_triton.target import Device
 
 TIMED_STEPS = 256  # the best plan does not depend on T
 
 
 def read_table(path: Path) -> dict[str, JsonObject]:
     """The table as it is; empty where there is none. Raises ResultsError for a file that is no table."""
-    from lstm_triton.planner import Plan
+    from lstm_triton.scan.planner import Plan
 
     if not path.exists():
         return {}
@@ -108,7 +109,7 @@ def tune(
     say: Callable[[str], None] = print,
 ) -> int:
     """Tune both scans for every (hidden_size, batch_size) and dtype; what is found is in the table at once."""
-    from lstm_triton import planner
+    from lstm_triton.scan import planner
 
     require_writable(path.parent)
     table = read_table(path)

@@ -80,7 +80,7 @@ def work(device_name: str, plugin: str = "") -> int:
 def forced_plan(forced: results.JsonObject | None) -> contextlib.AbstractContextManager[None]:
     if forced is None:
         return contextlib.nullcontext()
-    from lstm_triton import planner
+    from lstm_triton.scan import planner
 
     return planner.forced(planner.Plan(**forced["plan"]), forced["kind"])
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import lstm_triton
 from lstm_triton.__main__ import Parser, positive, usable_device
-from lstm_triton.trace import Trace
+from lstm_triton.tracing import Trace
 
 PRICES = {"A": (0.0, 0.5, 0.25, 1.0), "B": (1.0, 0.5, 0.25, 1.0)}
 NEXT_PRICE = {"A": 0.0, "B": 1.0}

@@ -12,20 +12,23 @@ kernels are imported when a call first needs them.
 """
 
 from . import functional, reference
-from .accelerate import Acceleration, accelerate
-from .backend import backend, explain
+from .acceleration import Acceleration, accelerate
 from .cell import LSTMCell
 from .convert import Replacement, replace_lstm
+from .explanation import Explanation, explain
 from .module import LSTM
-from .trace import trace
+from .routing import backend
+from .tracing import Trace, trace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LSTM",
     "Acceleration",
+    "Explanation",
     "LSTMCell",
     "Replacement",
+    "Trace",
     "__version__",
     "accelerate",
     "backend",

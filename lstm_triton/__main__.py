@@ -110,14 +110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Each command imports what only it needs.
         if options.command == "demo":
-            from lstm_triton import demo
+            from lstm_triton.commands import demo
 
             return demo.run(options.epochs, options.hidden_size, options.seed, options.device, options.out)
         if options.command == "check":
-            from lstm_triton import check
+            from lstm_triton.commands import check
 
             return check.run(options.device, options.seed)
-        from lstm_triton import info
+        from lstm_triton.commands import info
 
         return info.run()
     except ModuleNotFoundError as error:

@@ -17,6 +17,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
+from .target import Gpus, running_on
+
+
+class Interpreted(Gpus):
+    """The CPU as well, on which Triton's interpreter runs the kernels."""
+
+    def takes(self, device: torch.device) -> bool:
+        return device.type == "cpu" or super().takes(device)
+
+
 _seed: int | None = None  # of the schedule; None: inactive
 
 
@@ -48,7 +60,8 @@ def interpret(seed: int = 0) -> Iterator[None]:
     _install()
     previous, _seed = _seed, seed
     try:
-        yield
+        with running_on(Interpreted()):
+            yield
     finally:
         _seed = previous
 

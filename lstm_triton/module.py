@@ -6,7 +6,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .functional import Memory, Sequences, States, checked_memory, lstm
+from .call import Memory, Sequences
+from .checks import checked_memory
+from .functional import lstm
+from .stack import States
 
 Layer = TypeVar("Layer", bound=nn.RNNBase)
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from .trace import LayerTrace
+from .tracing import LayerTrace
 
 MOST_LINES = 4  # hidden units side by side; more become heat maps
 MARKED_STEPS = 40  # with more steps than these, markers would hide the lines

@@ -158,3 +158,12 @@ def packed(batch_sizes: Tensor, device: torch.device) -> Ragged:
     lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch_size)).sum(0)
     tables = (before, after, offsets, lengths)
     return Ragged(*(table.to(torch.int32).to(device, non_blocking=True) for table in tables))
+
+
+def padded(values: Tensor, tables: Ragged, fill: float = torch.nan) -> Tensor:
+    """(rows, N) -> (T, B, N), in which `fill` stands where there is no step."""
+    time_steps = tables.offsets.shape[0] - 1
+    is_step = torch.arange(time_steps, device=values.device).unsqueeze(1) < tables.lengths
+    padded = values.new_full((*is_step.shape, values.shape[1]), fill)
+    padded[is_step] = values[tables.is_step()]
+    return padded

@@ -113,6 +113,20 @@ def lstm_layer(
     return (results[0], h, c, *results[1:]) if return_cells else (results[0], h, c)
 
 
+def lstm_cell(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of `lstm_layer`: input (B, I), h_0 and c_0 (B, H) or None for zeros -> h_1 and c_1 (B, H)."""
+    _, h_1, c_1 = lstm_layer(input.unsqueeze(0), h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    return h_1, c_1
+
+
 def _positions(ragged: Ragged) -> Tensor:
     """(rows,) each row's place t * B + b in a padded batch."""
     rows = torch.arange(ragged.rows, device=ragged.offsets.device)

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from .planner import Device, dtype_name, table_path
+from .scan.planner import dtype_name, table_path
+from .target import Device
 
 FARTHEST = 1.0  # in powers of two, of hidden and batch size together
 SLOWER = 1.05  # below, the difference is less than what lies between two measurements

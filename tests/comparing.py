@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_triton
-from lstm_triton import ops
+from lstm_triton.scan import launch
 
 # What PyTorch's function ends in where oneDNN has no layers for the processor in the dtype that autocast casts to.
 REFUSAL = "could not create a primitive descriptor"
@@ -307,7 +307,7 @@ def nudged(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     Where a GPU may take TF32 for float32, each element is off by twice what rounding it to TF32 does: nn.LSTM's error
     is no yardstick for TF32 where cuDNN chooses to compute in float32 all the same.
     """
-    if dtype == torch.float32 and tensor.is_cuda and ops.allows_tf32():
+    if dtype == torch.float32 and tensor.is_cuda and launch.allows_tf32():
         return torch.where(tensor.isfinite(), 2 * to_nearest_tf32(tensor.float()).double() - tensor, tensor)
     generator = torch.Generator().manual_seed(2)
     offsets = 2 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64) - 1

@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lstm_triton import interpreter, planner
-from lstm_triton.autograd import scan_layer
-from lstm_triton.planner import Device, Kind, Plan
+from lstm_triton import interpreter
 from lstm_triton.ragged import Ragged, dense, packed
 from lstm_triton.reference import lstm_layer
+from lstm_triton.scan import planner
+from lstm_triton.scan.layers import scan_lane as scan_layer
+from lstm_triton.scan.planner import Kind, Plan
+from lstm_triton.target import Device
 
 from .comparing import assert_as_accurate, floor_of, loop_layer, nudged
 

@@ -28,7 +28,7 @@ from bench.cases import Case
 from bench.devices import tf32
 from bench.overhead import pretended_gpu
 from bench.resources import DTYPES
-from lstm_triton import ops
+from lstm_triton.scan import launch as scan_launch
 
 CASES = (
     Case("forward+backward", "float16", T=7, B=3, I=24, H=64),
@@ -65,8 +65,8 @@ def launch() -> None:
 
 
 def otherwise() -> None:
-    launch_options = ops.launch_options
-    with mock.patch.object(ops, "launch_options", lambda plan: {**launch_options(plan), "maxnreg": 248}):
+    plain = scan_launch.launch_options
+    with mock.patch.object(scan_launch, "launch_options", lambda plan: {**plain(plan), "maxnreg": 248}):
         run(replace(CASES[0], mode="forward"))
 
 

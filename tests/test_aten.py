@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_triton
-from lstm_triton import aten, reference
+from lstm_triton import reference
+from lstm_triton.aten import lane, operator
 from lstm_triton.ragged import dense
 from tests.comparing import assert_same, run, stock_in_autocast
 
@@ -38,7 +39,7 @@ def test_layer_is_the_reference_layer(reverse: bool, bias: bool, states: bool) -
         tensors[1:3] = [None, None]
     leaves = [tensor for tensor in tensors if tensor is not None]
     results, gradients = [], []
-    for scan_layer in (aten.scan_layer, reference.lstm_layer):
+    for scan_layer in (operator.operator_lane, reference.lstm_layer):
         results.append(scan_layer(*tensors, reverse=reverse))
         loss = sum(result.square().sum() for result in results[-1])
         gradients.append(torch.autograd.grad(loss, leaves))
@@ -58,7 +59,7 @@ def test_layer_that_starts_anew_is_the_reference_layer(reverse: bool, lengths: T
     ragged = dense(lengths, resets, 5, 2, torch.device("cpu"))
     for states in ({}, {"h_reset": reset[0], "c_reset": reset[1]}):
         leaves, results, gradients = [input, *others[1:], *(reset if states else ())], [], []
-        for scan_layer in (aten.layer, reference.lstm_layer):
+        for scan_layer in (lane.native_lane, reference.lstm_layer):
             results.append(scan_layer(*others, reverse=reverse, ragged=ragged, **states))
             loss = sum(result.square().sum() for result in results[-1])
             gradients.append(torch.autograd.grad(loss, leaves))
@@ -68,7 +69,7 @@ def test_layer_that_starts_anew_is_the_reference_layer(reverse: bool, lengths: T
 
 def test_second_derivative_is_refused() -> None:
     tensors = arguments()
-    output, _, _ = aten.scan_layer(*tensors, reverse=False)
+    output, _, _ = operator.operator_lane(*tensors, reverse=False)
     (gradient,) = torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lstm_triton
-from lstm_triton import aten, interpreter
+from lstm_triton import interpreter
+from lstm_triton.aten import native
 from tests.comparing import (
     assert_as_accurate,
     assert_results_as_accurate,
@@ -66,7 +67,7 @@ def test_where_pytorchs_own_function_may_fail(dtype: torch.dtype, kind: str, wit
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_where_it_would_fail(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """The way around it, on every processor."""
-    monkeypatch.setattr(aten, "_WITHOUT_ONEDNNS_LAYERS", {dtype})
+    monkeypatch.setattr(native, "_WITHOUT_ONEDNNS_LAYERS", {dtype})
     ours, stock = twins(3, 8, num_layers=2, bidirectional=True)
     input, hx = torch.randn(4, 2, 3), (torch.randn(4, 2, 8), torch.randn(4, 2, 8))
     with torch.autocast("cpu", dtype):

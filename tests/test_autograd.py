@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
-from lstm_triton import interpreter, ops
-from lstm_triton.autograd import scan_layer
+from lstm_triton import interpreter
 from lstm_triton.reference import lstm_layer
+from lstm_triton.scan import backward, forward
+from lstm_triton.scan.layers import scan_lane as scan_layer
 
 from .comparing import Case, assert_results_as_accurate, cases, run
 from .kernel_cases import Layer
@@ -164,12 +165,12 @@ def test_operators_keep_their_promises_to_the_compiler(hidden_size: int, save: b
     given, options = (input, h_0.unsqueeze(0), c_0.unsqueeze(0), weights), (1, True, False)  # type: ignore[union-attr]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     with interpreter.interpret():
-        torch.library.opcheck(ops.scan_forward, (*given, *options, save, save, []), test_utils=checks)
+        torch.library.opcheck(forward.scan_forward, (*given, *options, save, save, []), test_utils=checks)
         if save:
-            _, _, cell, gates, _, _ = ops.scan_forward(*given, *options, True, True, [])
+            _, _, cell, gates, _, _ = forward.scan_forward(*given, *options, True, True, [])
             grads = (torch.randn(3, 2, hidden_size), None, torch.randn(1, 2, hidden_size))
             arguments = (*grads, given[-1], *options, cell, gates, [], 2)
-            torch.library.opcheck(ops.scan_backward, arguments, test_utils=checks)
+            torch.library.opcheck(backward.scan_backward, arguments, test_utils=checks)
 
 
 class Seen(TorchDispatchMode):

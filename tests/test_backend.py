@@ -1,7 +1,6 @@
 """Which path a call takes, and what `explain` says of it beforehand."""
 
 import dataclasses
-import importlib
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,16 +11,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_triton
-from lstm_triton import planner
-from lstm_triton.backend import Choice, _found_obstacle_of_device, choose
-from lstm_triton.functional import Call
+from lstm_triton import checks, routing, target
+from lstm_triton.call import Call
+from lstm_triton.routing import Choice, _found_obstacle_of_device, choose
+from lstm_triton.scan import planner
+from lstm_triton.target import Device
 from tests.comparing import assert_same, run, twins
-
-backend_module = importlib.import_module("lstm_triton.backend")  # the package has the function under this name
 
 
 def call_of(module: nn.RNNBase, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None) -> Call:
-    return backend_module.call_of(module, input, hx)
+    return checks.call_of_module(module, input, hx)
 
 
 class OnGPU(Tensor):
@@ -56,9 +55,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
     properties = FakeGPU()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(backend_module, "_triton_installed", True)
+    monkeypatch.setattr(routing, "_triton_installed", True)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    caches = (_found_obstacle_of_device, planner._of_gpu)
+    caches = (_found_obstacle_of_device, target._gpu)
     for function in caches:
         function.cache_clear()
     yield properties
@@ -182,7 +181,7 @@ def test_no_gpu(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_triton(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend_module, "_triton_installed", False)
+    monkeypatch.setattr(routing, "_triton_installed", False)
     assert_aten(call_of(gpu.lstm(3, 4), gpu.tensor(5, 2, 3)), "Triton is not installed")
 
 
@@ -240,12 +239,12 @@ def test_explained_on_a_gpu(gpu: FakeGPU) -> None:
     assert explanation.device == "cuda:0"
     assert {each.path for each in explanation.layers} == {"triton"}
     sizes = {"batch_size": 16, "hidden_size": 768, "dtype": torch.float16, "allow_tf32": True}
-    device = planner.Device("NVIDIA H100", "sm_90", 132, 227 * 1024)
+    gpu_device = Device("NVIDIA H100", "sm_90", 132, 227 * 1024)
     kinds: tuple[planner.Kind, planner.Kind] = ("forward", "backward")
     expected = [
         (kind, launch.plan, tuple(launch.lanes))
         for kind in kinds
-        for launch in planner.launches(kind, num_layers=2, directions=2, input_size=3, device=device, **sizes)
+        for launch in planner.launches(kind, num_layers=2, directions=2, input_size=3, device=gpu_device, **sizes)
     ]
     assert [(scan.kind, scan.plan, scan.lanes) for scan in explanation.scans] == expected
     assert explanation.launches == 4  # of either scan, one for each layer, with both of its directions

@@ -16,7 +16,8 @@ from bench import cases, conftest, measure, results, tune
 from bench.__main__ import main
 from bench.cases import Case
 from bench.watchdog import Watchdog
-from lstm_triton import planner
+from lstm_triton import target
+from lstm_triton.scan import planner
 
 HEADLINE = Case("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
 HEADLINE_CASES = {case: None for case, _ in cases.work_list("headline")}
@@ -304,7 +305,7 @@ def test_without_results_the_section_says_so(tmp_path) -> None:
 
 # Tuning
 
-GPU = planner.Device("Invented GPU", "sm_90", 132, 232448)
+GPU = target.Device("Invented GPU", "sm_90", 132, 232448)
 
 
 def found_candidates() -> list[planner.Plan]:

@@ -171,7 +171,7 @@ def test_the_kernel_hash_follows_kernels_planner_and_the_gpus_own_table(tmp_path
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "table_path", lambda device: tmp_path / f"{device.name}.json")
     seen = set()
-    for name in ("kernels/forward.py", "kernels/other.py", "lstm_triton/planner.py", "this gpu.json"):
+    for name in ("kernels/forward.py", "kernels/other.py", "lstm_triton/scan/planner.py", "this gpu.json"):
         (tmp_path / name).write_text("x")
         seen.add(results.kernel_hash("this gpu"))
     assert len(seen) == 4

@@ -17,12 +17,14 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils._pytree import tree_map
 
 import lstm_triton
-from lstm_triton import cell_ops, interpreter, planner
-from lstm_triton.cell import step
-from lstm_triton.check import tf32
-from lstm_triton.ops import _matmul_precision as matmul_precision
-from lstm_triton.planner import CellPlan, Device
+from lstm_triton import interpreter
+from lstm_triton.commands.check import tf32
 from lstm_triton.reference import lstm_layer
+from lstm_triton.scan import cell, planner
+from lstm_triton.scan.cell import step
+from lstm_triton.scan.planner import CellPlan
+from lstm_triton.scan.products import matmul_precision
+from lstm_triton.target import Device
 
 from .comparing import assert_as_accurate, assert_same, floor_of, nudged
 from .kernel_cases import DTYPES
@@ -152,8 +154,8 @@ def test_errors_before_the_kernel(name: str) -> None:
 
 def test_weights_of_another_size_are_left_to_pytorch() -> None:
     ours, stock = twins(3, 5)
-    for cell in (ours, stock):
-        cell.weight_hh = nn.Parameter(torch.zeros(20, 6))
+    for each in (ours, stock):
+        each.weight_hh = nn.Parameter(torch.zeros(20, 6))
     assert refusal(ours, Z(2, 3)) == refusal(stock, Z(2, 3))
 
 
@@ -210,7 +212,7 @@ def test_explained() -> None:
             assert lstm_triton.explain(cell, Z(2, 3)).launches == 0
     (layer,), (forward, backward) = explanation.layers, explanation.scans
     assert layer.path == "triton"
-    assert (forward.kind, forward.plan) == ("cell", cell_ops.plan_of(Z(2, 3), 5, "matmul"))
+    assert (forward.kind, forward.plan) == ("cell", cell.plan_of_cell(Z(2, 3), 5, "matmul"))
     assert (backward.kind, backward.plan) == ("cell backward", None)
     assert str(explanation).splitlines()[-3:] == [
         "launch 1: cell: 2 programs of 4 warps (tiles of 8 rows x 4 units)",
@@ -318,7 +320,7 @@ def test_tiles_of_every_height_and_width(hidden_size: int, monkeypatch: pytest.M
     for block_batch, block_hidden, block in ((8, 32, 16), (32, 8, 32), (64, 4, 128)):
         programs = -(-40 // block_batch) * -(-hidden_size // block_hidden)
         plan = CellPlan(block_batch, block_hidden, programs, block, block, "ieee", "", 2, 4)
-        monkeypatch.setattr(cell_ops, "plan_of", lambda *_, plan=plan: plan)
+        monkeypatch.setattr(cell, "plan_of_cell", lambda *_, plan=plan: plan)
         check(arguments(40, 20, hidden_size), hidden_size)
 
 
@@ -428,10 +430,10 @@ def test_only_what_is_asked_for_gets_gradients(wanted: tuple[int, ...]) -> None:
 def test_a_loss_on_one_result_alone(used: int) -> None:
     ours, stock = twins(3, 20)
     gradients = []
-    for cell in (ours, stock):
+    for each in (ours, stock):
         with interpreter.interpret():
-            cell(*arguments(2, 3, 20)[:1])[used].square().sum().backward()
-        gradients.append([parameter.grad for parameter in cell.parameters()])
+            each(*arguments(2, 3, 20)[:1])[used].square().sum().backward()
+        gradients.append([parameter.grad for parameter in each.parameters()])
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
@@ -495,7 +497,7 @@ def test_operators(states: bool) -> None:
         for keep_gates in (True, False):
             sample = (input, *state, *weights, keep_gates, "matmul")
             torch.library.opcheck(torch.ops.lstm_triton.cell_forward, sample)
-        _, c_1, gates = cell_ops.cell_forward(input, *state, *weights, True, "matmul")
+        _, c_1, gates = cell.cell_forward(input, *state, *weights, True, "matmul")
         torch.library.opcheck(torch.ops.lstm_triton.cell_backward, (h, c, state[1], c_1, gates))
         stacked = [each.expand(2, -1, -1).contiguous() for each in state] if states else state
         torch.library.opcheck(torch.ops.lstm_triton.single_step, (input, *stacked, weights * 2, 2, True))

@@ -11,8 +11,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from lstm_triton import __version__, check, demo, info
+from lstm_triton import __version__
 from lstm_triton.__main__ import main
+from lstm_triton.commands import check, demo, info
 
 
 def run(*arguments, without=(), **environment):
@@ -196,7 +197,7 @@ def test_a_mistake_gets_one_line_before_any_work(arguments, message, tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a-file").touch()
     (tmp_path / "folder.png").mkdir()
-    monkeypatch.setattr("lstm_triton.demo.run", lambda *_: pytest.fail("work had begun"))
+    monkeypatch.setattr("lstm_triton.commands.demo.run", lambda *_: pytest.fail("work had begun"))
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     assert exit.value.code == 2

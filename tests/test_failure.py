@@ -6,21 +6,22 @@ import pytest
 import torch
 
 import lstm_triton
-from lstm_triton import interpreter, ops
+from lstm_triton import interpreter
 from lstm_triton.failure import KernelFailed, explained
+from lstm_triton.scan import buffers, forward
 
 
-@pytest.fixture(params=["sentinels", "launch"])
+@pytest.fixture(params=[(buffers, "sentinels"), (forward, "launch_scan")], ids=["buffer", "kernel"])
 def failing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The GPU fails when it is asked to fill a buffer, or for a kernel. Yields the message."""
     message = "CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later"
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
         raise RuntimeError(message)
 
     pytest.importorskip("triton")
     with interpreter.interpret(), lstm_triton.backend("triton"):
-        monkeypatch.setattr(ops, request.param, fail)
+        monkeypatch.setattr(*request.param, fail)
         yield message
 
 
@@ -38,7 +39,7 @@ def test_backward(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with interpreter.interpret(), lstm_triton.backend("triton"):
         output, _ = lstm_triton.LSTM(3, 4)(torch.randn(5, 2, 3))
-        monkeypatch.setattr(ops, "sentinels", fail)
+        monkeypatch.setattr(buffers, "sentinels", fail)
         with pytest.raises(KernelFailed, match="illegal memory access"):
             output.sum().backward()
 
@@ -51,7 +52,7 @@ def test_other_errors_stay_what_they_are(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*arguments: object) -> None:
         raise Own("out of memory")
 
-    monkeypatch.setattr(ops, "sentinels", fail)
+    monkeypatch.setattr(buffers, "sentinels", fail)
     with interpreter.interpret(), lstm_triton.backend("triton"), pytest.raises(Own):
         lstm_triton.LSTM(3, 4)(torch.randn(5, 2, 3))
     assert explained(ValueError("out of memory")) is None

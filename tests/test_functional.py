@@ -1,6 +1,5 @@
 """The function behind the module: explicit weights, the stack of layers, and bad weights."""
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,10 +10,8 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 
-from lstm_triton import aten, autograd, functional, reference
+from lstm_triton import functional, reference, routing, scan, stack
 from tests.comparing import Case, assert_same, cases, run, stock_in_autocast, twins
-
-backend = importlib.import_module("lstm_triton.backend")  # the package has the function under this name
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 
@@ -29,8 +26,8 @@ def reference_layers() -> Iterator[list[tuple[Any, ...]]]:
         return reference.lstm_layer(*args, reverse=reverse, **options)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(backend, "_obstacle", lambda call: None)
-        monkeypatch.setattr(autograd, "scan_layers", partial(aten.scan_layers, one_layer, False))
+        monkeypatch.setattr(routing, "_obstacle", lambda call: None)
+        monkeypatch.setattr(scan, "scan_layers", partial(stack.lane_by_lane, one_layer, False))
         yield calls
 
 

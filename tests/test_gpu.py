@@ -9,11 +9,12 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_triton
-from lstm_triton import ops, planner
-from lstm_triton.autograd import scan_layer
-from lstm_triton.check import tf32
-from lstm_triton.ops import _matmul_precision as matmul_precision
+from lstm_triton import target
+from lstm_triton.commands.check import tf32
 from lstm_triton.reference import lstm_layer
+from lstm_triton.scan import dropout, planner, windows
+from lstm_triton.scan.layers import scan_lane as scan_layer
+from lstm_triton.scan.products import matmul_precision
 
 from .comparing import LoopLSTM, assert_as_accurate, assert_results_as_accurate, run, twins
 from .kernel_cases import DTYPES, Layer
@@ -69,7 +70,7 @@ def test_layer(
 def test_every_candidate_plan(kind: planner.Kind, dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
     sizes = {"batch_size": 40, "input_size": 48, "hidden_size": 200, "dtype": dtype, "allow_tf32": precision == "tf32"}
-    device = planner.Device.of(torch.device(DEVICE))
+    device = target.Device.of(torch.device(DEVICE))
     for chosen in planner.candidates(kind, device=device, **sizes):  # type: ignore[arg-type]
         print(chosen)
         Layer(6, 40, 48, 200, dtype, device=DEVICE, **{kind: chosen}).check()
@@ -250,7 +251,7 @@ def test_every_candidate_plan_of_two_lanes(kind: planner.Kind, bidirectional: bo
     sizes = {"batch_size": 40, "input_size": 200, "hidden_size": 100, "dtype": torch.float32}
     ours, stock = twins(200, 100, num_layers=2, bidirectional=bidirectional, device=DEVICE)
     input = torch.randn(6, 40, 200, device=DEVICE)
-    device = planner.Device.of(torch.device(DEVICE))
+    device = target.Device.of(torch.device(DEVICE))
     for chosen in planner.candidates(
         kind, device=device, allow_tf32=precision == "tf32", lanes=2, chained=not bidirectional, **sizes
     ):  # type: ignore[arg-type]
@@ -279,7 +280,7 @@ def test_lengths_and_resets_in_a_chain(dtype: torch.dtype, precision: str) -> No
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["layers", "both directions"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dropout(dtype: torch.dtype, bidirectional: bool, precision: str) -> None:
-    """The masks of ops.dropout_scale, forward and backward, whatever shares a launch; and their statistics."""
+    """The masks of dropout.dropout_scale, forward and backward, whatever shares a launch; and their statistics."""
     skip_repeated(precision, dtype)
     options: dict[str, Any] = {"num_layers": 2, "bidirectional": bidirectional, "dtype": dtype, "device": DEVICE}
     ours, loop = lstm_triton.LSTM(64, 256, dropout=0.3, **options), LoopLSTM(64, 256, **options)
@@ -289,7 +290,7 @@ def test_dropout(dtype: torch.dtype, bidirectional: bool, precision: str) -> Non
         torch.manual_seed(0)
         seed = torch.randint(2**63 - 1, (1,), device=DEVICE)  # as `run` makes the scan draw it
     for lane in range(2 if bidirectional else 1):
-        kept = ops.dropout_scale(seed, lane, 0.3, torch.empty(20, 32, 256, device=DEVICE)) > 0
+        kept = dropout.dropout_scale(seed, lane, 0.3, torch.empty(20, 32, 256, device=DEVICE)) > 0
         assert abs(kept.double().mean().item() - 0.7) < 4 * (0.3 * 0.7 / kept.numel()) ** 0.5
         loop.masks = [*loop.masks, kept / (1 - 0.3)]
     with lstm_triton.backend("triton"):
@@ -416,7 +417,7 @@ def test_long_inference_in_windows(precision: str, monkeypatch: pytest.MonkeyPat
     input = torch.randn(100_000, 4, 64, device=DEVICE, dtype=torch.float16)
     results, peaks = [], []
     for window_bytes in (2**40, 2**24):
-        monkeypatch.setattr(ops, "PREACTIVATION_BYTES", window_bytes)
+        monkeypatch.setattr(windows, "PREACTIVATION_BYTES", window_bytes)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_triton
-from lstm_triton.check import tf32
+from lstm_triton.commands.check import tf32
 
 from .comparing import assert_results_as_accurate, assert_same, run, twins
 

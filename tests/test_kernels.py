@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lstm_triton import interpreter, ops
-from lstm_triton.autograd import scan_layer
+from lstm_triton import interpreter
 from lstm_triton.interpreter import Deadlock
-from lstm_triton.planner import Device, Launch, candidates, plan
+from lstm_triton.scan import backward, buffers, forward, launch
+from lstm_triton.scan.layers import scan_lane as scan_layer
+from lstm_triton.scan.planner import Launch, candidates, plan
+from lstm_triton.target import Device
 
 from .kernel_cases import DTYPES, Layer, interpretable, layers, streamed
 
@@ -186,17 +188,17 @@ def test_offsets_beyond_32_bits(which: str) -> None:
     far.copy_(arguments[0])
     with interpreter.interpret(), pytest.MonkeyPatch.context() as patch:
         plans = {"forward": fused, "backward": plan("backward", device=device, **sizes)}
-        patch.setattr(ops, "launches_of", lambda kind, **_: (Launch(0, plans[kind]),))
+        patch.setattr(launch, "launches_of", lambda kind, **_: (Launch(0, plans[kind]),))
         input, h_0, c_0, *weights = arguments
         stack = (weights, 1, True, False)
-        expected = ops.scan_forward(input, h_0.unsqueeze(0), c_0.unsqueeze(0), *stack, True, True, ())
+        expected = forward.scan_forward(input, h_0.unsqueeze(0), c_0.unsqueeze(0), *stack, True, True, ())
         if which == "input":
-            actual = ops.scan_forward(far, h_0.unsqueeze(0), c_0.unsqueeze(0), *stack, True, True, ())
+            actual = forward.scan_forward(far, h_0.unsqueeze(0), c_0.unsqueeze(0), *stack, True, True, ())
         else:
             _, _, cell, gates, _, _ = expected
             others = (None, None, *stack, cell, gates, (), 1)
-            expected = ops.scan_backward(far.contiguous(), *others)
-            actual = ops.scan_backward(far, *others)
+            expected = backward.scan_backward(far.contiguous(), *others)
+            actual = backward.scan_backward(far, *others)
     for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)  # unused rows hold sentinels
 
@@ -233,7 +235,7 @@ def test_weights_are_aligned_and_copied_only_for_that() -> None:
     weight = torch.randn(64 * 16 + 1)[1:].view(64, 16)  # a view into the memory of something larger
     narrow = torch.randn(64, 13)
     aligned = torch.randn(64, 16)
-    found = ops._aligned([weight, narrow, aligned], 16)
+    found = buffers.aligned([weight, narrow, aligned], 16)
     assert all(each.data_ptr() % 16 == 0 and each.shape == (64, 16) and each.is_contiguous() for each in found)
     assert torch.equal(found[0], weight)
     assert torch.equal(found[1][:, :13], narrow)

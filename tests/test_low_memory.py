@@ -17,7 +17,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
-from lstm_triton import interpreter, low_memory, ops
+from lstm_triton import interpreter
+from lstm_triton.scan import backward, forward, low_memory, windows
+from lstm_triton.target import recorded_launches
 from tests.comparing import LoopLSTM, assert_results_as_accurate, run, twins
 
 interpreted = pytest.mark.interpreted
@@ -27,7 +29,7 @@ KINDS = ("dense", "lengths", "resets", "packed")
 @pytest.fixture(autouse=True)
 def short_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several windows also of a few steps: of five a first one, one in between, and a shorter last one."""
-    monkeypatch.setattr(ops, "LOW_MEMORY_STEPS", 2)
+    monkeypatch.setattr(windows, "LOW_MEMORY_STEPS", 2)
 
 
 def given_as(kind: str, input: Tensor) -> tuple[Tensor | PackedSequence, dict[str, Any]]:
@@ -184,12 +186,12 @@ def test_windows_of_few_preactivations_change_nothing(monkeypatch: pytest.Monkey
     """A window whose input projections would be too large is cut into several launches of the forward scan."""
     torch.manual_seed(0)
     module = lstm_triton.LSTM(5, 11, num_layers=2, bidirectional=True, memory="low")
-    monkeypatch.setattr(ops, "LOW_MEMORY_STEPS", 3)
+    monkeypatch.setattr(windows, "LOW_MEMORY_STEPS", 3)
     for kind in KINDS:
         input, others = given_as(kind, torch.randn(5, 4, 5))
         found = []
         for limit in (2**30, 1):
-            monkeypatch.setattr(ops, "PREACTIVATION_BYTES", limit)
+            monkeypatch.setattr(windows, "PREACTIVATION_BYTES", limit)
             with interpreter.interpret(), lstm_triton.backend("triton"):
                 found.append(run(module, input, **others))
         torch.testing.assert_close(found[1], found[0])
@@ -198,29 +200,20 @@ def test_windows_of_few_preactivations_change_nothing(monkeypatch: pytest.Monkey
 @interpreted
 @pytest.mark.parametrize("memory", ["full", "low"])
 @pytest.mark.parametrize("options", [{"num_layers": 3}, {"bidirectional": True}, {"proj_size": 3}], ids=str)
-def test_explain_counts_the_launches(options: dict[str, Any], memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_counts_the_launches(options: dict[str, Any], memory: str) -> None:
     module = lstm_triton.LSTM(5, 11, memory=memory, **options)  # type: ignore[arg-type]
-    launched: list[str] = []
-    plain = ops.launch
-
-    def recorded(kernel: Any, *others: Any) -> None:
-        if kernel.fn.__name__ != "gates_again":  # what is explained are scans and cells
-            launched.append(kernel.fn.__name__)
-        plain(kernel, *others)
-
-    monkeypatch.setattr(ops, "launch", recorded)
     with interpreter.interpret(), lstm_triton.backend("triton"):
         for time_steps in (1, 5):
             input = torch.randn(time_steps, 4, 5)
             explained = lstm_triton.explain(module, input).launches
-            module(input)[0].sum().backward()
-            assert len(launched) == explained
-            launched.clear()
-            with torch.no_grad():
+            with recorded_launches() as launches:
+                module(input)[0].sum().backward()
+            # What is explained are scans and cells.
+            assert len([each for each in launches if each.name != "gates_again"]) == explained
+            with torch.no_grad(), recorded_launches() as launches:
                 explained = lstm_triton.explain(module, input).launches
                 module(input)
-            assert len(launched) == explained
-            launched.clear()
+            assert len(launches) == explained
 
 
 @interpreted
@@ -245,9 +238,9 @@ def test_per_sample_gradients() -> None:
 
 
 IMPLEMENTATIONS = {
-    "scan_forward": ops.scan_forward._init_fn,
-    "scan_backward": ops.scan_backward._init_fn,
-    "low_memory_gradients": low_memory.gradients._init_fn,
+    "scan_forward": forward.scan_forward._init_fn,
+    "scan_backward": backward.scan_backward._init_fn,
+    "low_memory_gradients": low_memory.low_memory_gradients._init_fn,
 }
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.resources import DEVICES
-from lstm_triton import planner
-from lstm_triton.planner import Device, candidates, forced, launches, plan, state_stride
+from lstm_triton.scan import planner
+from lstm_triton.scan.planner import candidates, forced, launches, plan, state_stride
+from lstm_triton.target import Device
 
 SIZES = st.fixed_dictionaries(
     {

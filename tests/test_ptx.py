@@ -18,10 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lstm_triton import interpreter, ops, planner
-from lstm_triton.autograd import scan_layer
-from lstm_triton.planner import Device, Kind, Plan
+from lstm_triton import interpreter
 from lstm_triton.reference import lstm_layer
+from lstm_triton.scan import buffers, launch, planner
+from lstm_triton.scan.layers import scan_lane as scan_layer
+from lstm_triton.scan.planner import Kind, Plan
+from lstm_triton.target import Device, Gpus, in_order, running_on
 
 from . import ptx, test_cell
 from .comparing import error, floor_of, nudged, to_nearest_tf32
@@ -231,27 +233,29 @@ def compiled_for(
     launched: list[str] = []
     emulate = ptx.launch
 
+    class Emulated(Gpus):
+        def takes(self, device: torch.device) -> bool:
+            return device.type == "cpu"
+
+        def describe(self, _: torch.device) -> Device:
+            return device
+
+        def run(self, kernel: Any, grid: Any, device: Any, arguments: Any, options: Any) -> None:
+            options = {name: value for name, value in options.items() if name != "launch_cooperative_grid"}
+            kernel[grid](*in_order(kernel, arguments), **options)
+
     @contextmanager
     def emulating(seed: int = 0) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as patch, ptx.emulated(device.capability, seed=seed):
-            patch.setattr(interpreter, "_seed", seed)
+        with ptx.emulated(device.capability, seed=seed):
             yield
-
-    def launch(
-        kernel: Any, grid: Any, device: Any, arguments: dict[str, Any], constants: Any, options: dict[str, Any]
-    ) -> None:
-        options = {name: value for name, value in options.items() if name != "launch_cooperative_grid"}
-        kernel[grid](**arguments, **constants, **options)
 
     def counted(text: str, *arguments: Any) -> None:
         launched.append(text)
         emulate(change(text), *arguments)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, running_on(Emulated()):
         patch.setattr(interpreter, "interpret", emulating)
-        patch.setattr(Device, "of", lambda _: device)
-        patch.setattr(ops, "allows_tf32", lambda: tf32)
-        patch.setattr(ops, "launch", launch)
+        patch.setattr(launch, "allows_tf32", lambda: tf32)
         patch.setattr(ptx, "launch", counted)
         yield launched
 
@@ -263,7 +267,7 @@ def plans_of(layer: Layer, **wanted: int) -> dict[Kind, Plan]:
     for kind in kinds:
         candidates = planner.candidates(
             kind, batch_size=layer.batch_size, input_size=layer.input_size, hidden_size=layer.hidden_size,
-            dtype=layer.dtype, device=Device.of(torch.device("cpu")), allow_tf32=ops.allows_tf32(),
+            dtype=layer.dtype, device=Device.of(torch.device("cpu")), allow_tf32=launch.allows_tf32(),
         )  # fmt: skip
         found[kind] = next(
             plan for plan in candidates if all(getattr(plan, name) == value for name, value in wanted.items())
@@ -453,7 +457,7 @@ def test_negative_control_without_the_wait(monkeypatch: pytest.MonkeyPatch) -> N
     with compiled_for("sm_90"):
         layer = asynchronous_layer()
         expected = output_of(layer)
-        monkeypatch.setattr(ops, "sentinels", lambda shape, like: like.new_zeros(shape))
+        monkeypatch.setattr(buffers, "sentinels", lambda shape, like: like.new_zeros(shape))
         for seed in range(3):
             assert not torch.equal(output_of(layer, seed), expected)
 

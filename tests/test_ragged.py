@@ -15,9 +15,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import lstm_triton
 from lstm_triton import functional, interpreter, ragged
-from lstm_triton.autograd import scan_layer
-from lstm_triton.planner import Device, candidates
 from lstm_triton.reference import lstm_layer
+from lstm_triton.scan.layers import scan_lane as scan_layer
+from lstm_triton.scan.planner import candidates
+from lstm_triton.target import Device
 
 from .comparing import (
     Case,

@@ -1,6 +1,5 @@
 """Where nn.LSTM was measured to be faster, "auto" takes it, and says why."""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -11,12 +10,13 @@ import lstm_triton
 from bench import measure, results
 from bench import routes as bench_routes
 from bench.cases import Case
-from lstm_triton import ops, planner, routes
-from lstm_triton.backend import call_of, choose
-from lstm_triton.planner import Device
+from lstm_triton import routes, routing, target
+from lstm_triton.checks import call_of_module as call_of
 from lstm_triton.routes import Measured
+from lstm_triton.routing import choose
+from lstm_triton.scan import launch
+from lstm_triton.target import Device
 
-BACKEND = importlib.import_module("lstm_triton.backend")  # the package has a function of that name
 GPU = Device("NVIDIA Test 9000", "sm_90", 132, 232448)
 ROWS = (
     Measured("training", "float16", 2048, 256, 2.4),
@@ -63,18 +63,18 @@ def test_the_nearest_size_speaks(
         assert why.startswith("nn.LSTM was measured to be")
         assert GPU.name in why
     assert (
-        routes.why_stock(mode, dtype, allow_tf32, hidden_size, batch_size, planner.Device.of(torch.device("cpu")))
+        routes.why_stock(mode, dtype, allow_tf32, hidden_size, batch_size, target.Device.of(torch.device("cpu")))
         is None
     )
 
 
 def test_auto_takes_the_faster_path(measured: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only where the call is a plain one; "triton" means the kernels all the same."""
-    monkeypatch.setattr(BACKEND, "_obstacle", lambda call: None)
-    monkeypatch.setattr(BACKEND, "_is_gpu", lambda tensor: True)
+    monkeypatch.setattr(routing, "_obstacle", lambda call: None)
+    monkeypatch.setattr(routing, "_is_gpu", lambda tensor: True)
     monkeypatch.setattr(Device, "of", staticmethod(lambda device: GPU))
     lstm = lstm_triton.LSTM(8, 64)
-    assert ops.allows_tf32()
+    assert launch.allows_tf32()
 
     def path(time_steps: int = 5, **sequences: object) -> tuple[str, str]:
         call = call_of(lstm, torch.empty(time_steps, 16, 8), None, **sequences)

@@ -17,8 +17,8 @@ import pytest
 from bench import sass
 from bench.resources import DEVICES, DTYPES, KINDS, Case, plan_of
 from bench.sass import REGISTERS, Scan, allocated
-from lstm_triton.ops import compiler_options
-from lstm_triton.planner import Plan, candidates
+from lstm_triton.scan.launch import compiler_options
+from lstm_triton.scan.planner import Plan, candidates
 
 from .processes import output_of_python
 

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import lstm_triton
-from lstm_triton import interpreter, ops, planner, transforms
-from lstm_triton.planner import Device, Kind, Plan, candidates
+from lstm_triton import interpreter
+from lstm_triton.scan import buffers, dropout, forward, launch, layers, planner, products, windows
+from lstm_triton.scan.launch import constants_of
+from lstm_triton.scan.planner import Kind, Plan, candidates
+from lstm_triton.target import Device, Launched, recorded_launches, running_on
 
 from .comparing import LoopLSTM, assert_results_as_accurate, assert_same, run
 from .kernel_cases import DTYPES, interpretable
@@ -100,7 +103,7 @@ class Stack:
         shape = (self.steps, self.batch_size)
         rows = int(self.lengths.sum()) if self.layout == "packed" else self.steps * self.batch_size
         with interpreter.interpret():
-            kept = ops.dropout_scale(seed, lane, self.dropout, torch.empty(rows, self.hidden_size)) > 0
+            kept = dropout.dropout_scale(seed, lane, self.dropout, torch.empty(rows, self.hidden_size)) > 0
         if self.layout == "packed":
             kept, _ = pad_packed_sequence(self.packed(torch.zeros(*shape, 1))._replace(data=kept))
         return kept.view(*shape, -1).double() / (1 - self.dropout)
@@ -205,19 +208,11 @@ class Loop(LoopLSTM):
         return pack_padded_sequence(output, lengths, enforce_sorted=False), states
 
 
-@contextmanager
-def counted_launches() -> Iterator[list[dict[str, Any]]]:
-    """The arguments of every launch of a scan: `plan`, and the kernel's own."""
-    calls: list[dict[str, Any]] = []
-    launch = ops._launch
-
-    def counted(kernel: Any, plan: Plan, device: torch.device, **arguments: Any) -> None:
-        calls.append({"plan": plan, **arguments})
-        launch(kernel, plan, device, **arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_launch", counted)
-        yield calls
+def follow(launches: list[Launched], plans: list[Plan]) -> bool:
+    """Whether these launches are those of scans with these plans."""
+    return [(each.grid, {name: each.arguments[name] for name in constants_of(plans[0])}) for each in launches] == [
+        ((plan.programs,), constants_of(plan)) for plan in plans
+    ]
 
 
 # --- Chains of layers, and both directions ---
@@ -267,18 +262,18 @@ def test_any_stack_with_any_plans(stack: Stack, seed: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layers_in_one_launch(dtype: torch.dtype, layout: str) -> None:
     stack = Stack(3, dtype=dtype, layout=layout, cells=layout == "resets").launched(3)
-    with counted_launches() as calls:
+    with recorded_launches() as calls:
         stack.check()
-    assert [call["plan"] for call in calls] == [stack.plans["forward"], stack.plans["backward"]]
+    assert follow(calls, [stack.plans["forward"], stack.plans["backward"]])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_directions_in_one_launch(dtype: torch.dtype, layout: str) -> None:
     stack = Stack(2, bidirectional=True, dtype=dtype, layout=layout, cells=layout == "resets").launched(2)
-    with counted_launches() as calls:
+    with recorded_launches() as calls:
         stack.check()
-    assert [call["plan"].lanes for call in calls] == [2, 2, 2, 2]
+    assert [call.arguments["LANES"] for call in calls] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["layers", "directions"])
@@ -293,9 +288,9 @@ def test_several_tiles_a_program(bidirectional: bool) -> None:
 def test_chains_of_any_length(lanes: int) -> None:
     """Four layers one by one, two by two, and all in one launch."""
     stack = Stack(4, layout="resets").launched(lanes)
-    with counted_launches() as calls:
+    with recorded_launches() as calls:
         stack.check()
-    assert [call["plan"].lanes for call in calls] == [lanes] * (8 // lanes)
+    assert [call.arguments["LANES"] for call in calls] == [lanes] * (8 // lanes)
 
 
 def test_the_first_layer_is_the_same_in_every_chain() -> None:
@@ -350,14 +345,14 @@ def test_negative_control_of_a_layer_that_does_not_wait_for_its_neighbour(
     monkeypatch.setattr(kernel, "add_received", hasty)
     stack = Stack(2, layout=layout, hidden_size=32).launched(2)  # weights that are read where they are, not in a copy
     stack.check()
-    named = ops.Stack.named
+    named = stack.Stack.named
 
-    def watched(self: ops.Stack, name: str) -> Any:
+    def watched(self: stack.Stack, name: str) -> Any:
         found = named(self, name)
         weights_between_layers.extend(found if name == "weight_ih" else ())
         return found
 
-    transposed = ops._transposed
+    transposed = buffers.transposed
 
     def watched_copies(weights: Any, layout: Any) -> Any:  # backward reads copies
         found = transposed(weights, layout)
@@ -365,8 +360,8 @@ def test_negative_control_of_a_layer_that_does_not_wait_for_its_neighbour(
             weights_between_layers.extend(found)
         return found
 
-    monkeypatch.setattr(ops.Stack, "named", watched)
-    monkeypatch.setattr(ops, "_transposed", watched_copies)
+    monkeypatch.setattr(stack.Stack, "named", watched)
+    monkeypatch.setattr(buffers, "transposed", watched_copies)
     for seed in SEEDS:
         with pytest.raises(AssertionError):
             stack.check(seed)
@@ -377,19 +372,20 @@ def checked_addresses() -> Iterator[None]:
     """Every load and store has to lie within a tensor that the launch was given."""
     from triton.runtime import interpreter as triton_interpreter
 
-    launch, spans = ops._launch, numpy.empty((0, 2))
+    spans = numpy.empty((0, 2))
     builder = triton_interpreter.interpreter_builder
     load, store = builder.create_masked_load, builder.create_masked_store
 
-    def watched(kernel: Any, plan: Plan, device: torch.device, **arguments: Any) -> None:
-        nonlocal spans
-        groups = [each if isinstance(each, tuple) else (each,) for each in arguments.values()]
-        tensors = [each for group in groups for each in group if isinstance(each, Tensor) and each.numel() > 0]
-        extents = [1 + sum((n - 1) * k for n, k in zip(each.shape, each.stride(), strict=True)) for each in tensors]
-        spans = numpy.array(
-            [(t.data_ptr(), t.data_ptr() + n * t.itemsize) for t, n in zip(tensors, extents, strict=True)]
-        )
-        launch(kernel, plan, device, **arguments)
+    class Watched(interpreter.Interpreted):
+        def run(self, kernel: Any, grid: Any, device: torch.device, arguments: Any, options: Any) -> None:
+            nonlocal spans
+            groups = [each if isinstance(each, tuple) else (each,) for each in arguments.values()]
+            tensors = [each for group in groups for each in group if isinstance(each, Tensor) and each.numel() > 0]
+            extents = [1 + sum((n - 1) * k for n, k in zip(each.shape, each.stride(), strict=True)) for each in tensors]
+            spans = numpy.array(
+                [(t.data_ptr(), t.data_ptr() + n * t.itemsize) for t, n in zip(tensors, extents, strict=True)]
+            )
+            super().run(kernel, grid, device, arguments, options)
 
     def check(pointers: Any, mask: Any) -> None:
         places = pointers.data[mask.data][:, None]
@@ -403,8 +399,7 @@ def checked_addresses() -> Iterator[None]:
         check(pointers, mask)
         store(pointers, value, mask, *others, **keywords)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_launch", watched)
+    with pytest.MonkeyPatch.context() as patch, running_on(Watched()):
         patch.setattr(builder, "create_masked_load", checked_load)
         patch.setattr(builder, "create_masked_store", checked_store)
         yield
@@ -417,7 +412,7 @@ def test_no_access_past_the_tensors(monkeypatch: pytest.MonkeyPatch, bidirection
     stack = Stack(2, bidirectional, layout=layout, dropout=0.5, batch_size=9).launched(2)
     with interpreter.interpret(), checked_addresses():
         stack.run()
-        monkeypatch.setattr(ops, "PREACTIVATION_BYTES", 1)
+        monkeypatch.setattr(windows, "PREACTIVATION_BYTES", 1)
         stack.infer()
 
 
@@ -425,8 +420,8 @@ def test_layers_that_wait_for_each_other_run_at_the_same_time() -> None:
     """The driver is asked for it: also where each of them is a single program."""
     found = Stack(2, hidden_size=4).candidates("forward", 2)
     chained = next(plan for plan in found if plan.slices == 1)
-    assert ops.launch_options(chained)["launch_cooperative_grid"]
-    assert not ops.launch_options(replace(chained, chained=False))["launch_cooperative_grid"]
+    assert launch.launch_options(chained)["launch_cooperative_grid"]
+    assert not launch.launch_options(replace(chained, chained=False))["launch_cooperative_grid"]
 
 
 # --- Dropout ---
@@ -437,7 +432,7 @@ def test_dropout_keeps_the_fraction_that_it_should(probability: float) -> None:
     """Within four standard errors, and what is kept grows by 1 / (1 - probability)."""
     seed, count = torch.tensor([2**62 + 12345]), 100_000
     with interpreter.interpret():
-        scale = ops.dropout_scale(seed, 1, probability, torch.empty(count))
+        scale = dropout.dropout_scale(seed, 1, probability, torch.empty(count))
     kept = scale > 0
     standard_error = (probability * (1 - probability) / count) ** 0.5
     assert abs(kept.double().mean().item() - (1 - probability)) < 4 * standard_error
@@ -450,7 +445,7 @@ def test_dropout_is_independent() -> None:
     like = torch.empty(steps, rows, units)
     with interpreter.interpret():
         masks = [
-            ops.dropout_scale(torch.tensor([seed]), lane, 0.5, like) - 1  # -1 or 1
+            dropout.dropout_scale(torch.tensor([seed]), lane, 0.5, like) - 1  # -1 or 1
             for seed, lane in ((5, 0), (5, 1), (5, 2), (6, 0), (5 + 2**32, 0))
         ]
     first = masks[0]
@@ -472,7 +467,7 @@ def test_any_stack_with_dropout(stack: Stack, seed: int) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("lanes", "bidirectional"), [(1, False), (3, False), (2, True)])
 def test_masks_are_the_same_in_every_grouping(lanes: int, bidirectional: bool, layout: str) -> None:
-    """Those of ops.dropout_scale, forward and backward, whichever layers or directions share a launch."""
+    """Those of dropout.dropout_scale, forward and backward, whichever layers or directions share a launch."""
     layers = 2 if bidirectional else 3
     stack = Stack(layers, bidirectional, layout=layout, dropout=0.4, cells=layout == "resets")
     # Backward in other groups than forward: it finds the masks by itself.
@@ -592,11 +587,11 @@ def test_projections_where_the_plan_would_fuse_the_input() -> None:
     fused = next(plan for plan in stack.candidates("forward", 1) if plan.fuse_input)
     for states in (True, False):
         stack = replace(stack, states=states, plans={"forward": fused})
-        with counted_launches() as calls:
+        with recorded_launches() as calls:
             stack.check()
         with stack.kernels():
             scans = lstm_triton.explain(stack.ours(), *stack.arguments()[:2]).scans
-        assert [scan.plan for scan in scans] == [call["plan"] for call in calls]
+        assert follow(calls, [scan.plan for scan in scans])
         assert scans[0].plan.fuse_input != states
 
 
@@ -639,7 +634,7 @@ def test_projected_layers_with_dropout_between_them() -> None:
 def test_explain_tells_the_launches(stack: Stack) -> None:
     with stack.kernels():
         explanation = lstm_triton.explain(stack.ours(), *stack.arguments()[:2])
-    with counted_launches() as calls:
+    with recorded_launches() as calls:
         stack.run()
     assert {layer.path for layer in explanation.layers} == {"triton"}
     forward, backward = ([scan for scan in explanation.scans if scan.kind == kind] for kind in BOTH)
@@ -667,38 +662,38 @@ def test_windows_change_nothing(
     monkeypatch: pytest.MonkeyPatch, bidirectional: bool, lanes: int, several_tiles: bool, layout: str, cells: bool
 ) -> None:
     """Bit by bit: steps in windows whose input projections fit, the states handed on from one to the next."""
-    monkeypatch.setattr(ops, "project", project_rows_alike)
+    monkeypatch.setattr(products, "project", project_rows_alike)
     stack = Stack(2, bidirectional, layout=layout, time_steps=5, batch_size=9 if several_tiles else 5, dropout=0.5)
     stack = replace(stack.launched(lanes, several_tiles), cells=cells and layout != "packed")
-    with counted_launches() as calls:
+    with recorded_launches() as calls:
         expected = stack.infer()
     assert len(calls) == 2 // (1 if bidirectional else lanes)
     steps_at_a_time = 2
     row_bytes = 4 * stack.hidden_size * 4 * stack.batch_size
     for directions in {1, stack.directions}:  # whose projections are paid for: a launch of both needs twice as much
-        monkeypatch.setattr(ops, "PREACTIVATION_BYTES", steps_at_a_time * row_bytes * directions)
-        with counted_launches() as windows:
+        monkeypatch.setattr(windows, "PREACTIVATION_BYTES", steps_at_a_time * row_bytes * directions)
+        with recorded_launches() as in_windows:
             actual = stack.infer()
         assert_same(actual, expected)
-        assert max(call["gates_ptr"].nbytes for call in windows) <= ops.PREACTIVATION_BYTES
+        assert max(call.arguments["gates_ptr"].nbytes for call in in_windows) <= windows.PREACTIVATION_BYTES
         window_steps = steps_at_a_time * directions // stack.directions
-        assert len(windows) == len(calls) * -(-stack.steps // window_steps) * stack.directions
+        assert len(in_windows) == len(calls) * -(-stack.steps // window_steps) * stack.directions
 
 
 @pytest.mark.parametrize("layout", ["dense", "resets"])
 def test_windows_with_projections(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     """The shares of initial states go to the window, or the windows, where sequences start from them."""
     stack = Stack(2, bidirectional=True, layout=layout, time_steps=5, proj_size=6).launched(2)
-    monkeypatch.setattr(ops, "project", project_rows_alike)
+    monkeypatch.setattr(products, "project", project_rows_alike)
     expected = stack.infer()
-    monkeypatch.setattr(ops, "PREACTIVATION_BYTES", 1)
+    monkeypatch.setattr(windows, "PREACTIVATION_BYTES", 1)
     assert_same(stack.infer(), expected)
 
 
 def test_training_is_not_cut_into_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps all gates anyway."""
-    monkeypatch.setattr(ops, "PREACTIVATION_BYTES", 1)
-    with counted_launches() as calls:
+    monkeypatch.setattr(windows, "PREACTIVATION_BYTES", 1)
+    with recorded_launches() as calls:
         Stack(2).launched(2).run()
     assert len(calls) == 2
 
@@ -711,20 +706,20 @@ def test_inference_keeps_nothing(bidirectional: bool, lanes: int, layout: str) -
     """Neither gates nor cells, nor the h of layers that are done; the results are those of training, bit by bit."""
     stack = Stack(3, bidirectional, torch.bfloat16, layout, dropout=0.5).launched(lanes)
     found: list[tuple[Tensor, ...]] = []
-    call = transforms.call
+    call = layers.invoke
 
     def watched(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        assert operator is ops.scan_forward
+        assert operator is forward.scan_forward
         found.append(call(operator, *arguments))
         return found[-1]
 
-    with pytest.MonkeyPatch.context() as patch, counted_launches() as calls:
-        patch.setattr(transforms, "call", watched)
+    with pytest.MonkeyPatch.context() as patch, recorded_launches() as calls:
+        patch.setattr(layers, "invoke", watched)
         results = stack.infer()
     for call in calls:
-        assert not call["KEEP_GATES"]
-        assert not call["KEEP_CELLS"]
-        assert call["cell_ptr"].shape[1] == stack.batch_size * (1 if layout == "dense" else 2)
+        assert not call.arguments["KEEP_GATES"]
+        assert not call.arguments["KEEP_CELLS"]
+        assert call.arguments["cell_ptr"].shape[1] == stack.batch_size * (1 if layout == "dense" else 2)
     (hidden, passed, cell, gates, _, _), *others = found
     assert not others
     assert hidden.shape[0] == hidden.untyped_storage().nbytes() // hidden[0].nbytes == stack.directions
@@ -735,9 +730,9 @@ def test_inference_keeps_nothing(bidirectional: bool, lanes: int, layout: str) -
 
 def test_every_cell_in_inference_without_the_gates() -> None:
     stack = Stack(2, layout="resets", cells=True).launched(2)
-    with counted_launches() as calls:
+    with recorded_launches() as calls:
         results = stack.infer()
-    assert [(call["KEEP_CELLS"], call["KEEP_GATES"]) for call in calls] == [(True, False)]
+    assert [(call.arguments["KEEP_CELLS"], call.arguments["KEEP_GATES"]) for call in calls] == [(True, False)]
     trained = stack.run()
     assert_same(results, {name: trained[name] for name in results})
 

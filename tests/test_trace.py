@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import lstm_triton
 from lstm_triton.interpreter import interpret
-from lstm_triton.trace import LayerTrace, Trace, trace
+from lstm_triton.tracing import LayerTrace, Trace, trace
 from tests.comparing import Case, assert_as_accurate, assert_same, cases, floor_of, nudged, twins
 from tests.kernel_cases import DTYPES
 

@@ -16,8 +16,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
-from lstm_triton import aten, interpreter, ops
+from lstm_triton import interpreter
+from lstm_triton.aten import native
 from lstm_triton.reference import lstm_layer
+from lstm_triton.target import recorded_launches
 from tests.comparing import assert_as_accurate, assert_same, floor_of, nudged, run, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
@@ -153,7 +155,7 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return Refusing.apply(arguments[7 if packed else 6], *results) if calls[-1] else results
 
     monkeypatch.setattr(torch, "lstm", lstm)
-    monkeypatch.setattr(aten, "_is_cudnns", lambda tensor: torch.backends.cudnn.enabled)
+    monkeypatch.setattr(native, "_is_cudnns", lambda tensor: torch.backends.cudnn.enabled)
     return calls
 
 
@@ -205,14 +207,14 @@ def test_cudnn_and_what_pytorch_does_to_a_graph(cudnn: list[bool]) -> None:
 
 
 def test_exported_program_contains_the_function_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aten, "_is_cudnns", lambda tensor: True)
+    monkeypatch.setattr(native, "_is_cudnns", lambda tensor: True)
     program = torch.export.export(lstm_triton.LSTM(3, 4).eval(), (torch.randn(3, 2, 3),))
     (node,) = (node for node in program.graph.nodes if str(node.target) == "aten.lstm.input")
     assert node.args[6] is False  # training
 
 
 def test_output_changed_in_place_where_it_is_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aten, "_is_cudnns", lambda tensor: True)
+    monkeypatch.setattr(native, "_is_cudnns", lambda tensor: True)
     output, _ = lstm_triton.LSTM(3, 4)(torch.randn(3, 2, 3, requires_grad=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.mul_(2).sum().backward()
@@ -358,19 +360,11 @@ def test_gradient_of_a_vmap_over_inputs(path: Any) -> None:
 
 
 @pytest.mark.interpreted
-def test_shared_weights_make_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches: list[str] = []
-    launch = ops._launch
-
-    def counted(kernel: Any, *arguments: Any, **keywords: Any) -> None:
-        launches.append(kernel.__name__)
-        launch(kernel, *arguments, **keywords)
-
-    monkeypatch.setattr(ops, "_launch", counted)
+def test_shared_weights_make_one_launch() -> None:
     loss, weights = per_sample({})
-    with interpreter.interpret():
+    with interpreter.interpret(), recorded_launches() as launches:
         vmap(grad(loss), in_dims=(None, 0))(weights, torch.randn(7, 4, 3))
-    assert launches == ["forward_scan", "backward_scan"]
+    assert [each.name for each in launches] == ["forward_scan", "backward_scan"]
 
 
 @pytest.mark.interpreted

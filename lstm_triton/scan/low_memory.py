@@ -1,7 +1,7 @@
 """The backward pass of a stack of which little was kept: every h, and the c from which windows of time start.
 
 Window after window, from the last one on: the pre-activations of its steps again, by two large matrix products over
-inputs and known h; gates and c from them (kernels/again.py); the backward scan; and the products over what that leaves.
+inputs and known h; gates and c from them; the backward scan; and the products over what that leaves.
 What flows from one window into the one before it is handed on like the gradients of final states.
 """
 
@@ -10,13 +10,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops, transforms
-from .ops import Layout, Stack, gate_major, gate_minor
-from .ragged import Ragged
+from ..ragged import Ragged
+from ..stack import WEIGHTS, Stack
+from . import products
+from .backward import scan_backward
+from .buffers import Layout, add_starts, begun_gates, hidden_before
+from .dispatch import invoke
+from .dropout import dropout_scale
+from .recompute import recompute_gates
+from .windows import low_memory_steps, windows_of
 
 
 @torch.library.custom_op("lstm_triton::low_memory_gradients", mutates_args=())
-def gradients(
+def low_memory_gradients(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
@@ -48,7 +54,7 @@ def gradients(
     batch_size, hidden_size = layout.batch_size, layout.hidden_size
     ragged = Ragged(*tables) if tables else None
     time_steps = input.shape[0] if ragged is None else ragged.offsets.shape[0] - 1
-    windows = ops.windows_of(layout, ragged, time_steps, ops.low_memory_steps(time_steps))
+    windows = windows_of(layout, ragged, time_steps, low_memory_steps(time_steps))
     shape = (stack.lanes, batch_size, hidden_size)
     # In float32, since every window adds to them.
     of_h_0, of_c_0, of_h_reset, of_c_reset = (input.new_zeros(shape, dtype=torch.float32) for _ in range(4))
@@ -65,7 +71,7 @@ def gradients(
     def dropped(lane: int, rows: Tensor, first_row: int) -> Tensor:
         """A lane's outputs after its dropout, or their gradients before it; rounded once, as the scans do."""
         assert seed is not None
-        scaled: Tensor = rows.float() * ops.dropout_scale(seed, lane, dropout, rows, first_row)
+        scaled: Tensor = rows.float() * dropout_scale(seed, lane, dropout, rows, first_row)
         return scaled.to(rows.dtype)
 
     def read_by(layer: int, rows: slice) -> Tensor:
@@ -81,7 +87,7 @@ def gradients(
     def gradients_of_lane(lane: int, grad_output: Tensor | None, grad_below: Tensor | None) -> None:
         """Add to grad_below what flows into the layer below, given what flows into the lane's outputs (rows, H)."""
         own = stack.of(slice(lane, lane + 1))
-        weight_ih, weight_hh = (own.named(name)[0] for name in ops.WEIGHTS[:2])
+        weight_ih, weight_hh = (own.named(name)[0] for name in WEIGHTS[:2])
         sums = of_weights[stack.weights_per_lane * lane : stack.weights_per_lane * (lane + 1)]
         grad_h, grad_c = (None if grad is None else grad[lane : lane + 1] for grad in (grad_h_n, grad_c_n))
         for number in range(len(windows))[:: 1 if own.reverse else -1]:
@@ -91,37 +97,37 @@ def gradients(
             part_tables = () if of_part is None else tuple(of_part)
 
             rows = read_by(lane // directions, window.rows)
-            hidden_prev = ops.hidden_before(hidden[lane], layout, ragged, own.reverse, window.rows)
+            hidden_prev = hidden_before(hidden[lane], layout, ragged, own.reverse, window.rows)
             gates = input.new_empty(1, part.rows, 4 * hidden_size)
-            ops.project(rows, weight_ih, gates[0])
+            products.project(rows, weight_ih, gates[0])
             preacts = [None if each is None else each[lane] for each in (preact_0, preact_reset)]
-            ops.add_starts(gates[0], preacts, window, layout, ragged, own.reverse)
-            ops.project(hidden_prev, weight_hh, gates[0], add=True)
+            add_starts(gates[0], preacts, window, layout, ragged, own.reverse)
+            products.project(hidden_prev, weight_hh, gates[0], add=True)
             cell = cell_starts.new_empty(1, part.state_rows, part.stride)
             cell[0, part.initial(own.reverse)] = cell_starts[lane, number]
             if ragged is not None:
                 cell[0, part.anew, :hidden_size] = 0 if c_reset is None else c_reset[lane]
-            ops.gates_again(gates, cell, own, part_tables, batch_size)
+            recompute_gates(gates, cell, own, part_tables, batch_size)
 
             outside = None if grad_output is None else grad_output[window.rows]
             if outside is not None and ragged is None:
                 outside = outside.unflatten(0, (-1, batch_size))
-            grad_gates, grad_cell = transforms.call(
-                ops.scan_backward, outside, grad_h, grad_c, own.weights, 1, bias, own.reverse, cell, gates,
+            grad_gates, grad_cell = invoke(
+                scan_backward, outside, grad_h, grad_c, own.weights, 1, bias, own.reverse, cell, gates,
                 part_tables, batch_size,
             )  # fmt: skip
             of_gates = grad_gates[0, part.steps, : 4 * hidden_size]
-            sums[0] += gate_major(ops.matmul(of_gates.t(), rows))
-            sums[1] += gate_major(ops.matmul(of_gates.t(), hidden_prev))
+            sums[0] += products.gate_major(products.matmul(of_gates.t(), rows))
+            sums[1] += products.gate_major(products.matmul(of_gates.t(), hidden_prev))
             if bias:
-                of_bias = gate_major(of_gates.sum(0, dtype=torch.float32).unsqueeze(1)).squeeze(1)
+                of_bias = products.gate_major(of_gates.sum(0, dtype=torch.float32).unsqueeze(1)).squeeze(1)
                 sums[2] += of_bias
                 sums[3] += of_bias
             if grad_below is not None:
-                grad_below[window.rows] += ops.matmul(of_gates, gate_minor(weight_ih))
+                grad_below[window.rows] += products.matmul(of_gates, products.gate_minor(weight_ih))
 
             # Into the states that the window starts from, and so into the window before it.
-            begun = ops.begun_gates(grad_gates[0], part, of_part, own.reverse)
+            begun = begun_gates(grad_gates[0], part, of_part, own.reverse)
             if of_part is None:
                 begins: Tensor | bool = window.steps.stop == time_steps if own.reverse else window.steps.start == 0
             else:
@@ -130,11 +136,11 @@ def gradients(
                 if part.rows % batch_size == 0:  # otherwise packed, where nothing starts anew
                     anew = of_part.starts_anew(own.reverse).unsqueeze(1)
                     of_anew = torch.where(anew, of_gates, 0).unflatten(0, (-1, batch_size)).sum(0)
-                    of_preact_reset[lane] += gate_major(of_anew.t()).t()
-                    of_h_reset[lane] += ops.matmul(of_anew, gate_minor(weight_hh), exact=True)
+                    of_preact_reset[lane] += products.gate_major(of_anew.t()).t()
+                    of_h_reset[lane] += products.matmul(of_anew, products.gate_minor(weight_hh), exact=True)
                 of_c_reset[lane] += grad_cell[0, batch_size:, :hidden_size]
-            of_preact_0[lane] += gate_major((begun if begins is True else begun * begins).t()).t()
-            through = ops.matmul(begun, gate_minor(weight_hh), exact=True)
+            of_preact_0[lane] += products.gate_major((begun if begins is True else begun * begins).t()).t()
+            through = products.matmul(begun, products.gate_minor(weight_hh), exact=True)
             if of_part is not None and grad_h is not None:  # sequences without steps here end where they begin
                 through = through + torch.where(of_part.lengths.unsqueeze(1) > 0, 0, grad_h[0])
             grad_h, grad_c = through.unsqueeze(0), grad_cell[:, :batch_size, :hidden_size]
@@ -160,7 +166,7 @@ def gradients(
     return [*found, *(total.to(weight.dtype) for total, weight in zip(of_weights, weights, strict=True))]
 
 
-@gradients.register_fake
+@low_memory_gradients.register_fake
 def _(
     grad_output: Tensor | None,
     grad_h_n: Tensor | None,

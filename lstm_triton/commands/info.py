@@ -8,7 +8,7 @@ import platform
 import torch
 
 import lstm_triton
-from lstm_triton.planner import Device
+from lstm_triton.target import Device
 
 # Pairs of PyTorch and Triton that the tests ran with: `.ci/versions`, and `.ci/run`. README.md names the same ones.
 TESTED = (("2.9.1", "3.5.1"), ("2.11.0", "3.6.0"), ("2.13.0", "3.9.0"), ("2.14.1", "3.8.0"))

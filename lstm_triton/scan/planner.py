@@ -17,8 +17,9 @@ from typing import Literal
 
 import torch
 
-Kind = Literal["forward", "backward"]
+from ..target import Device
 
+Kind = Literal["forward", "backward"]
 # Of a thread's 255 registers, how many may hold what it has requested: more makes the compiler spill.
 LOAD_REGISTERS = {"16 bit": 128, "tf32": 128, "tf32x3": 24, "ieee": 32}
 LOAD_REGISTERS_OF_ASYNCHRONOUS = 96
@@ -32,7 +33,6 @@ MAX_RESIDENT_CHUNKS = 32  # each is unrolled into the kernel
 MAX_INPUT_CHUNKS = 8
 DROPOUT_BLOCK = 1024  # elements of a program of dropout_scales (kernels/lanes.py)
 AGAIN_BLOCK, AGAIN_WARPS = (4, 64), 4  # of kernels/again.py, in which every sequence and unit is by itself
-
 # Rates of a data-centre GPU per clock cycle, and latencies in cycles read off compiled kernels (bench/resources.py).
 # Only their ratios matter, and plans measured on a device replace what they lead to.
 LINK_BYTES_PER_CYCLE = 64  # from L2 to one multiprocessor
@@ -53,51 +53,6 @@ HALF_SECTOR_CYCLES = 200  # for states of which two programs write a sector of L
 # H100 took 220 cycles a step longer with such a product (H = 256, B = 16).
 PROJECTION_CYCLES = 250
 STAGING_CYCLES = 400  # of states on their way to the asynchronous tensor cores
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the planner needs to know of a GPU.
-
-    Attributes:
-        name: the product's name, the key of its table of measured plans.
-        arch: "sm_90", "gfx942", ...
-        multiprocessors: how many programs run at the same time when each takes a whole multiprocessor.
-        shared_bytes: shared memory that one program can have.
-    """
-
-    name: str
-    arch: str
-    multiprocessors: int
-    shared_bytes: int
-
-    @staticmethod
-    def of(device: torch.device) -> "Device":
-        """The device's properties, asked for once. A CPU stands for a small GPU: kernels are interpreted there."""
-        if device.type == "cpu":
-            return Device("interpreter", "interpreter", 16, 64 * 1024)
-        return _of_gpu(device.index if device.index is not None else torch.cuda.current_device())
-
-    @property
-    def capability(self) -> int:
-        """NVIDIA's compute capability as one number, 90 for 9.0; 0 elsewhere."""
-        return int(self.arch.removeprefix("sm_")) if self.arch.startswith("sm_") else 0
-
-    @property
-    def threads_per_warp(self) -> int:
-        return 64 if self.arch.startswith("gfx9") else 32
-
-
-@cache
-def _of_gpu(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        arch = properties.gcnArchName.split(":")[0]
-        shared_bytes = 160 * 1024 if arch.startswith("gfx95") else 64 * 1024
-    else:
-        arch = f"sm_{properties.major}{properties.minor}"
-        shared_bytes = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Device(properties.name, arch, properties.multi_processor_count, shared_bytes)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,27 @@
-"""One step of an LSTM layer and its derivative as PyTorch operators: they ask the planner and launch the kernels."""
+"""One step of an LSTM layer and its derivatives through the kernels."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, planner
-from .ops import Stack
-from .planner import CellPlan, Device
+from .. import transforms
+from ..autocast import without_autocast
+from ..reference import lstm_cell
+from ..stack import Stack, States
+from ..target import Device
+from .buffers import with_aligned_rows
+from .dispatch import invoke
+from .launch import launch
+from .planner import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan, plan_cell
 
-BACKWARD_OPTIONS: dict[str, object] = {"num_warps": planner.CELL_BACKWARD_WARPS, "enable_fp_fusion": True}
+BACKWARD_OPTIONS: dict[str, object] = {"num_warps": CELL_BACKWARD_WARPS, "enable_fp_fusion": True}
 
 
-def plan_of(input: Tensor, hidden_size: int, precision_of: str) -> CellPlan:
+def plan_of_cell(input: Tensor, hidden_size: int, precision_of: str) -> CellPlan:
     """The plan of a step for an input (B, I)."""
-    return planner.plan_cell(
+    return plan_cell(
         batch_size=input.shape[0],
         input_size=input.shape[1],
         hidden_size=hidden_size,
@@ -55,8 +62,10 @@ def cell_forward(
     """
     hidden_size = weight_hh.shape[1]
     hidden, cell, gates = _results(input, hidden_size, keep_gates)
-    plan = plan_of(input, hidden_size, precision_of)
-    _step(plan, input, h_0, c_0, (weight_ih, weight_hh, bias_ih, bias_hh), hidden, cell, gates if keep_gates else None)
+    plan = plan_of_cell(input, hidden_size, precision_of)
+    _launch_step(
+        plan, input, h_0, c_0, (weight_ih, weight_hh, bias_ih, bias_hh), hidden, cell, gates if keep_gates else None
+    )
     return hidden, cell, gates
 
 
@@ -97,8 +106,8 @@ def single_step(
         at = lane % directions
         if lane > 0 and at == 0:  # the next layer reads the output of this one
             below, output = output, torch.empty_like(output)
-        _step(
-            plan_of(below, hidden_size, "rnn"),
+        _launch_step(
+            plan_of_cell(below, hidden_size, "rnn"),
             below,
             None if h_0 is None else h_0[lane],
             None if c_0 is None else c_0[lane],
@@ -124,7 +133,7 @@ def _results_of_stack(input: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Tens
     return output, input.new_empty(states), input.new_empty(states)
 
 
-def _step(
+def _launch_step(
     plan: CellPlan,
     input: Tensor,
     h_0: Tensor | None,
@@ -136,12 +145,12 @@ def _step(
     output: Tensor | None = None,
 ) -> None:
     """Write the results of one step: h and c, and if asked for its gates, and h once more as `output`."""
-    from .kernels.cell import cell_forward
+    from ..kernels.cell import cell_forward
 
     weight_ih, weight_hh, *biases = (each if each is None else each.contiguous() for each in weights)
     bias_ih, bias_hh = biases or (None, None)
     assert weight_hh is not None
-    input, stride_unit = ops.with_aligned_rows(input)
+    input, stride_unit = with_aligned_rows(input)
     arguments = {
         "input_ptr": input,
         "input_stride": input.stride(0) // stride_unit,
@@ -166,9 +175,9 @@ def _step(
         "HAS_BIAS": bias_ih is not None,
         "HAS_OUTPUT": output is not None,
         "KEEP_GATES": gates is not None,
-        **constants_of(plan),
+        **cell_constants_of(plan),
     }
-    ops.launch(cell_forward, (plan.programs,), input.device, arguments, constants, compiler_options(plan))
+    launch(cell_forward, (plan.programs,), input.device, arguments, constants, cell_compiler_options(plan))
 
 
 @torch.library.custom_op("lstm_triton::cell_backward", mutates_args=())
@@ -182,7 +191,7 @@ def cell_backward(
         c_0: (B, H), or None for zeros.
         c_1, gates: as `cell_forward` returned them.
     """
-    from .kernels.cell import cell_backward as kernel
+    from ..kernels.cell import cell_backward as kernel
 
     grad_gates, grad_cell = torch.empty_like(gates), torch.empty_like(c_1)
     arguments = {
@@ -195,9 +204,9 @@ def cell_backward(
         "grad_cell_ptr": grad_cell,
         "batch_size": c_1.shape[0],
     }
-    block = planner.CELL_BACKWARD_BLOCK
+    block = CELL_BACKWARD_BLOCK
     constants = {"HIDDEN": c_1.shape[1], "HAS_STATE": c_0 is not None, "BLOCK": block}
-    ops.launch(kernel, (-(-c_1.numel() // block),), gates.device, arguments, constants, BACKWARD_OPTIONS)
+    launch(kernel, (-(-c_1.numel() // block),), gates.device, arguments, constants, BACKWARD_OPTIONS)
     return grad_gates, grad_cell
 
 
@@ -216,7 +225,7 @@ def _results(input: Tensor, hidden_size: int, keep_gates: bool) -> tuple[Tensor,
     )
 
 
-def constants_of(plan: CellPlan) -> dict[str, object]:
+def cell_constants_of(plan: CellPlan) -> dict[str, object]:
     """A plan as compile-time arguments of the forward kernel."""
     return {
         "BLOCK_BATCH": plan.block_batch,
@@ -228,6 +237,122 @@ def constants_of(plan: CellPlan) -> dict[str, object]:
     }
 
 
-def compiler_options(plan: CellPlan) -> dict[str, object]:
+def cell_compiler_options(plan: CellPlan) -> dict[str, object]:
     """A plan as options of Triton's compiler."""
     return {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
+
+
+def step(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> States:
+    """One step of one layer, through the Triton kernel.
+
+    Args:
+        input: (B, I), of any strides.
+        h_0, c_0: (B, H), or both None for zeros.
+        weight_ih, weight_hh: (4H, I) and (4H, H), gates in the order i, f, g, o.
+        bias_ih, bias_hh: (4H,), or both None.
+
+    Returns:
+        h_1, c_1: (B, H).
+
+    All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
+    lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any
+    order: those above the first, and forward-mode ones, come from the formula (reference.py), in the same dtype.
+    """
+    arguments = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    if transforms.in_forward_mode():
+        return lstm_cell(*arguments)
+    needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in arguments)
+    if torch.is_grad_enabled() and (needs_gradients or transforms.active()):
+        h_1, c_1, _ = _Step.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        h_1, c_1, _ = invoke(cell_forward, *arguments, False, "matmul")
+    return h_1, c_1
+
+
+class _Step(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+
+        h_1, c_1, gates = invoke(cell_forward, *arguments, True, "matmul")
+        return h_1, c_1, gates
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, c_1, gates = output
+        ctx.mark_non_differentiable(gates)
+        ctx.save_for_backward(*inputs, c_1, gates)
+
+    @staticmethod
+    def backward(ctx: Any, grad_h_1: Tensor, grad_c_1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # Autocast that is on where backward is called was not asked for by the cell.
+        with without_autocast(grad_h_1.device):
+            grads, saved = (grad_h_1, grad_c_1), ctx.saved_tensors
+            if torch.is_grad_enabled():
+                return _Gradients.apply(ctx.needs_input_grad, *grads, *saved)  # type: ignore[no-untyped-call, no-any-return]
+            return _gradients(ctx.needs_input_grad, *grads, *saved)
+
+
+class _Gradients(torch.autograd.Function):
+    """`_gradients`, to be differentiated again: through the formula."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(needed: tuple[bool, ...], *grads_and_saved: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(needed, *grads_and_saved)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.needed, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *every, _, _ = ctx.saved_tensors  # c_1 and the gates follow from the arguments
+        places = [place for place, tensor in enumerate(every) if tensor is not None]
+        wanted = [place for place, need in enumerate(ctx.needed) if need]
+
+        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+            renewed = dict(zip(places, tensors, strict=True))
+            grad_h_1, grad_c_1, *arguments = (renewed.get(place) for place in range(len(every)))
+
+            def results(*changed: Tensor) -> States:
+                moved = dict(zip(wanted, changed, strict=True))
+                return lstm_cell(*(moved.get(place, tensor) for place, tensor in enumerate(arguments)))  # type: ignore[arg-type]
+
+            pull_back = torch.func.vjp(results, *(arguments[place] for place in wanted))[1]
+            found: tuple[Tensor, ...] = pull_back((grad_h_1, grad_c_1))
+            return found
+
+        with without_autocast(every[0].device):
+            pull_back = torch.func.vjp(gradients, *(every[place] for place in places))[1]
+            found = dict(zip(places, pull_back(tuple(grads[place] for place in wanted)), strict=True))
+        return None, *(found.get(place) for place in range(len(every))), None, None
+
+
+def _gradients(needed: tuple[bool, ...], grad_h_1: Tensor, grad_c_1: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of a step's tensors, as far as needed."""
+
+    input, h_0, c_0, weight_ih, weight_hh, _, _, c_1, gates = saved
+    grad_gates, grad_c_0 = invoke(cell_backward, grad_h_1, grad_c_1, c_0, c_1, gates)
+    grad_bias = grad_gates.sum(0) if needed[5] or needed[6] else None
+    return (
+        grad_gates @ weight_ih if needed[0] else None,
+        grad_gates @ weight_hh if needed[1] else None,
+        grad_c_0 if needed[2] else None,
+        grad_gates.t() @ input if needed[3] else None,
+        # Without a state it was zeros, and so is the gradient.
+        (torch.zeros_like(weight_hh) if h_0 is None else grad_gates.t() @ h_0) if needed[4] else None,
+        grad_bias if needed[5] else None,
+        grad_bias.clone() if grad_bias is not None and needed[6] else None,
+    )

@@ -3,18 +3,18 @@
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Generic, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import aten
-from .backend import call_of, choose
-from .functional import Call, Sequences, States, run
-from .ragged import Ragged, dense
-from .reference import Gates, activated_gates, next_cell
+from .call import Call, Sequences
+from .checks import call_of_module
+from .functional import run
+from .ragged import padded
+from .routing import choose
+from .stack import States, lane_by_lane
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,9 +162,12 @@ def trace(
     (torch.Size([5, 2, 4]), True)
     """
     sequences = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
-    call = call_of(module, input, hx, caller="trace", **sequences)._replace(training=False)
+    call = call_of_module(module, input, hx, caller="trace", **sequences)._replace(training=False)
     path = choose(None, call).path
-    look_inside = _kernel_layer if path == "triton" else _aten_layer
+    if path == "triton":
+        from .scan.inside import scan_lane_inside as look_inside
+    else:
+        from .aten.inside import native_lane_inside as look_inside
     seen: list[tuple[Tensor, ...]] = []
     tables = None
 
@@ -176,15 +179,15 @@ def trace(
         return results
 
     with torch.no_grad(), _autocast_of(call, path):
-        projected = call.output_size < call.hidden_size
-        output, (h_n, c_n), _ = run(call, input, partial(aten.scan_layers, one_layer, projected))
+        projected = call.projected
+        output, (h_n, c_n), _ = run(call, input, partial(lane_by_lane, one_layer, projected))
 
     directions: list[Literal["forward", "reverse"]] = ["forward", "reverse"]
     order = input.unsorted_indices if isinstance(input, PackedSequence) else None
     lengths = torch.full((call.batch_size,), call.time_steps, dtype=torch.int32, device=h_n.device)
     if tables is not None:
         lengths = tables.lengths
-        seen = [tuple(_padded(values, tables) for values in inside) for inside in seen]
+        seen = [tuple(padded(values, tables) for values in inside) for inside in seen]
     if order is not None:
         lengths = lengths.index_select(0, order)
         seen = [tuple(values.index_select(1, order) for values in inside) for inside in seen]
@@ -195,106 +198,6 @@ def trace(
     return Trace(path, tuple(layers), lengths, output, h_n, c_n)
 
 
-# What the layer returns, its gates and its cells, (T, B, H) or (rows, H).
-Inside = tuple[tuple[Tensor, ...], Gates, Tensor]
-
-
-def _kernel_layer(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None = None,
-    *,
-    reverse: bool,
-    h_reset: Tensor | None,
-    c_reset: Tensor | None,
-    ragged: Ragged | None,
-    return_cells: bool,
-) -> Inside:
-    """One lane of `autograd.scan_layers`, and what its backward pass would need of the kernels."""
-    from . import autograd, ops
-
-    def of_lane(state: Tensor | None) -> Tensor | None:
-        return None if state is None else state.unsqueeze(0)
-
-    weights = [weight for weight in (weight_ih, weight_hh, bias_ih, bias_hh) if weight is not None]
-    preacts: list[Tensor | None] = [None, None]
-    before = h_0
-    if weight_hr is not None:  # as autograd.scan_projected_layers does
-        weights[1] = weight_hh @ weight_hr
-        preacts = [None if h is None else of_lane(h @ weight_hh.t()) for h in (h_0, h_reset)]
-        h_0 = h_reset = None
-    stack = ops.Stack(weights, 1, bias_ih is not None, reverse)
-    hidden, _, cell, gates, h_n, c_n = ops.scan_forward(
-        input, of_lane(h_0), of_lane(c_0), *stack, True, True, () if ragged is None else tuple(ragged),
-        of_lane(h_reset), of_lane(c_reset), preact_0=preacts[0], preact_reset=preacts[1],
-    )  # fmt: skip
-    output, h = autograd._output(hidden, stack, input, ragged), h_n[0]
-    if weight_hr is not None:
-        output, h = output @ weight_hr.t(), h @ weight_hr.t()
-        if ragged is not None and before is not None:
-            h = torch.where(ragged.lengths.unsqueeze(1) > 0, h, before)
-    cells = autograd._cells(cell, stack, input, ragged)[0]
-    found = gates[0].view(*input.shape[:-1], -1).chunk(4, dim=-1)
-    return (output, h, c_n[0]), Gates(*found), cells
-
-
-def _aten_layer(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None = None,
-    *,
-    reverse: bool,
-    h_reset: Tensor | None,
-    c_reset: Tensor | None,
-    ragged: Ragged | None,
-    return_cells: bool,
-) -> Inside:
-    """`aten.layer`, and the gates and cells that lead to its h_t: in float32 at least, rounded at the end."""
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-    options: dict[str, Any] = {"reverse": reverse, "h_reset": h_reset, "c_reset": c_reset}
-    if ragged is not None and ragged.rows < ragged.batch_size * (ragged.offsets.shape[0] - 1):
-        # Packed, which PyTorch's function takes for both directions or none: padded again, with the same lengths.
-        padded = _padded(input, ragged, fill=0.0)
-        tables = dense(ragged.lengths, None, padded.shape[0], padded.shape[1], input.device)
-        output, h_n, c_n = aten.layer(padded.flatten(0, 1), h_0, c_0, *weights, weight_hr, ragged=tables, **options)
-        output, tables = output[tables.is_step()], ragged
-    else:
-        output, h_n, c_n = aten.layer(input, h_0, c_0, *weights, weight_hr, ragged=ragged, **options)
-        tables = ragged or dense(None, None, input.shape[0], input.shape[1], input.device)
-
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    sources, own = tables.sources(reverse).clamp_min(0), tables.own_rows()
-    with torch.autocast(input.device.type, enabled=False):
-        rows, hidden = (tensor.flatten(0, -2).to(dtype) for tensor in (input, output))
-        hidden_before = _state_rows(hidden, h_0, h_reset, tables)[sources]
-        wide: list[Any] = [None if weight is None else weight.to(dtype) for weight in weights]
-        gates = activated_gates(rows, hidden_before, *wide)
-        cells = _state_rows(torch.zeros_like(gates.forget), c_0, c_reset, tables)
-        steps = [slice(*ends) for ends in pairwise(tables.offsets.tolist())]
-        for step in reversed(steps) if reverse else steps:
-            cells[own[step]] = next_cell(Gates(*(gate[step] for gate in gates)), cells[sources[step]])
-    shape = (*input.shape[:-1], cells.shape[1])
-    *gates_found, cells = (values.to(input.dtype).view(shape) for values in (*gates, cells[own]))
-    return (output, h_n, c_n), Gates(*gates_found), cells
-
-
-def _state_rows(steps: Tensor, initial: Tensor | None, reset: Tensor | None, tables: Ragged) -> Tensor:
-    """The states of all steps, with those that sequences start from, as the tables number them."""
-    zeros = steps.new_zeros(tables.batch_size, steps.shape[1])
-    first, anew = (zeros if state is None else state.to(steps) for state in (initial, reset))
-    return torch.cat([first, steps, first, anew])
-
-
 def _autocast_of(call: Call, path: str) -> AbstractContextManager[object]:
     """Autocast as it is, but off where PyTorch's own function keeps the dtype: of packed sequences on the CPU."""
     data = call.data
@@ -302,12 +205,3 @@ def _autocast_of(call: Call, path: str) -> AbstractContextManager[object]:
     if left_alone and data.dtype == call.weights[0].dtype:
         return torch.autocast("cpu", enabled=False)
     return nullcontext()
-
-
-def _padded(values: Tensor, tables: Ragged, fill: float = torch.nan) -> Tensor:
-    """(rows, N) -> (T, B, N), in which `fill` stands where there is no step."""
-    time_steps = tables.offsets.shape[0] - 1
-    is_step = torch.arange(time_steps, device=values.device).unsqueeze(1) < tables.lengths
-    padded = values.new_full((*is_step.shape, values.shape[1]), fill)
-    padded[is_step] = values[tables.is_step()]
-    return padded

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lstm_triton
-from lstm_triton.check import tf32
+from lstm_triton.commands.check import tf32
 
 BATCH_SIZE = 64
 TEST_DIGITS = 360

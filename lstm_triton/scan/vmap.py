@@ -12,21 +12,26 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import cell_ops, low_memory, ops
+from . import products
+from .backward import scan_backward
+from .cell import cell_backward, cell_forward, single_step
+from .dropout import dropout_scale
+from .forward import scan_forward
+from .low_memory import low_memory_gradients
 
 Dims = Sequence[Any]  # of each argument the axis that is mapped, None for none
 
 
 def _scan_forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
-    given = _named(ops.scan_forward, arguments)
-    dims = _named(ops.scan_forward, in_dims)
+    given = _named(scan_forward, arguments)
+    dims = _named(scan_forward, in_dims)
     shared = all(each is None for each in pytree.tree_leaves(dims["weights"]))
     if given["tables"] or given["dropout"] > 0 or given["low_memory"] or not shared:
-        return _one_by_one(ops.scan_forward, info, in_dims, arguments)
+        return _one_by_one(scan_forward, info, in_dims, arguments)
     size = info.batch_size
     for name in ("input", "h_0", "c_0", "preact_0"):
         given[name] = _folded(given[name], dims[name], size, 1)
-    results = ops.scan_forward(**given)
+    results = scan_forward(**given)
     batch_size = results[-1].shape[1] // size
     rows = [_unfolded_rows(buffer, batch_size, size) for buffer in results[:4]]
     states = [state.unflatten(1, (size, batch_size)) for state in results[4:]]
@@ -34,17 +39,17 @@ def _scan_forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
 
 
 def _scan_backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
-    given, dims = _named(ops.scan_backward, arguments), _named(ops.scan_backward, in_dims)
+    given, dims = _named(scan_backward, arguments), _named(scan_backward, in_dims)
     shared = all(each is None for each in pytree.tree_leaves(dims["weights"]))
     if given["tables"] or given["dropout"] > 0 or not shared:
-        return _one_by_one(ops.scan_backward, info, in_dims, arguments)
+        return _one_by_one(scan_backward, info, in_dims, arguments)
     size, batch_size = info.batch_size, given["batch_size"]
     for name in ("grad_output", "grad_h_n", "grad_c_n"):
         given[name] = _folded(given[name], dims[name], size, 1)
     given["grad_cells"] = _folded(given["grad_cells"], dims["grad_cells"], size, 2)
     for name in ("cell", "gates"):
         given[name] = _folded_rows(given[name], dims[name], batch_size, size)
-    grad_gates, grad_cell = ops.scan_backward(**{**given, "batch_size": batch_size * size})
+    grad_gates, grad_cell = scan_backward(**{**given, "batch_size": batch_size * size})
     found, dim = _unfolded_rows(grad_gates, batch_size, size)
     return (found, grad_cell.unflatten(1, (size, batch_size))), (dim, 1)
 
@@ -73,7 +78,7 @@ def _unfolded_rows(rows: Tensor, batch_size: int, size: int) -> tuple[Tensor, in
 
 def _cuda_matmul(info: Any, in_dims: Dims, left: Tensor, right: Tensor, exact: bool = False) -> tuple[Tensor, int]:
     left, right = (_mapped_to(t, dim, info.batch_size, 0) for t, dim in zip((left, right), in_dims[:2], strict=True))
-    return ops.batched_matmul(left, right, exact), 0
+    return products.batched_matmul(left, right, exact), 0
 
 
 def _folded(tensor: Tensor | None, dim: int | None, size: int, batch_axis: int) -> Tensor | None:
@@ -113,10 +118,10 @@ def _entries_of(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
     return rule
 
 
-torch.library.register_vmap(ops.scan_forward, _scan_forward)
-torch.library.register_vmap(ops.scan_backward, _scan_backward)
+torch.library.register_vmap(scan_forward, _scan_forward)
+torch.library.register_vmap(scan_backward, _scan_backward)
 for operator in (
-    ops.dropout_scale, low_memory.gradients, cell_ops.cell_forward, cell_ops.single_step, cell_ops.cell_backward,
+    dropout_scale, low_memory_gradients, cell_forward, single_step, cell_backward,
 ):  # fmt: skip
     torch.library.register_vmap(operator, _entries_of(operator))
 torch.library.register_vmap("lstm_triton::matmul", _cuda_matmul)

@@ -5,16 +5,10 @@ from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
-from .backend import choose
-from .functional import Call, check_arguments, compute
-
-# An attribute is set, and no TorchFunctionMode: that would pass every operation of the model through Python, and be off
-# in `Tensor.backward`, where activation checkpointing computes a forward pass again.
-
-ARGUMENTS = 9  # all of them positional, with which nn.LSTM calls it
+from .checks import call_of_vf_lstm
+from .functional import compute
+from .routing import choose
 
 _lock = Lock()
 _active: list["Acceleration"] = []  # in the order of entering
@@ -81,7 +75,7 @@ def accelerate() -> Acceleration:
 
 def _lstm(*arguments: Any, **by_name: Any) -> Any:
     """What `torch._VF.lstm` is while an acceleration is active."""
-    call = None if by_name else _call_of(arguments)
+    call = None if by_name else call_of_vf_lstm(arguments)
     path, reason = ("aten", "the arguments are not those of nn.LSTM") if call is None else choose(None, call)
     with _lock:
         if _active:  # another thread may just have left the last one
@@ -92,33 +86,3 @@ def _lstm(*arguments: Any, **by_name: Any) -> Any:
     if call is None or path == "aten":
         return _original(*arguments, **by_name)
     return compute(path, call)[:3]
-
-
-def _call_of(arguments: tuple[Any, ...]) -> Call | None:
-    """The checked call; None: the arguments are wrong, which PyTorch's function says best itself."""
-    if len(arguments) != ARGUMENTS:
-        return None
-    input, *others = arguments
-    batch_first, packed = False, isinstance(others[0], Tensor)
-    if packed:
-        batch_sizes, hx, weights, bias, num_layers, dropout, training, bidirectional = others
-    else:
-        hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first = others
-    try:
-        if input.dim() == 2 and not packed:  # nn.LSTM adds the dimension of the batch before
-            return None
-        output_size = weights[1].shape[1]
-        return check_arguments(
-            PackedSequence(input, batch_sizes) if packed else input,
-            hx,
-            weights,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            training=training,
-            bidirectional=bidirectional,
-            proj_size=output_size if output_size != weights[0].shape[0] // 4 else 0,
-        )
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-        return None

@@ -1,4 +1,4 @@
-"""One layer as a loop of PyTorch's own operations, whose number of steps may stay open: for torch.export.
+"""One lane as a loop of PyTorch's own operations, whose number of steps may stay open: for torch.export.
 
 Exported by itself, PyTorch's own LSTM function is unrolled over the time steps wherever their number is not fixed. A
 program must not contain an operator of this library either, to be run where it is not installed.
@@ -10,7 +10,7 @@ from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 from torch.torch_version import TorchVersion
 
-from .ragged import Ragged
+from ..ragged import Ragged
 
 # In PyTorch 2.11, `scan` hands no gradient from step to step where the initial states need none: the gradients of the
 # weights are then wrong, and nothing says so. PyTorch 2.13 is right; 2.12 has not been tried.
@@ -23,7 +23,7 @@ def _needing_gradients_like(others: list[Tensor | None], state: Tensor) -> Tenso
     return torch.cat((state, nothing.view(0, state.shape[1])))
 
 
-def layer(
+def exported_lane(
     input: Tensor,
     h_0: Tensor | None,
     c_0: Tensor | None,

@@ -1,0 +1,139 @@
+"""`native`: PyTorch's own LSTM function, with derivatives of any order."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import transforms
+from ..autocast import autocast_dtype, without_autocast
+from ..stack import LaneResults
+
+
+def native(
+    data: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    *,
+    bias: bool,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+) -> LaneResults:
+    """`torch._VF.lstm`, with gradients that can be differentiated again, and taken in evaluation mode, on GPUs as well.
+
+    There that function is cuDNN's, which refuses both. cuDNN goes on to compute results and first derivatives; for
+    second ones PyTorch's function without cuDNN computes the layers again. Autocast is taken on every CPU.
+
+    Raises:
+        RuntimeError: when a second derivative is taken through cuDNN's dropout, whose mask is not known.
+    """
+
+    def lstm(*tensors: Tensor, training: bool = training, dropout: float = dropout) -> LaneResults:
+        data, h_0, c_0, *weights = tensors
+        options = (bias, num_layers, dropout, training, bidirectional)
+        results: LaneResults
+        if batch_sizes is None and (dtype := _dtype_to_convert_to(tensors)) is not None:
+            with without_autocast(data.device):
+                return lstm(*(tensor.to(dtype) for tensor in tensors), training=training, dropout=dropout)
+        # By the name that `lstm_triton.accelerate` does not take over.
+        if batch_sizes is None:
+            results = torch.lstm(data, (h_0, c_0), weights, *options, batch_first)
+        else:
+            results = torch.lstm(data, batch_sizes, (h_0, c_0), weights, *options)
+        return results
+
+    tensors = (data, *states, *weights)
+    if not _is_cudnns(data):
+        return lstm(*tensors)
+    if transforms.active():
+        with torch.backends.cudnn.flags(enabled=False):
+            return lstm(*tensors)
+    needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if not needs_gradients or traced:  # what is traced contains the function itself
+        return lstm(*tensors)
+    dropout = dropout if training else 0.0
+    # cuDNN keeps what backward needs in training mode only.
+    differentiable = partial(lstm, training=True, dropout=dropout)
+    results: LaneResults = _Native.apply(differentiable, dropout > 0, *tensors)  # type: ignore[no-untyped-call]
+    return results
+
+
+def _without_onednns_layers() -> set[torch.dtype]:
+    """The dtypes in which oneDNN has no LSTM for this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return set()
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    return {dtype for dtype, is_supported in supported.items() if not is_supported()}
+
+
+_WITHOUT_ONEDNNS_LAYERS = _without_onednns_layers()
+
+
+def _dtype_to_convert_to(tensors: Sequence[Tensor]) -> torch.dtype | None:
+    """What autocast makes of a batch on a CPU where oneDNN has no layers in that dtype; otherwise None.
+
+    PyTorch chooses oneDNN's layers before it casts, and fails there: "could not create a primitive descriptor". It does
+    not choose them, nor fail, for projected layers, for empty inputs, and for inputs in a dtype they do not have.
+    """
+    data, h_0, c_0, *_ = tensors
+    if not data.is_cpu or not torch.backends.mkldnn.enabled or h_0.shape[-1] < c_0.shape[-1] or data.numel() == 0:
+        return None
+    dtype = autocast_dtype(tensors)
+    return dtype if dtype in _WITHOUT_ONEDNNS_LAYERS and data.dtype not in _WITHOUT_ONEDNNS_LAYERS else None
+
+
+def _is_cudnns(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.backends.cudnn.enabled
+
+
+class _Native(torch.autograd.Function):
+    """cuDNN's layers with their own graph for first derivatives, and another one without cuDNN for second ones."""
+
+    @staticmethod
+    def forward(ctx: Any, lstm: Callable[..., LaneResults], masked: bool, *tensors: Tensor) -> LaneResults:
+        ctx.lstm, ctx.masked = lstm, masked
+        device = tensors[0].device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        with torch.enable_grad():
+            ctx.leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+            ctx.results = lstm(*ctx.leaves)
+        return tuple(result.detach() for result in ctx.results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        tensors, results, again = ctx.leaves, ctx.results, torch.is_grad_enabled()
+        if again:
+            if ctx.masked:
+                raise RuntimeError(
+                    "second derivatives cannot be taken through the dropout of cuDNN's LSTM: make an LSTM of each "
+                    "layer with nn.Dropout between them, or turn cuDNN off by torch.backends.cudnn.flags(enabled=False)"
+                )
+            # Under new names: where one argument depends on another, that path is the engine's business.
+            tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
+            with torch.backends.cudnn.flags(enabled=False), torch.autocast(*ctx.autocast):
+                results = ctx.lstm(*tensors)
+        wanted = [tensor for tensor, need in zip(tensors, ctx.needs_input_grad[2:], strict=True) if need]
+        used = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+        found = iter(
+            torch.autograd.grad(
+                [result for result, _ in used],
+                wanted,
+                [grad for _, grad in used],
+                retain_graph=again or torch._C._autograd._get_current_graph_task_keep_graph(),
+                create_graph=again,
+                allow_unused=True,
+            )
+        )
+        return None, None, *(next(found) if need else None for need in ctx.needs_input_grad[2:])

@@ -1,0 +1,68 @@
+"""One call of an LSTM: its arguments, checked, as one record."""
+
+from typing import Literal, NamedTuple, TypeVar, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ragged
+from .autocast import autocast_dtype
+from .ragged import Ragged
+from .stack import States
+
+Sequences = TypeVar("Sequences", Tensor, PackedSequence)
+Memory = Literal["full", "low"]
+MEMORY: tuple[str, ...] = get_args(Memory)
+
+
+class Call(NamedTuple):
+    """The arguments of one call, checked, and with a batch dimension even if the input has none."""
+
+    data: Tensor  # (T, B, I), with batch_first (B, T, I), or the rows of a packed sequence (sum of lengths, I)
+    batch_sizes: Tensor | None  # (T,), of a packed sequence
+    states: States | None
+    weights: list[Tensor]
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    training: bool
+    directions: int  # D, 1 or 2
+    time_steps: int  # T
+    batch_size: int  # B
+    hidden_size: int  # H, of c
+    output_size: int  # P, of h: less than H with projections
+    lengths: Tensor | None = None  # (B,)
+    resets: Tensor | None = None  # (T, B)
+    reset_state: States | None = None
+    return_cells: bool = False
+    low_memory: bool = False
+    cell: bool = False  # a single step, of `LSTMCell`: data is (B, I), states are (B, H)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that takes part in the arithmetic."""
+        return [self.data, *(self.states or ()), *(self.reset_state or ()), *self.weights]
+
+    @property
+    def projected(self) -> bool:
+        return self.output_size < self.hidden_size
+
+    @property
+    def dense(self) -> bool:
+        """Whether every sequence has every step, and starts at its end only."""
+        return self.batch_sizes is None and self.lengths is None and self.resets is None
+
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype that autocast gives to all tensors; None: it is off, or leaves them alone, as it does float64."""
+        return autocast_dtype(self.tensors)
+
+    def tables(self) -> Ragged | None:
+        """Which step follows on which; None for a dense call."""
+        device = self.data.device
+        if self.batch_sizes is not None:
+            return ragged.packed(self.batch_sizes, device)
+        if self.lengths is not None or self.resets is not None:
+            return ragged.dense(self.lengths, self.resets, self.time_steps, self.batch_size, device)
+        return None

@@ -1,0 +1,334 @@
+"""What is refused, in whose words; and how each caller makes its `Call`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import transforms
+from .call import MEMORY, Call
+from .stack import States
+
+
+def check_arguments(
+    input: Tensor | PackedSequence,
+    hx: States | list[Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    dropout: float,
+    training: bool,
+    bidirectional: bool,
+    proj_size: int,
+    lengths: Tensor | None = None,
+    resets: Tensor | None = None,
+    reset_state: States | list[Tensor] | None = None,
+    return_cells: bool = False,
+    memory: str = "full",
+) -> Call:
+    """Refuse what `torch.nn.LSTM` refuses, in its words and order, and wrong states of packed sequences as well."""
+    directions = 2 if bidirectional else 1
+    input_size, hidden_size = _check_weights(weights, num_layers, bias, directions, proj_size)
+    output_size = proj_size or hidden_size
+
+    states = None if hx is None else (hx[0], hx[1])
+    if isinstance(input, PackedSequence):
+        data, batch_sizes = input.data, input.batch_sizes
+        batch_first = False  # there is no batch axis
+        time_steps, batch_size = batch_sizes.shape[0], int(batch_sizes[0])
+    else:
+        data, batch_sizes = input, None
+        dimensions = input.dim()
+        if dimensions not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {dimensions}D instead")
+        if states is not None and (states[0].dim() != dimensions or states[1].dim() != dimensions):
+            raise RuntimeError(
+                f"For {'batched' if dimensions == 3 else 'unbatched'} {dimensions}-D input, hx and cx should "
+                f"also be {dimensions}-D but got ({states[0].dim()}-D, {states[1].dim()}-D) tensors"
+            )
+        if dimensions == 2:
+            data = input.unsqueeze(0 if batch_first else 1)
+            states = None if states is None else (states[0].unsqueeze(1), states[1].unsqueeze(1))
+        batch_size, time_steps = data.shape[:2] if batch_first else (data.shape[1], data.shape[0])
+
+    dtype = weights[0].dtype
+    if data.dtype != dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({data.dtype}) does not match weight dtype ({dtype}). "
+            f"Convert input: input.to({dtype}), or convert model: model.to({data.dtype})"
+        )
+    if batch_sizes is not None and data.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+    if data.shape[-1] != input_size:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {data.shape[-1]}")
+    if states is not None:
+        for index, size in enumerate((output_size, hidden_size)):
+            expected, got = (num_layers * directions, batch_size, size), list(states[index].shape)
+            if got != list(expected):
+                raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {got}")
+    if isinstance(hx, Tensor):
+        raise TypeError("lstm() received an invalid combination of arguments - hx must be (h_0, c_0), got one Tensor")
+    if hx is not None and len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+    if time_steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    given = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
+    if isinstance(input, PackedSequence):
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} cannot be given with a PackedSequence: pass the padded input, and its lengths"
+                )
+    without_batch = isinstance(input, Tensor) and input.dim() == 2
+    if lengths is not None:
+        lengths = _checked_lengths(lengths, time_steps, () if without_batch else (batch_size,), data.device)
+    if resets is not None:
+        shape = (batch_size, time_steps) if batch_first else (time_steps, batch_size)
+        resets = _checked_resets(resets, (time_steps,) if without_batch else shape, data.device).reshape(shape)
+    if reset_state is not None:
+        batch = () if without_batch else (batch_size,)
+        sizes = [(num_layers * directions, *batch, size) for size in (output_size, hidden_size)]
+        reset_state = _checked_reset_state(reset_state, resets, sizes, data)
+        if not batch:
+            reset_state = (reset_state[0].unsqueeze(1), reset_state[1].unsqueeze(1))
+    return Call(
+        data,
+        batch_sizes,
+        states,
+        list(weights),
+        num_layers,
+        bias,
+        batch_first,
+        dropout,
+        training,
+        directions,
+        time_steps,
+        batch_size,
+        hidden_size,
+        output_size,
+        lengths,
+        resets.t() if resets is not None and batch_first else resets,
+        reset_state,
+        return_cells,
+        low_memory=checked_memory(memory) == "low",
+    )
+
+
+def checked_memory(memory: str) -> str:
+    if memory not in MEMORY:
+        raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
+    return memory
+
+
+def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+    ):
+        raise TypeError(f"lengths must be a tensor of integers, got {kind}")
+    if lengths.shape != shape:
+        raise ValueError(f"lengths must have one number for each sequence, shape {shape}, got {tuple(lengths.shape)}")
+    if lengths.device != device:
+        raise ValueError(f"lengths must be on the input's device, {device}, got {lengths.device}")
+    fits = ((lengths >= 0) & (lengths <= time_steps)).all()
+    if lengths.device.type != "cpu" or torch.compiler.is_compiling():
+        # Raising an exception would wait for the device; a number in the message would be one graph for each number.
+        torch._assert_async(fits, "lengths must be from 0 to T, the number of time steps")
+    elif not transforms.plain(fits).all():
+        given = transforms.plain(lengths).tolist()
+        raise ValueError(f"lengths must be from 0 to {time_steps}, the number of time steps, got {given}")
+    return lengths.reshape(-1)
+
+
+def _checked_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    if not isinstance(resets, Tensor) or resets.dtype != torch.bool:
+        kind = resets.dtype if isinstance(resets, Tensor) else type(resets).__name__
+        raise TypeError(f"resets must be a tensor of torch.bool, got {kind}")
+    if resets.shape != shape:
+        raise ValueError(f"resets must be shaped as the input without its features, {shape}, got {tuple(resets.shape)}")
+    if resets.device != device:
+        raise ValueError(f"resets must be on the input's device, {device}, got {resets.device}")
+    return resets
+
+
+def _checked_reset_state(
+    state: States | list[Tensor], resets: Tensor | None, sizes: list[tuple[int, ...]], data: Tensor
+) -> States:
+    if resets is None:
+        raise ValueError("reset_state is given without resets: expected resets, which say where to start anew from it")
+    pair = "reset_state must be a pair (h, c) of tensors"
+    if not isinstance(state, (tuple, list)):
+        raise TypeError(f"{pair}, got {type(state).__name__}")
+    if len(state) != 2:
+        raise TypeError(f"{pair}, got {len(state)} of them")
+    for tensor in state:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{pair}, got {type(tensor).__name__} in it")
+    for index, (tensor, size) in enumerate(zip(state, sizes, strict=True)):
+        if tensor.shape != size:
+            raise ValueError(f"reset_state[{index}] must have the shape {size}, as in hx, got {tuple(tensor.shape)}")
+        if tensor.device != data.device:
+            raise ValueError(f"reset_state[{index}] must be on the input's device, {data.device}, got {tensor.device}")
+        if tensor.dtype != data.dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(f"reset_state[{index}] must have the input's dtype, {data.dtype}, got {tensor.dtype}")
+    return state[0], state[1]
+
+
+def _check_weights(
+    weights: Sequence[Tensor], num_layers: int, bias: bool, directions: int, proj_size: int
+) -> tuple[int, int]:
+    """The input size and the hidden size, which the first weight tells, if all weights have the sizes they imply.
+
+    PyTorch's own function does not look at all of them, and reads past the end of a weight that is too small.
+    """
+    if num_layers <= 0:
+        raise ValueError("num_layers must be greater than zero")
+    if proj_size < 0:
+        raise ValueError("proj_size should be a positive integer or zero to disable projections")
+    count = num_layers * directions * (2 + (2 if bias else 0) + (1 if proj_size else 0))
+    if len(weights) != count:
+        raise RuntimeError(f"Expected {count} weights, got {len(weights)}")
+    if weights[0].dim() != 2:
+        raise RuntimeError(f"Expected weights[0] to be 2-D, got {weights[0].dim()}-D")
+    input_size, hidden_size = weights[0].shape[1], weights[0].shape[0] // 4
+    if proj_size and proj_size >= hidden_size:
+        raise ValueError("proj_size has to be smaller than hidden_size")
+
+    output_size = proj_size or hidden_size
+    index = 0
+    for layer in range(num_layers):
+        expected: list[tuple[int, ...]] = [
+            (4 * hidden_size, directions * output_size if layer else input_size),
+            (4 * hidden_size, output_size),
+        ]
+        if bias:
+            expected += [(4 * hidden_size,), (4 * hidden_size,)]
+        if proj_size:
+            expected += [(proj_size, hidden_size)]
+        for size in expected * directions:
+            if weights[index].shape != size:
+                raise RuntimeError(f"Expected weights[{index}] size {size}, got {list(weights[index].shape)}")
+            index += 1
+    return input_size, hidden_size
+
+
+def call_of_module(
+    module: nn.RNNBase | nn.LSTMCell,
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | list[Tensor] | None,
+    caller: str = "explain",
+    **sequences: Any,
+) -> "Call":
+    """The call that a module would make, its arguments checked; `sequences` are lengths, resets and reset_state."""
+    if isinstance(module, nn.LSTMCell):
+        return checked_call_of_cell(module, input, hx)
+    if not isinstance(module, nn.RNNBase) or module.mode != "LSTM":
+        takes = "an lstm_triton.LSTM or a torch.nn.LSTM"
+        if caller == "explain":
+            takes = "an LSTM or an LSTMCell, of lstm_triton or of torch.nn"
+        raise TypeError(f"{caller} takes {takes}, got {type(module).__name__}")
+    return check_arguments(
+        input,
+        hx,
+        [getattr(module, name) for name in module._flat_weights_names],
+        num_layers=module.num_layers,
+        bias=module.bias,
+        batch_first=module.batch_first,
+        dropout=module.dropout,
+        training=module.training,
+        bidirectional=module.bidirectional,
+        proj_size=module.proj_size,
+        memory=getattr(module, "memory", "full"),
+        **sequences,
+    )
+
+
+VF_LSTM_ARGUMENTS = 9  # all of them positional, with which nn.LSTM calls it
+
+
+def call_of_vf_lstm(arguments: tuple[Any, ...]) -> Call | None:
+    """The checked call; None: the arguments are wrong, which PyTorch's function says best itself."""
+    if len(arguments) != VF_LSTM_ARGUMENTS:
+        return None
+    input, *others = arguments
+    batch_first, packed = False, isinstance(others[0], Tensor)
+    if packed:
+        batch_sizes, hx, weights, bias, num_layers, dropout, training, bidirectional = others
+    else:
+        hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first = others
+    try:
+        if input.dim() == 2 and not packed:  # nn.LSTM adds the dimension of the batch before
+            return None
+        output_size = weights[1].shape[1]
+        return check_arguments(
+            PackedSequence(input, batch_sizes) if packed else input,
+            hx,
+            weights,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            training=training,
+            bidirectional=bidirectional,
+            proj_size=output_size if output_size != weights[0].shape[0] // 4 else 0,
+        )
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> Call | None:
+    """The call that a cell would make, with a batch dimension; None for what `nn.LSTMCell` is left to judge."""
+    states: list[Tensor] = [] if hx is None else list(hx)
+    if isinstance(hx, Tensor) or (hx is not None and len(states) != 2):
+        return None
+    if input.dim() == 1:
+        input, *states = (tensor.unsqueeze(0) for tensor in (input, *states))
+    weights = [cell.weight_ih, cell.weight_hh]
+    if cell.bias_ih is not None:
+        weights += [cell.bias_ih, cell.bias_hh]
+    gates = 4 * cell.hidden_size
+    expected = [(gates, cell.input_size), (gates, cell.hidden_size), (gates,), (gates,)]
+    fits = (
+        input.dim() == 2
+        and input.shape[1] == cell.input_size
+        and all(state.shape == (input.shape[0], cell.hidden_size) for state in states)
+        and all(weight.shape == shape for weight, shape in zip(weights, expected, strict=False))
+        and cell.input_size > 0
+        and cell.hidden_size > 0
+    )
+    if not fits:
+        return None
+    return Call(
+        data=input,
+        batch_sizes=None,
+        states=(states[0], states[1]) if states else None,
+        weights=weights,
+        num_layers=1,
+        bias=len(weights) == 4,
+        batch_first=False,
+        dropout=0.0,
+        training=cell.training,
+        directions=1,
+        time_steps=1,
+        batch_size=input.shape[0],
+        hidden_size=cell.hidden_size,
+        output_size=cell.hidden_size,
+        cell=True,
+    )
+
+
+def checked_call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> Call:
+    """`call_of_cell`, with the error that the call itself would raise."""
+    call = call_of_cell(cell, input, hx)
+    if call is None:
+        nn.LSTMCell.forward(cell, input, hx)
+        raise ValueError("the sizes of the input, the states and the weights do not fit each other")
+    return call

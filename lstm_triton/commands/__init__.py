@@ -1,0 +1,1 @@
+"""What `python -m lstm_triton info`, `check` and `demo` run."""

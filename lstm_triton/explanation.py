@@ -1,0 +1,186 @@
+"""What a call would do, without computing any of it: `explain`."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .call import Call
+from .checks import call_of_module
+from .routing import choose
+
+if TYPE_CHECKING:
+    from .scan.planner import CellPlan, Kind, Plan
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """Which path one layer takes in one direction, and why."""
+
+    layer: int
+    direction: Literal["forward", "reverse"]
+    path: Literal["triton", "aten"]
+    reason: str
+
+
+@dataclass(frozen=True)
+class ScanLaunch:
+    """One launch of a kernel of this library.
+
+    Attributes:
+        kind: "forward" or "backward"; of an LSTMCell "cell" or "cell backward".
+        lanes: the positions in `Explanation.layers` that it computes.
+        plan: its sizes, if they were chosen.
+        times: how often it is launched, for window after window of time.
+    """
+
+    kind: Literal["forward", "backward", "cell", "cell backward"]
+    lanes: tuple[int, ...]
+    plan: "Plan | CellPlan | None"
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found out; `print` it.
+
+    Attributes:
+        layers: every direction of every layer.
+        scans: the launches of this library's kernels: forward, and where gradients are enabled backward, both as if
+            some were needed. What PyTorch launches is not counted.
+    """
+
+    module: str
+    device: str
+    dtype: torch.dtype
+    time_steps: int
+    batch_size: int
+    layers: tuple[LayerExplanation, ...]
+    scans: tuple[ScanLaunch, ...]
+
+    @property
+    def launches(self) -> int:
+        return sum(scan.times for scan in self.scans)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.module} on {self.device}, {self.dtype}, T={self.time_steps}, B={self.batch_size}",
+            "layer  direction  path    why",
+        ]
+        lines += [f"{each.layer:>5}  {each.direction:<9}  {each.path:<6}  {each.reason}" for each in self.layers]
+        for number, scan in enumerate(self.scans, 1):
+            what = scan.kind if "cell" in scan.kind else f"{scan.kind} scan of {self._named(scan.lanes)}"
+            what += "" if scan.times == 1 else f", {scan.times} times"
+            lines.append(f"launch {number}: {what}" + ("" if scan.plan is None else f": {scan.plan}"))
+        if self.scans:
+            lines.append(f"launches in all: {self.launches}")
+        return "\n".join(lines)
+
+    def _named(self, lanes: tuple[int, ...]) -> str:
+        first, last = (self.layers[lane] for lane in (lanes[0], lanes[-1]))
+        layers = f"layer {first.layer}" if first.layer == last.layer else f"layers {first.layer} to {last.layer}"
+        if len({each.direction for each in self.layers}) == 1:
+            return layers
+        return layers + (" in both directions" if first.direction != last.direction else f", {first.direction}")
+
+
+def explain(
+    module: nn.RNNBase | nn.LSTMCell,
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | list[Tensor] | None = None,
+) -> Explanation:
+    """What `module(input, hx)` would do here and now, without computing any of it.
+
+    Args:
+        module: an `lstm_triton.LSTM` or `LSTMCell`, or one of `nn`, of which is told what it would do as the former.
+        input, hx: as the module takes them. An input on the "meta" device, which has sizes but no memory, stands for
+            one on the device of the module's weights.
+
+    Raises:
+        TypeError: the module is no LSTM.
+        ValueError, RuntimeError: what the call itself would raise.
+
+    >>> import lstm_triton
+    >>> print(explain(lstm_triton.LSTM(3, 4), torch.empty(100, 16, 3, device="meta")))
+    LSTM(3, 4) on cpu, torch.float32, T=100, B=16
+    layer  direction  path    why
+        0  forward    aten    the kernels run on NVIDIA GPUs, not on 'cpu' tensors
+    """
+    call = call_of_module(module, input, hx)
+    if call.data.device.type == "meta":
+        call = call._replace(data=call.weights[0].new_empty(0, dtype=call.data.dtype), states=None)
+    choice = choose(None, call)
+    dtype = call.autocast_dtype() or call.data.dtype
+
+    names: list[Literal["forward", "reverse"]] = ["forward", "reverse"] if call.directions == 2 else ["forward"]
+    layers = [LayerExplanation(layer, direction, *choice) for layer in range(call.num_layers) for direction in names]
+    launches: list[ScanLaunch] = []
+    if choice.path == "triton":
+        launches = _cell_launches(call, dtype) if call.cell else _launches(call, dtype)
+    return Explanation(
+        str(module), str(call.data.device), dtype, call.time_steps, call.batch_size, tuple(layers), tuple(launches)
+    )
+
+
+def _launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
+    from .scan.launch import launches_of
+    from .scan.windows import low_memory_steps, steps_at_once, window_bounds
+
+    trains = torch.is_grad_enabled()
+    projected = call.projected
+    initial = call.states is not None or call.reset_state is not None
+    dense = call.dense
+    if not trains and call.time_steps == 1 and dense and not projected and not (call.training and call.dropout > 0):
+        lanes = range(call.num_layers * call.directions)
+        return [ScanLaunch("cell", (lane,), _cell_plan(call, dtype, lane, "rnn")) for lane in lanes]
+
+    low_memory = trains and call.low_memory
+    kept_steps = low_memory_steps(call.time_steps) if low_memory else call.time_steps
+    kinds: tuple[Kind, ...] = ("forward", "backward") if trains else ("forward",)
+    # Projected layers are scanned one by one: what lies between two of them is a product of its own.
+    stacks = [1] * call.num_layers if projected else [call.num_layers]
+    found: list[ScanLaunch] = []
+    for kind in kinds:
+        first = 0
+        for layers in stacks:
+            # With low_memory, backward takes lane after lane.
+            by_lane = low_memory and kind == "backward"
+            launches = launches_of(
+                kind,
+                num_layers=1 if by_lane else layers,
+                directions=1 if by_lane else call.directions,
+                batch_size=call.batch_size,
+                input_size=call.weights[0].shape[1] if first == 0 else call.directions * call.output_size,
+                hidden_size=call.hidden_size,
+                dtype=dtype,
+                device=call.data.device,
+                fuse_input=not (projected and initial),
+            )
+            if by_lane:
+                launches = tuple(replace(launches[0], first=lane) for lane in range(layers * call.directions))
+            for launch in launches:
+                at_once = call.time_steps
+                if kind == "forward" and (low_memory or not trains):
+                    at_once = steps_at_once(launch.plan, call.hidden_size, call.batch_size, dtype.itemsize)
+                windows = len(window_bounds(call.time_steps, kept_steps, at_once)) - 1
+                apart = windows > 1 and not launch.plan.chained  # directions meet different windows
+                lanes_of_launch = tuple(first + lane for lane in launch.lanes)
+                times = windows * (launch.plan.lanes if apart else 1)
+                found.append(ScanLaunch(kind, lanes_of_launch, launch.plan, times))
+            first += layers * call.directions
+    return found
+
+
+def _cell_plan(call: "Call", dtype: torch.dtype, lane: int, precision_of: str) -> "CellPlan":
+    from .scan.cell import plan_of_cell
+
+    layer_input = call.weights[0].shape[1] if lane < call.directions else call.directions * call.output_size
+    stand_in = call.data.new_empty(1, dtype=dtype).expand(call.batch_size, layer_input)
+    return plan_of_cell(stand_in, call.hidden_size, precision_of)
+
+
+def _cell_launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
+    forward = ScanLaunch("cell", (0,), _cell_plan(call, dtype, 0, "matmul"))
+    return [forward, ScanLaunch("cell backward", (0,), None)] if torch.is_grad_enabled() else [forward]

@@ -1,0 +1,182 @@
+"""Which path a call takes, the Triton kernels or PyTorch's own function, and why."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import target, transforms
+from .call import Call
+from .target import Device
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+BACKENDS = ("auto", "triton", "aten")
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_current = "auto"  # a plain global: torch.compile guards on it, as it could not on a context variable
+_triton_installed = importlib.util.find_spec("triton") is not None  # without importing it
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the path of every call inside the `with` block, unless the call itself names one. Holds for all threads.
+
+    Args:
+        name: "auto": the Triton kernels where they can run, PyTorch's own function elsewhere, and where it was
+            measured to be faster on this GPU. "triton": the kernels, and where they cannot run a RuntimeError that
+            says why. "aten": PyTorch's own function.
+
+    Raises:
+        ValueError: for any other name.
+
+    >>> import lstm_triton
+    >>> with lstm_triton.backend("aten"):
+    ...     output, (h_n, c_n) = lstm_triton.LSTM(3, 4)(torch.zeros(5, 2, 3))
+    """
+    global _current
+    previous = _current
+    _current = _checked(name)
+    try:
+        yield
+    finally:
+        _current = previous
+
+
+class Choice(NamedTuple):
+    path: Literal["triton", "aten"]
+    reason: str
+
+
+def choose(requested: str | None, call: "Call") -> Choice:
+    """The path of a call, which is one for all of its layers, and why.
+
+    Raises:
+        ValueError: `requested` is not the name of a backend.
+        RuntimeError: "triton" is asked for where the kernels cannot run.
+    """
+    name = _current if requested is None else _checked(requested)
+    if name == "aten":
+        return Choice("aten", 'the backend "aten" was asked for')
+    obstacle = _obstacle(call)
+    if obstacle is None:
+        faster = None if name == "triton" else _why_stock(call)
+        return Choice("triton", "the kernels take it") if faster is None else Choice("aten", faster)
+    if name == "triton":
+        raise RuntimeError(f'the backend "triton" was asked for, but cannot take this call: {obstacle}')
+    return Choice("aten", obstacle)
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return name
+
+
+def _obstacle(call: "Call") -> str | None:
+    """Why the kernels cannot take a call; None if they can."""
+    device = call.data.device
+    if not target.current().takes(device):
+        return f"the kernels run on NVIDIA GPUs, not on {device.type!r} tensors"
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "torch.jit.trace does not record the kernels"
+    for tensor in call.tensors:
+        if tensor.device != device:
+            return f"tensors are on several devices, {device} and {tensor.device}"
+    dtype = call.autocast_dtype()
+    if dtype is None:
+        dtype = call.data.dtype
+        for tensor in call.tensors:
+            if tensor.dtype != dtype:
+                return f"tensors have several dtypes, {dtype} and {tensor.dtype}"
+    if dtype not in KERNEL_DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {dtype}"
+    if call.batch_size == 0:
+        return "the batch is empty"
+    if not _triton_installed:
+        return "Triton is not installed (it is released for Linux only)"
+    input_sizes = [] if call.cell else [call.weights[0].shape[1]]  # for a cell there is always a plan
+    if call.num_layers > 1:
+        input_sizes.append(call.directions * call.output_size)
+    return _obstacle_of_device(device, dtype, tuple(input_sizes), call.hidden_size)
+
+
+def _why_stock(call: "Call") -> str | None:
+    """Why the kernels had better not take a call that they can: nn.LSTM was measured to be faster there."""
+    # Compiled or traced, a batch size may be any; inside torch.func, or without cuDNN, nn.LSTM's path is another one.
+    if torch.compiler.is_compiling() or not isinstance(call.batch_size, int) or not _is_gpu(call.data):
+        return None
+    if transforms.active() or not torch.backends.cudnn.enabled:
+        return None
+    one_layer = call.num_layers == 1 and call.directions == 1 and call.output_size == call.hidden_size
+    dense = call.dense
+    if not (one_layer and dense) or call.cell or call.return_cells or call.low_memory or call.time_steps == 1:
+        return None  # not what was measured
+
+    from .routes import why_stock
+    from .scan.launch import allows_tf32
+
+    # Not whether gradients are enabled: what checkpointing computes again has to take the same path both times.
+    mode = "training" if call.training else "inference"
+    dtype = call.autocast_dtype() or call.data.dtype
+    return why_stock(mode, dtype, allows_tf32(), call.hidden_size, call.batch_size, Device.of(call.data.device))
+
+
+def _is_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+def _constant(function: Function) -> Function:
+    """Let torch.compile call a function, when it compiles, instead of looking into it.
+
+    As torch.compiler.assume_constant_result does, which would import the compiler, and that takes a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def _obstacle_of_device(
+    device: torch.device, dtype: torch.dtype, input_sizes: tuple[int, ...], hidden_size: int
+) -> str | None:
+    """What is in the way of sizes on a device, whatever the batch and the number of time steps."""
+    return _found_obstacle_of_device(device, dtype, input_sizes, hidden_size)
+
+
+@cache  # inside the other function, as torch.compile warns of caches that it sees
+def _found_obstacle_of_device(
+    device: torch.device, dtype: torch.dtype, input_sizes: tuple[int, ...], hidden_size: int
+) -> str | None:
+    from .scan.planner import Kind, plan
+
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "there is no GPU: torch.cuda.is_available() is False"
+        gpu = torch.cuda.get_device_properties(device)
+        if torch.version.hip is not None:
+            # Triton 3.6 makes the loads that wait for other programs cached ones there: they may never see a value.
+            return "the kernels do not run on AMD GPUs yet"
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return "TRITON_INTERPRET=1 is set: programs that wait for each other would run one after another"
+        if gpu.major < 8:
+            return f"the kernels need compute capability 8.0 or later, {gpu.name} has {gpu.major}.{gpu.minor}"
+    kinds: tuple[Kind, Kind] = ("forward", "backward")
+    try:
+        for kind in kinds:
+            for input_size in input_sizes:
+                # More sequences and TF32 only add to the plans to choose from.
+                plan(
+                    kind,
+                    batch_size=1,
+                    input_size=input_size,
+                    hidden_size=hidden_size,
+                    dtype=dtype,
+                    device=Device.of(device),
+                    allow_tf32=False,
+                )
+    except ValueError as no_plan:
+        return str(no_plan)
+    return None

@@ -1,0 +1,146 @@
+"""The backward scan of a stack of layers as a PyTorch operator."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..ragged import Ragged
+from ..stack import Stack
+from . import buffers, products
+from .buffers import Layout, Window, transposed
+from .dropout import dropped_lanes
+from .launch import launch_scan, launches_for, lookups
+
+
+@torch.library.custom_op("lstm_triton::scan_backward", mutates_args=())
+def scan_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    weights: Sequence[Tensor],
+    directions: int,
+    bias: bool,
+    reverse: bool,
+    cell: Tensor,
+    gates: Tensor,
+    tables: Sequence[Tensor],
+    batch_size: int,
+    grad_cells: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """From the gradients of a stack's results to those of its gates' pre-activations.
+
+    Args:
+        grad_output: (T, B, directions * H), of a ragged batch (rows, ...), or None for zeros.
+        grad_h_n, grad_c_n: (lanes, B, H), or None for zeros.
+        weights, directions, bias, reverse, tables, dropout, seed: as `scan_forward` had them.
+        cell, gates: as `scan_forward` returned them.
+        batch_size: B.
+        grad_cells: (lanes, T, B, H), ragged (lanes, rows, H), gradients of every c, or None for zeros.
+
+    Returns:
+        grad_gates: (lanes, state rows, 4 * state_stride(H)), gate-minor: column 4 * unit + gate, padded past 4H; rows
+            that are none of a step hold zeros where they are read.
+        grad_cell: (lanes, B, state_stride(H)) float32, the gradient of c_0; ragged (lanes, 2B, ...), then that of
+            c_reset.
+    """
+    from ..kernels.backward import backward_scan
+
+    stack = Stack(weights, directions, bias, reverse)
+    hidden_size = stack.hidden_size
+    layout = Layout(gates.shape[1], batch_size, hidden_size, len(tables) > 0)
+    ragged = Ragged(*tables) if tables else None
+    time_steps = layout.rows // batch_size if ragged is None else ragged.offsets.shape[0] - 1
+    window = Window(slice(0, time_steps), slice(0, layout.rows))
+    shape = (time_steps, batch_size) if ragged is None else (layout.rows,)
+
+    grad_gates = buffers.sentinels((stack.lanes, layout.state_rows, 4 * layout.stride), gates)
+    if ragged is None:
+        for own, reverse_in_time in stack.by_direction():  # nothing comes after the last step
+            grad_gates[own, layout.initial(not reverse_in_time)].zero_()
+    else:
+        grad_gates[:, : layout.batch_size].zero_()
+        grad_gates[:, layout.steps.stop :].zero_()
+        grad_gates[:, layout.steps].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
+    grad_cell = cell.new_zeros((stack.lanes, (2 if layout.ragged else 1) * batch_size, layout.stride))
+    if grad_c_n is not None:
+        grad_cell[:, :batch_size, :hidden_size] = grad_c_n
+    grad_h_n = gates.new_zeros((stack.lanes, batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
+    grad_cells = None if grad_cells is None else grad_cells.contiguous()
+
+    for launch in reversed(launches_for("backward", stack, gates, batch_size)):
+        plan, lanes = launch.plan, slice(launch.lanes.start, launch.lanes.stop)
+        part = stack.of(lanes)
+        layer = (launch.lanes.stop - 1) // directions
+        if layer < stack.num_layers - 1:
+            above = stack.layer(layer + 1)
+            grad_output = products.input_gradient(grad_gates[above], stack.named("weight_ih")[above], layout).view(
+                *shape, -1
+            )
+        elif grad_output is None:
+            grad_output = gates.new_zeros(directions * hidden_size).expand(*shape, -1)
+        elif grad_output.stride(-1) != 1:
+            grad_output = grad_output.contiguous()
+        dropped = dropped_lanes(launch, stack, dropout)
+        first_output = launch.first % directions * hidden_size if not plan.chained else 0
+        weights_hh = transposed(part.named("weight_hh"), layout)
+        weights_ih = weights_hh
+        if plan.chained:  # the first of them has nobody below in this launch
+            weights_ih = (*weights_hh[:1], *transposed(part.named("weight_ih")[1:], layout))
+        launch_scan(
+            backward_scan,
+            plan,
+            gates.device,
+            grad_output_ptr=grad_output[..., first_output:],
+            grad_output_stride_step=grad_output.stride(0),
+            grad_output_stride_batch=grad_output.stride(-2),
+            grad_output_stride_lane=hidden_size,
+            grad_hidden_ptr=grad_h_n[lanes],
+            grad_cells_ptr=grad_h_n if grad_cells is None else grad_cells[lanes],
+            grad_cell_ptr=grad_cell[lanes],
+            gates_ptr=gates[lanes],
+            cell_ptr=cell[lanes],
+            weight_ih_ptrs=weights_ih,
+            weight_hh_ptrs=weights_hh,
+            grad_gates_ptr=grad_gates[lanes],
+            before_ptr=gates if ragged is None else ragged.before,
+            after_ptr=gates if ragged is None else ragged.after,
+            before_successors_ptr=gates if ragged is None else ragged.successors(reverse=True),
+            **lookups(ragged, plan, window, gates),
+            seed_ptr=seed if dropped else gates,
+            dropout=dropout,
+            dropped_lanes=dropped,
+            first_lane=launch.first,
+            row_count=layout.rows,
+            batch_size=batch_size,
+            batch_tiles=plan.batch_tiles,
+            reverse=int(part.reverse),
+            HIDDEN=hidden_size,
+            STATE_STRIDE=layout.stride,
+            GRAD_CELLS=grad_cells is not None,
+            DROPOUT=dropped > 0,
+        )
+    return grad_gates, grad_cell
+
+
+@scan_backward.register_fake
+def _(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    weights: Sequence[Tensor],
+    directions: int,
+    bias: bool,
+    reverse: bool,
+    cell: Tensor,
+    gates: Tensor,
+    tables: Sequence[Tensor],
+    batch_size: int,
+    grad_cells: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    lanes, rows, stride = cell.shape
+    return gates.new_empty(lanes, rows, 4 * stride), cell.new_empty(lanes, (2 if tables else 1) * batch_size, stride)

@@ -1,0 +1,147 @@
+"""From a plan to the launch of a kernel: every launch of this library goes through here."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import target
+from ..ragged import Ragged
+from ..stack import Stack
+from ..target import Device
+from .buffers import Window
+from .planner import MIN_DOT_DEPTH, Kind, Launch, Plan, launches
+
+
+def allows_tf32() -> bool:
+    """Whether cuDNN would be let compute a float32 LSTM in TF32."""
+    # torch.backends.cudnn.rnn.fp32_precision, which some versions of PyTorch hide behind a module of that name.
+    return bool(torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
+
+
+def launches_of(
+    kind: Kind,
+    *,
+    num_layers: int,
+    directions: int,
+    batch_size: int,
+    input_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    fuse_input: bool = True,
+) -> tuple[Launch, ...]:
+    """The launches of one scan over a stack, in the order of its layers.
+
+    Unless `fuse_input`, all input projections are computed beforehand.
+    """
+    found = launches(
+        kind,
+        num_layers=num_layers,
+        directions=directions,
+        batch_size=batch_size,
+        input_size=input_size,
+        hidden_size=hidden_size,
+        dtype=dtype,
+        device=Device.of(device),
+        allow_tf32=allows_tf32(),
+    )
+    if fuse_input:
+        return found
+    return tuple(replace(launch, plan=replace(launch.plan, fuse_input=False)) for launch in found)
+
+
+def launches_for(
+    kind: Kind, stack: Stack, steps: Tensor, batch_size: int, fuse_input: bool = True
+) -> tuple[Launch, ...]:
+    return launches_of(
+        kind,
+        num_layers=stack.num_layers,
+        directions=stack.directions,
+        batch_size=batch_size,
+        input_size=stack.weights[0].shape[1],
+        hidden_size=stack.hidden_size,
+        dtype=steps.dtype,
+        device=steps.device,
+        fuse_input=fuse_input,
+    )
+
+
+def lookups(ragged: Ragged | None, plan: Plan, window: Window, unused: Tensor) -> dict[str, object]:
+    """What both kernels need to find the rows of a window's steps."""
+    time_steps = window.steps.stop - window.steps.start
+    if ragged is None:
+        return {"offsets_ptr": unused, "tile_steps_ptr": unused, "seq_len": time_steps, "RAGGED": False}
+    tile_steps = ragged.tile_steps(plan.block_batch, plan.batch_tiles)
+    return {
+        "offsets_ptr": ragged.offsets[window.steps.start :],
+        "tile_steps_ptr": (tile_steps - window.steps.start).clamp(0, time_steps),
+        "seq_len": time_steps,
+        "RAGGED": True,
+    }
+
+
+def constants_of(plan: Plan) -> dict[str, object]:
+    """A plan as the compile-time arguments that both kernels share."""
+    return {
+        "LANES": plan.lanes,
+        "CHAINED": plan.chained,
+        "SEVERAL_TILES": plan.batch_tiles > plan.groups,
+        "BLOCK_BATCH": plan.block_batch,
+        "BLOCK_HIDDEN": plan.block_hidden,
+        "BLOCK_K": plan.block_k,
+        "SPLIT_K": plan.split_k,
+        "RESIDENT_CHUNKS": plan.resident_chunks,
+        "REGISTER_CHUNKS": plan.register_chunks,
+        "GROUP_CHUNKS": plan.group_chunks,
+        "ACCUMULATORS": plan.accumulators,
+        "DOT_PRECISION": plan.dot_precision,
+        "TF32_ROUNDING": plan.tf32_rounding,
+        "THREAD_ELEMENTS": plan.thread_elements,
+        "PACKED": plan.packed,
+        "HOLDS": plan.hold > 0,
+    }
+
+
+def input_constants_of(plan: Plan, input_size: int, stride_unit: int) -> dict[str, object]:
+    """The compile-time arguments of the forward kernel for its input: without fusion all inputs share one kernel."""
+    fused = plan.fuse_input
+    return {
+        "FUSE_INPUT": fused,
+        "INPUT": input_size if fused else 1,
+        "BLOCK_INPUT": plan.block_input if fused else MIN_DOT_DEPTH,
+        "INPUT_STRIDE_UNIT": stride_unit if fused else 1,
+    }
+
+
+def compiler_options(plan: Plan, is_nvidia: bool) -> dict[str, object]:
+    """A plan as options of Triton's compiler."""
+    options: dict[str, object] = {"num_warps": plan.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    if is_nvidia:
+        options["maxnreg"] = 255  # a multiprocessor runs one program: nothing is gained by using fewer registers
+    return options
+
+
+def launch_options(plan: Plan) -> dict[str, object]:
+    """A plan as options of a launch on a GPU."""
+    options = compiler_options(plan, is_nvidia=torch.version.hip is None)
+    # Slices of a batch tile wait for each other, and so do layers: all run at the same time, or the driver refuses.
+    return {**options, "launch_cooperative_grid": plan.slices > 1 or plan.chained}
+
+
+def launch_scan(kernel: Any, plan: Plan, device: torch.device, **arguments: object) -> None:
+    launch(kernel, (plan.programs,), device, {**arguments, "hold": plan.hold}, constants_of(plan), launch_options(plan))
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    arguments: Mapping[str, object],
+    constants: Mapping[str, object],
+    options: Mapping[str, object],
+) -> None:
+    """Launch a kernel where kernels run now: every kernel of this library goes through here."""
+    target.current().run(kernel, grid, device, {**arguments, **constants}, options)

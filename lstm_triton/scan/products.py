@@ -1,0 +1,97 @@
+"""Matrix products outside the scans: in TF32 where cuDNN would use it, and between the two orders of gates."""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+
+from .. import target
+from ..autocast import without_autocast
+from .buffers import Layout
+from .dispatch import invoke
+from .launch import allows_tf32
+
+
+def input_gradient(grad_gates: Tensor, weights_ih: Sequence[Tensor], layout: Layout) -> Tensor:
+    """(rows, K) from a layer's grad_gates and its lanes' weights (4H, K)."""
+    products = [
+        matmul(lane[layout.steps, : 4 * layout.hidden_size], gate_minor(weight))
+        for lane, weight in zip(grad_gates, weights_ih, strict=True)
+    ]
+    return products[0] if len(products) == 1 else products[0] + products[1]
+
+
+def gate_minor(weight: Tensor) -> Tensor:
+    """(4H, K) with gates one after the other -> (4H, K) with the gates of a unit side by side."""
+    return _regrouped(weight, (4, -1))
+
+
+def gate_major(weight: Tensor) -> Tensor:
+    """The inverse of gate_minor."""
+    return _regrouped(weight, (-1, 4))
+
+
+def _regrouped(weight: Tensor, groups: tuple[int, int]) -> Tensor:
+    result: Tensor = weight.unflatten(0, groups).transpose(0, 1).flatten(0, 1)
+    return result
+
+
+def matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
+    """left @ right, in TF32 where cuDNN would use it for an LSTM: torch.matmul's own setting is off at first.
+
+    exact: never in TF32, as a single step's product, which takes no time worth mentioning, need not be.
+    """
+    if target.current().may_take_tf32(left):
+        product: Tensor = invoke(cuda_matmul, left, right, exact)
+        return product
+    return left @ right
+
+
+@torch.library.custom_op("lstm_triton::matmul", mutates_args=())
+def cuda_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
+    # An operator, because torch.compile cannot change the setting within a graph.
+    return batched_matmul(left, right, exact)
+
+
+@cuda_matmul.register_fake
+def _(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
+    return left.new_empty((left.shape[0], right.shape[1]))
+
+
+def project(rows: Tensor, weight: Tensor, projected: Tensor, add: bool = False) -> None:
+    """Write, or add, rows @ weight^T."""
+    setting: AbstractContextManager[None] = contextlib.nullcontext()
+    if target.current().may_take_tf32(rows):
+        setting = matmul_precision("tf32" if allows_tf32() else "ieee")
+    with without_autocast(rows.device), setting:
+        torch.addmm(projected, rows, weight.t(), beta=int(add), out=projected)
+
+
+def batched_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
+    """`matmul` on a GPU, of any batch of matrices."""
+    with matmul_precision("tf32" if allows_tf32() and not exact else "ieee"):
+        return left @ right
+
+
+_matmul_precision_lock = threading.Lock()
+
+
+@contextmanager
+def matmul_precision(precision: str) -> Iterator[None]:
+    settings = torch.backends.cuda.matmul
+    # The setting is the whole process's, and backward runs in a thread for each device.
+    with _matmul_precision_lock:
+        previous = settings.fp32_precision
+        if previous == precision or {previous, precision} <= {"none", "ieee"}:
+            yield
+            return
+        settings.fp32_precision = precision
+        try:
+            yield
+        finally:
+            settings.fp32_precision = "none"  # inherited from torch.backends.fp32_precision, as it may have been
+            if settings.fp32_precision != previous:
+                settings.fp32_precision = previous
