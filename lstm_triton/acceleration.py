@@ -85,4 +85,4 @@ def _lstm(*arguments: Any, **by_name: Any) -> Any:
                 _active[-1].left[reason] += 1
     if call is None or path == "aten":
         return _original(*arguments, **by_name)
-    return compute(path, call)[:3]
+    return compute(call, path)[:3]

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import ragged
 from .autocast import autocast_dtype
-from .ragged import Ragged
-from .stack import States
+from .ragged import Ragged, dense, packed
+from .stack import Stack, Start, States
 
 Sequences = TypeVar("Sequences", Tensor, PackedSequence)
 Memory = Literal["full", "low"]
@@ -58,11 +57,25 @@ class Call(NamedTuple):
         """The dtype that autocast gives to all tensors; None: it is off, or leaves them alone, as it does float64."""
         return autocast_dtype(self.tensors)
 
-    def tables(self) -> Ragged | None:
+    def ragged(self) -> Ragged | None:
         """Which step follows on which; None for a dense call."""
         device = self.data.device
         if self.batch_sizes is not None:
-            return ragged.packed(self.batch_sizes, device)
+            return packed(self.batch_sizes, device)
         if self.lengths is not None or self.resets is not None:
-            return ragged.dense(self.lengths, self.resets, self.time_steps, self.batch_size, device)
+            return dense(self.lengths, self.resets, self.time_steps, self.batch_size, device)
         return None
+
+    def prepared(self) -> tuple[Tensor, Start, Stack, Ragged | None]:
+        """What computes a stack takes: input (T, B, I) or (rows, I), in the dtype of autocast, the start, the stack."""
+        input, weights, ragged = self.data, self.weights, self.ragged()
+        start = Start(*(self.states or (None, None)), *(self.reset_state or (None, None)))
+        dtype = self.autocast_dtype()
+        if dtype is not None:
+            input, weights = input.to(dtype), [weight.to(dtype) for weight in weights]
+            start = start.map(lambda state: state.to(dtype))
+        if self.batch_first:
+            input = input.transpose(0, 1)
+        if ragged is not None and self.batch_sizes is None:
+            input = input.reshape(-1, input.shape[2])
+        return input, start, Stack.of(weights, self.directions, self.bias, projected=self.projected), ragged

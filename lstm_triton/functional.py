@@ -1,7 +1,6 @@
 """The LSTM as a function of its weights: checks the arguments, chooses the path, runs the stack of layers."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal, overload
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .call import Call, Memory, Sequences
 from .checks import check_arguments
 from .routing import choose
-from .stack import Results, ScanLayers, States, lane_by_lane
+from .stack import Lane, Results, ScanLayers, States, layers_of
 
 
 @overload
@@ -141,90 +140,58 @@ def lstm(
         return_cells=return_cells,
         memory=memory,
     )
-    results = run(call, input, _layers_function(choose(backend, call).path, call))
-    return results if return_cells else results[:2]
+    output, states, cells = run(call, input, choose(backend, call).path)
+    return (output, states, cells) if return_cells else (output, states)
 
 
-def run(call: "Call", input: Tensor | PackedSequence, scan_layers: ScanLayers | None) -> tuple[Any, ...]:
-    """What `lstm` returns for a checked call of this input, and the cells or None; see `_layers_function`."""
-    if isinstance(input, PackedSequence) and call.states is not None:
-        call = call._replace(states=_permuted(call.states, input.sorted_indices))
-    output, h_n, c_n, cells = _results(scan_layers, call)
-    results: tuple[Any, ...]
+def run(call: Call, input: Sequences, path: str, lane: Lane | None = None) -> tuple[Sequences, States, Tensor | None]:
+    """Run a checked call. Output, (h_n, c_n) and cells are laid out as the caller's input is; see `compute`."""
     if isinstance(input, PackedSequence):
-        states = _permuted((h_n, c_n), input.unsorted_indices)
+        states = None if call.states is None else _in_order(call.states, input.sorted_indices)
+        output, h_n, c_n, cells = compute(call._replace(states=states), path, lane)
         packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-        results = packed, states, cells
-    elif input.dim() == 2:
+        return packed, _in_order((h_n, c_n), input.unsorted_indices), cells
+    output, h_n, c_n, cells = compute(call, path, lane)
+    if input.dim() == 2:
         batch_axis = 0 if call.batch_first else 1
+        output, h_n, c_n = output.squeeze(batch_axis), h_n.squeeze(1), c_n.squeeze(1)
         cells = None if cells is None else cells.squeeze(batch_axis + 1)
-        results = output.squeeze(batch_axis), (h_n.squeeze(1), c_n.squeeze(1)), cells
-    else:
-        results = output, (h_n, c_n), cells
-    return results
+    return output, (h_n, c_n), cells
 
 
-def _permuted(states: States, order: Tensor | None) -> States:
+def _in_order(states: States, order: Tensor | None) -> States:
     """The states with their sequences in another order."""
     return states if order is None else (states[0].index_select(1, order), states[1].index_select(1, order))
 
 
-def _layers_function(path: str, call: Call) -> ScanLayers | None:
-    """What computes a stack of layers; None: PyTorch's own function does, with all that is around it."""
-    projected = call.projected
-    if path == "triton":
+def compute(call: Call, path: str, lane: Lane | None = None) -> Results:
+    """All layers of a call by its path. The states are in the order of the data's sequences.
+
+    With a `lane`, all layers lane after lane by the `lane`; cells are None where they are not asked for.
+    """
+    if path == "triton" and lane is None:
         from . import scan
 
-        return scan.scan_projected_layers if projected else scan.scan_layers
-    from .aten.layers import lane_function
+        layers: ScanLayers = scan.scan_projected_layers if call.projected else scan.scan_layers
+    else:
+        from .aten.layers import lane_of, whole_stack
 
-    one_layer = lane_function(call)
-    return None if one_layer is None else partial(lane_by_lane, one_layer, projected)
-
-
-def compute(path: str, call: Call) -> Results:
-    """All layers of a call, by the path chosen for it; the states are in the order of the data's sequences."""
-    return _results(_layers_function(path, call), call)
-
-
-def _results(scan_layers: ScanLayers | None, call: Call) -> Results:
-    if scan_layers is None:
-        from .aten.layers import call_native
-
-        return call_native(call)
-    return _stack(scan_layers, call)
-
-
-def _stack(scan_layers: ScanLayers, call: Call) -> Results:
-    """The whole stack, laid out as the call wants it."""
-    input, weights = call.data, call.weights
-    states: list[Tensor | None] = [*(call.states or (None, None)), *(call.reset_state or (None, None))]
-    dtype = call.autocast_dtype()
-    if dtype is not None:
-        input, weights = input.to(dtype), [weight.to(dtype) for weight in weights]
-        states = [None if state is None else state.to(dtype) for state in states]
-    if call.batch_first:
-        input = input.transpose(0, 1)
-    tables = call.tables()
-    if tables is not None and call.batch_sizes is None:
-        input = input.reshape(-1, input.shape[2])
-    h_0, c_0, h_reset, c_reset = states
-    output, h_n, c_n, *cells = scan_layers(
+        lane = lane_of(call) if lane is None else lane
+        if lane is None:
+            return whole_stack(call)
+        layers = layers_of(lane)
+    input, start, stack, ragged = call.prepared()
+    output, h_n, c_n, *cells = layers(
         input,
-        h_0,
-        c_0,
-        weights,
-        directions=call.directions,
-        bias=call.bias,
-        h_reset=h_reset,
-        c_reset=c_reset,
-        ragged=tables,
+        start,
+        stack,
+        ragged=ragged,
         dropout=call.dropout if call.training else 0.0,
         low_memory=call.low_memory,
         return_cells=call.return_cells,
     )
     if call.batch_sizes is None:
-        if tables is not None:
+        if ragged is not None:
             shape = (call.time_steps, call.batch_size)
             output, cells = output.unflatten(0, shape), [each.unflatten(1, shape) for each in cells]
         if call.batch_first:

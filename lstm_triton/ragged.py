@@ -1,13 +1,14 @@
-"""Batches whose sequences differ in length, or start anew on the way: which step of which row follows on which.
+"""Ragged batches: sequences differ in length, or are reset on the way. Tables say which step follows on which.
 
-All of it ends in tables that are the same for every layer and direction, made on the device without asking it for a
-value. The kernels look their rows up in them (kernels/ragged.py), the formula its masks.
+The tables are the same for every layer and direction. They are made on the device, and the host does not wait for a
+value. The kernels look their rows up in the tables (kernels/turns.py), and the formula gets its masks from them.
 
-The rows of the steps are numbered as they lie in memory, step after step: t * B + b, or, packed, offsets[t] + b. State
-rows (kernels/forward.py) are these, after B rows of initial states, and before B rows of initial states of the reverse
-direction and B rows of states to start anew from.
+The rows of the steps are numbered as they lie in memory, step after step: row t * B + b, or offsets[t] + b if packed.
+State rows (kernels/forward.py) are, in order: B initial states, the rows of the steps, B initial states of the reverse
+direction, B states after a reset.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,9 +19,9 @@ class Ragged(NamedTuple):
     """The tables; T time steps, B sequences, and `rows` steps of all of them.
 
     Attributes:
-        before, after: (rows,) int32, for each step the state row of its neighbour in time: of the step before or
-            after it, of the initial state of that direction, or of the state to start anew from. -1: there is no
-            such step, its sequence has ended.
+        before, after: (rows,) int32. For each step the state row that it starts from, forward in time (`before`) and
+            backward in time (`after`). The state row is that of the neighbouring step, of the initial state of the
+            direction, or of the state after a reset. -1: the row holds no step, since its sequence has ended.
         offsets: (T + 1,) int32, the first row of each time step, and the number of rows.
         lengths: (B,) int32.
     """
@@ -29,6 +30,15 @@ class Ragged(NamedTuple):
     after: Tensor
     offsets: Tensor
     lengths: Tensor
+
+    @staticmethod
+    def of(tables: Sequence[Tensor]) -> "Ragged | None":
+        """From what `tables_of` gave: operators take tables as a list."""
+        return Ragged(*tables) if tables else None
+
+    @property
+    def time_steps(self) -> int:
+        return self.offsets.shape[0] - 1
 
     @property
     def batch_size(self) -> int:
@@ -43,17 +53,19 @@ class Ragged(NamedTuple):
         return self.after if reverse else self.before
 
     def successors(self, reverse: bool) -> Tensor:
-        """(rows,) the state row of the step that starts from each step; after the last one, the state row from which
-        the other direction would start there; before a step that starts anew, the state row of that; -1 for no step.
+        """(rows,) for each step, the state row whose gradient flows back into the step; -1 for no step.
+
+        Inside a sequence it is the next step's row. For the last step of a sequence it is the row behind the sequence,
+        and for the last step before a reset it is the row of the state after the reset: both hold zeros.
         """
         if not reverse:
             return self.after
-        # Backwards, time 0 comes last even where a sequence starts anew there.
+        # Backward in time, time 0 comes last, even where there is a reset at time 0.
         rows = torch.arange(self.rows, dtype=torch.int32, device=self.before.device)
         return torch.where((rows < self.offsets[1]) & self.is_step(), rows, self.before)
 
-    def starts_anew(self, reverse: bool) -> Tensor:
-        """(rows,) bool: where a step starts from the state to start anew from."""
+    def is_reset(self, reverse: bool) -> Tensor:
+        """(rows,) bool: which steps start from the state after a reset."""
         return self.sources(reverse) >= 2 * self.batch_size + self.rows
 
     def is_step(self) -> Tensor:
@@ -91,9 +103,9 @@ class Ragged(NamedTuple):
         def renumbered(table: Tensor, outside: Tensor) -> Tensor:
             found = table[rows]
             row = found - self.batch_size - rows.start  # of the step, if it is one of the window's
-            anew = found >= self.rows + 2 * self.batch_size
+            is_reset = found >= self.rows + 2 * self.batch_size
             outside = torch.where((row >= 0) & (row < count), row + self.batch_size, outside)
-            found = torch.where(anew, found - self.rows + count, torch.where(found >= 0, outside, -1))
+            found = torch.where(is_reset, found - self.rows + count, torch.where(found >= 0, outside, -1))
             return found.to(torch.int32)
 
         before = renumbered(self.before, sequences)
@@ -102,14 +114,19 @@ class Ragged(NamedTuple):
         return Ragged(before, after, offsets, lengths)
 
     def starts_from_initial(self, reverse: bool) -> Tensor:
-        """(B,) bool: which sequences have steps, and the first one does not start anew."""
+        """(B,) bool: which sequences have a first step that starts from the initial state, and not from a reset."""
         firsts = (self.firsts(reverse) - self.batch_size).clamp(0, self.rows - 1)
-        return (self.lengths > 0) & ~self.starts_anew(reverse)[firsts]
+        return (self.lengths > 0) & ~self.is_reset(reverse)[firsts]
 
     def tile_steps(self, block_batch: int, batch_tiles: int) -> Tensor:
         """(batch_tiles,) int32: the steps of the longest sequence of every tile of a batch."""
         padding = batch_tiles * block_batch - self.batch_size
         return torch.nn.functional.pad(self.lengths, (0, padding)).view(batch_tiles, block_batch).amax(1)
+
+
+def tables_of(ragged: Ragged | None) -> Sequence[Tensor]:
+    """The tables as operators take them; none for a batch that is not ragged."""
+    return () if ragged is None else tuple(ragged)
 
 
 def dense(
@@ -119,7 +136,7 @@ def dense(
 
     Args:
         lengths: (B,) of any integer dtype and in any order, 0 <= length <= T; None: all sequences have T steps.
-        resets: (T, B) bool, where a step starts anew; None: nowhere. No state passes between such a step and the one
+        resets: (T, B) bool, which steps start from the state after a reset; None: none of them. No state passes between such a step and the one
             before it, in neither direction.
     """
     if lengths is None:
@@ -132,10 +149,10 @@ def dense(
     before = own - batch_size  # at time 0: the initial states
     after = torch.where(times + 1 < lengths, own + batch_size, batch_size + rows + sequences)
     if resets is not None:
-        anew = 2 * batch_size + rows + sequences
-        before = torch.where(resets, anew, before)
+        reset_rows = 2 * batch_size + rows + sequences
+        before = torch.where(resets, reset_rows, before)
         cut = torch.cat((resets[1:], resets.new_zeros(1, batch_size)))  # PyTorch 2.9 cannot pad an empty batch
-        after = torch.where(cut & (times + 1 < lengths), anew, after)
+        after = torch.where(cut & (times + 1 < lengths), reset_rows, after)
     is_step = times < lengths
     before, after = (torch.where(is_step, table, -1).flatten() for table in (before, after))
     offsets = torch.arange(time_steps + 1, dtype=torch.int32, device=device) * batch_size
@@ -162,8 +179,7 @@ def packed(batch_sizes: Tensor, device: torch.device) -> Ragged:
 
 def padded(values: Tensor, tables: Ragged, fill: float = torch.nan) -> Tensor:
     """(rows, N) -> (T, B, N), in which `fill` stands where there is no step."""
-    time_steps = tables.offsets.shape[0] - 1
-    is_step = torch.arange(time_steps, device=values.device).unsqueeze(1) < tables.lengths
+    is_step = torch.arange(tables.time_steps, device=values.device).unsqueeze(1) < tables.lengths
     padded = values.new_full((*is_step.shape, values.shape[1]), fill)
     padded[is_step] = values[tables.is_step()]
     return padded

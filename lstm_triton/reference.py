@@ -70,7 +70,7 @@ def lstm_layer(
         bias_ih, bias_hh: (4H,), or None.
         weight_hr: (P, H), or None.
         reverse: read the sequence from its end.
-        h_reset, c_reset: (B, P) and (B, H), the memories of sequences that start anew; None: zeros.
+        h_reset, c_reset: (B, P) and (B, H), the memories of a sequence after a reset; None: zeros.
         ragged: which step follows on which; None: all steps of all sequences in turn.
         return_cells: whether the long-term memory of every step is asked for.
 
@@ -84,10 +84,10 @@ def lstm_layer(
     """
     if ragged is not None:
         positions = _positions(ragged)
-        shape = (ragged.offsets.shape[0] - 1, ragged.batch_size)
+        shape = (ragged.time_steps, ragged.batch_size)
         input = _padded(torch.where(ragged.is_step().unsqueeze(1), input, 0), positions, shape)
         is_step = _padded(ragged.is_step(), positions, shape).unsqueeze(2)
-        anew = _padded(ragged.starts_anew(reverse), positions, shape).unsqueeze(2)
+        is_reset = _padded(ragged.is_reset(reverse), positions, shape).unsqueeze(2)
     steps, batch_size, _ = input.shape
     h = weight_hh.new_zeros(batch_size, weight_hh.shape[1]) if h_0 is None else h_0
     c = weight_hh.new_zeros(batch_size, weight_hh.shape[0] // 4) if c_0 is None else c_0
@@ -97,7 +97,7 @@ def lstm_layer(
     for t in reversed(range(steps)) if reverse else range(steps):
         h_before, c_before = h, c
         if ragged is not None:
-            h, c = torch.where(anew[t], h_reset, h), torch.where(anew[t], c_reset, c)
+            h, c = torch.where(is_reset[t], h_reset, h), torch.where(is_reset[t], c_reset, c)
         gates = activated_gates(input[t], h, weight_ih, weight_hh, bias_ih, bias_hh)
         c = next_cell(gates, c)
         h = gates.output * torch.tanh(c)

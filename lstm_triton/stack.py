@@ -1,109 +1,116 @@
-"""The words that both paths share: the weights of a stack of layers, its states, and the loop over its lanes.
+"""The words that both paths share: the weights of a stack of layers, what its sequences start from, and its lanes.
 
-A *lane* is one direction of one layer. A stack has layer after layer, in each the forward and then the
-reverse direction.
+A *lane* is one direction of one layer. The lanes of a stack are in the order of its layers; in each layer the forward
+direction comes before the reverse one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .ragged import Ragged
-from .reference import Gates
+from .reference import Gates, lstm_layer
 
-States = tuple[Tensor, Tensor]  # h and c, of all layers and directions
+States = tuple[Tensor, Tensor]  # h and c, of all lanes
 Results = tuple[Tensor, Tensor, Tensor, Tensor | None]  # output, h_n, c_n, and the cells if asked for
-ScanLayers = Callable[..., tuple[Tensor, ...]]  # with the parameters of scan_layers
 LaneResults = tuple[Tensor, ...]  # output, h_n, c_n, and the cells if asked for
-# What the layer returns, its gates and its cells, (T, B, H) or (rows, H).
-Inside = tuple[tuple[Tensor, ...], Gates, Tensor]
+Inside = tuple[LaneResults, Gates, Tensor]  # a lane's results; its gates and its cells (T, B, H) or (rows, H)
 
 
-def lane_by_lane(
-    one_layer: Callable[..., LaneResults],
-    projected: bool,
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Tensor],
-    *,
-    directions: int,
-    bias: bool,
-    h_reset: Tensor | None = None,
-    c_reset: Tensor | None = None,
-    ragged: Ragged | None = None,
-    dropout: float = 0.0,
-    low_memory: bool = False,
-    return_cells: bool = False,
-) -> LaneResults:
-    """What `lstm_triton.autograd.scan_layers` computes, lane after lane, by `layer` or `operator_lane`.
+class LaneWeights(NamedTuple):
+    """The weights of one lane. The gates are in the order i, f, g, o."""
 
-    With `projected`, the weights of a lane end with its weight_hr. `low_memory` changes nothing: what PyTorch's own
-    function keeps for backward is its own choice.
+    ih: Tensor  # (4H, I)
+    hh: Tensor  # (4H, P)
+    bias_ih: Tensor | None = None  # (4H,)
+    bias_hh: Tensor | None = None  # (4H,)
+    hr: Tensor | None = None  # (P, H), of a layer with projections
+
+    @property
+    def given(self) -> list[Tensor]:
+        """The weights that there are, in the order of `torch.nn.LSTM`."""
+        return [weight for weight in self if weight is not None]
+
+
+class Start(NamedTuple):
+    """What sequences start from. Each is (lanes, B, ...), or of one lane (B, ...); None: zeros.
+
+    `preact` and `preact_reset` stand for the h of layers with projections (scan/layers.py): they are what h adds to the
+    pre-activations.
     """
-    size = (4 if bias else 2) + projected
-    lanes = len(weights) // size
-    outputs, ends = [], []
-    for lane in range(lanes):
-        weight_ih, weight_hh, *others = weights[size * lane : size * (lane + 1)]
-        weight_hr = others[-1] if projected else None
-        states = [None if each is None else each[lane] for each in (h_0, c_0, h_reset, c_reset)]
-        output, *end = one_layer(
-            input, *states[:2], weight_ih, weight_hh, *(others[:2] if bias else (None, None)), weight_hr,
-            reverse=lane % directions == 1, h_reset=states[2], c_reset=states[3], ragged=ragged,
-            return_cells=return_cells,
-        )  # fmt: skip
-        outputs.append(output)
-        ends.append(end)
-        if len(outputs) == directions:
-            input, outputs = outputs[0] if directions == 1 else torch.cat(outputs, dim=-1), []
-            if dropout > 0 and lane < lanes - 1:
-                input = F.dropout(input, dropout)
-    return input, *(torch.stack(each) for each in zip(*ends, strict=True))
 
+    h: Tensor | None = None  # (..., P) at the beginning
+    c: Tensor | None = None  # (..., H)
+    h_reset: Tensor | None = None  # (..., P) at a reset
+    c_reset: Tensor | None = None  # (..., H)
+    preact: Tensor | None = None  # (..., 4H) at the beginning
+    preact_reset: Tensor | None = None  # (..., 4H) at a reset
 
-WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Start":
+        return Start(*(None if each is None else function(each) for each in self))
+
+    def of(self, lanes: int | slice) -> "Start":
+        """That of one lane, or of some lanes."""
+        return self.map(lambda each: each[lanes])
 
 
 class Stack(NamedTuple):
-    """The weights of a stack of layers.
+    """A stack of layers.
 
     Attributes:
-        weights: of each lane weight_ih, weight_hh, and with `bias` bias_ih and bias_hh.
+        weights: of each lane.
         directions: 1 or 2.
         reverse: whether the first direction walks from the last step to the first.
     """
 
-    weights: Sequence[Tensor]
-    directions: int
-    bias: bool
-    reverse: bool
+    weights: tuple[LaneWeights, ...]
+    directions: int = 1
+    reverse: bool = False
+
+    @staticmethod
+    def of(
+        weights: Sequence[Tensor], directions: int, bias: bool, reverse: bool = False, projected: bool = False
+    ) -> "Stack":
+        """From the weights of all lanes one after the other: ih, hh, with `bias` two biases, if `projected` hr."""
+        size = (4 if bias else 2) + projected
+        lanes = (weights[first : first + size] for first in range(0, len(weights), size))
+        return Stack(tuple(_lane_weights(lane, bias) for lane in lanes), directions, reverse)
 
     @property
-    def weights_per_lane(self) -> int:
-        return 4 if self.bias else 2
+    def arguments(self) -> tuple[list[Tensor], int, bool, bool]:
+        """The stack as operators take it: the weights of all lanes, directions, bias, reverse."""
+        return [weight for lane in self.weights for weight in lane.given], self.directions, self.bias, self.reverse
 
     @property
     def lanes(self) -> int:
-        return len(self.weights) // self.weights_per_lane
+        return len(self.weights)
 
     @property
     def num_layers(self) -> int:
         return self.lanes // self.directions
 
     @property
-    def hidden_size(self) -> int:
-        return self.weights[1].shape[1]
+    def input_size(self) -> int:
+        """Of the first layer."""
+        return self.weights[0].ih.shape[1]
 
-    def named(self, name: str) -> Sequence[Tensor]:
-        """One weight of every lane."""
-        return self.weights[WEIGHTS.index(name) :: self.weights_per_lane]
+    @property
+    def hidden_size(self) -> int:
+        return self.weights[0].ih.shape[0] // 4
+
+    @property
+    def bias(self) -> bool:
+        return self.weights[0].bias_ih is not None
 
     def is_reverse(self, lane: int) -> bool:
         return self.reverse != (lane % self.directions == 1)
+
+    def is_last(self, lane: int) -> bool:
+        """Whether the lane is one of the last layer."""
+        return lane >= self.lanes - self.directions
 
     def layer(self, number: int) -> slice:
         """The lanes of a layer."""
@@ -116,8 +123,132 @@ class Stack(NamedTuple):
             for first in range(min(self.directions, self.lanes))
         ]
 
-    def of(self, lanes: slice) -> "Stack":
+    def part(self, lanes: slice) -> "Stack":
         """Some of the lanes."""
-        size = self.weights_per_lane
-        weights = self.weights[size * lanes.start : size * lanes.stop]
-        return Stack(weights, self.directions, self.bias, self.is_reverse(lanes.start))
+        return Stack(self.weights[lanes], self.directions, self.is_reverse(lanes.start))
+
+
+def _lane_weights(weights: Sequence[Tensor], bias: bool) -> LaneWeights:
+    weight_ih, weight_hh, *others = weights
+    biases = others[:2] if bias else (None, None)
+    projection = others[2:] if bias else others
+    return LaneWeights(weight_ih, weight_hh, *biases, *projection)
+
+
+class Lane(Protocol):
+    """What computes one lane.
+
+    Args:
+        input: (T, B, I), of a ragged batch (rows, I).
+        start: of the lane, (B, ...).
+        ragged: which step follows on which; None: all steps of all sequences in turn.
+
+    Returns:
+        output (T, B, P), h_n (B, P), c_n (B, H), and with `return_cells` cells (T, B, H); of a ragged batch, output and
+        cells are (rows, ...), zeros where there is no step.
+    """
+
+    def __call__(
+        self,
+        input: Tensor,
+        start: Start,
+        weights: LaneWeights,
+        *,
+        reverse: bool,
+        ragged: Ragged | None,
+        return_cells: bool,
+    ) -> LaneResults: ...
+
+
+def formula_lane(
+    input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
+) -> LaneResults:
+    """A lane by the step-by-step formula: plain operations, for derivatives and transforms of any kind."""
+    return lstm_layer(
+        input,
+        start.h,
+        start.c,
+        *weights,
+        reverse=reverse,
+        h_reset=start.h_reset,
+        c_reset=start.c_reset,
+        ragged=ragged,
+        return_cells=return_cells,
+    )
+
+
+class ScanLayers(Protocol):
+    """What computes a stack: output (T, B, directions * P), h_n and c_n (lanes, B, ...), with `return_cells` cells."""
+
+    def __call__(
+        self,
+        input: Tensor,
+        start: Start,
+        stack: Stack,
+        *,
+        ragged: Ragged | None = None,
+        dropout: float = 0.0,
+        low_memory: bool = False,
+        return_cells: bool = False,
+    ) -> LaneResults: ...
+
+
+def lane_by_lane(
+    lane: Lane,
+    input: Tensor,
+    start: Start,
+    stack: Stack,
+    *,
+    ragged: Ragged | None = None,
+    return_cells: bool = False,
+    drop: Callable[[int, Tensor], Tensor] | None = None,
+) -> LaneResults:
+    """A stack, one lane after the other.
+
+    Args:
+        drop: dropout: (layer, its output) -> what the layer above reads; None: the output itself.
+    """
+    outputs: list[Tensor] = []
+    ends: list[Sequence[Tensor]] = []
+    for index, weights in enumerate(stack.weights):
+        output, *end = lane(
+            input,
+            start.of(index),
+            weights,
+            reverse=stack.is_reverse(index),
+            ragged=ragged,
+            return_cells=return_cells,
+        )
+        outputs.append(output)
+        ends.append(end)
+        if len(outputs) == stack.directions:
+            input, outputs = outputs[0] if stack.directions == 1 else torch.cat(outputs, dim=-1), []
+            if drop is not None and not stack.is_last(index):
+                input = drop(index // stack.directions, input)
+    return input, *(torch.stack(each) for each in zip(*ends, strict=True))
+
+
+def layers_of(lane: Lane) -> ScanLayers:
+    """What computes a stack by this lane, one lane after the other.
+
+    `low_memory` changes nothing there: PyTorch's functions decide for themselves what they keep for backward.
+    """
+
+    def layers(
+        input: Tensor,
+        start: Start,
+        stack: Stack,
+        *,
+        ragged: Ragged | None = None,
+        dropout: float = 0.0,
+        low_memory: bool = False,
+        return_cells: bool = False,
+    ) -> LaneResults:
+        def drop(layer: int, output: Tensor) -> Tensor:
+            return F.dropout(output, dropout)
+
+        return lane_by_lane(
+            lane, input, start, stack, ragged=ragged, return_cells=return_cells, drop=drop if dropout > 0 else None
+        )
+
+    return layers

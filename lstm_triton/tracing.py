@@ -2,8 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Literal
+from typing import TYPE_CHECKING, Generic, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,9 @@ from torch.nn.utils.rnn import PackedSequence
 from .call import Call, Sequences
 from .checks import call_of_module
 from .functional import run
-from .ragged import padded
+from .ragged import Ragged, padded
 from .routing import choose
-from .stack import States, lane_by_lane
+from .stack import LaneResults, LaneWeights, Start, States
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -169,18 +168,19 @@ def trace(
     else:
         from .aten.inside import native_lane_inside as look_inside
     seen: list[tuple[Tensor, ...]] = []
-    tables = None
+    tables: Ragged | None = None
 
-    def one_layer(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+    def lane(
+        input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
+    ) -> LaneResults:
         nonlocal tables
-        tables = options["ragged"]
-        results, gates, cells = look_inside(*arguments, **options)
+        tables = ragged
+        results, gates, cells = look_inside(input, start, weights, reverse=reverse, ragged=ragged)
         seen.append((gates.forget, gates.input, gates.output, gates.candidate, cells, results[0]))
         return results
 
     with torch.no_grad(), _autocast_of(call, path):
-        projected = call.projected
-        output, (h_n, c_n), _ = run(call, input, partial(lane_by_lane, one_layer, projected))
+        output, (h_n, c_n), _ = run(call, input, path, lane)
 
     directions: list[Literal["forward", "reverse"]] = ["forward", "reverse"]
     order = input.unsorted_indices if isinstance(input, PackedSequence) else None

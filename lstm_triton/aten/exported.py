@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.torch_version import TorchVersion
 
 from ..ragged import Ragged
+from ..stack import LaneResults, LaneWeights, Start
 
 # In PyTorch 2.11, `scan` hands no gradient from step to step where the initial states need none: the gradients of the
 # weights are then wrong, and nothing says so. PyTorch 2.13 is right; 2.12 has not been tried.
@@ -24,33 +25,20 @@ def _needing_gradients_like(others: list[Tensor | None], state: Tensor) -> Tenso
 
 
 def exported_lane(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-    weight_hr: Tensor | None = None,
-    *,
-    reverse: bool,
-    h_reset: Tensor | None = None,
-    c_reset: Tensor | None = None,
-    ragged: Ragged | None = None,
-    return_cells: bool = False,
-) -> tuple[Tensor, ...]:
-    """What `lstm_triton.autograd.scan_layer` computes, of any dtype, and projected; not of packed sequences."""
-    shape = input.shape[:2] if ragged is None else (ragged.offsets.shape[0] - 1, ragged.batch_size)
-    h_0 = input.new_zeros(shape[1], weight_hh.shape[1]) if h_0 is None else h_0.clone()
-    c_0 = input.new_zeros(shape[1], weight_hh.shape[0] // 4) if c_0 is None else c_0.clone()
-    h_anew = torch.zeros_like(h_0) if h_reset is None else h_reset
-    c_anew = torch.zeros_like(c_0) if c_reset is None else c_reset
+    input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
+) -> LaneResults:
+    """A `Lane` of any dtype, also projected; not of packed sequences."""
+    time_steps, batch_size = input.shape[:2] if ragged is None else (ragged.time_steps, ragged.batch_size)
+    h_0 = input.new_zeros(batch_size, weights.hh.shape[1]) if start.h is None else start.h.clone()
+    c_0 = input.new_zeros(batch_size, weights.hh.shape[0] // 4) if start.c is None else start.c.clone()
+    h_reset = torch.zeros_like(h_0) if start.h_reset is None else start.h_reset
+    c_reset = torch.zeros_like(c_0) if start.c_reset is None else start.c_reset
     masks: list[Tensor] = []
     if ragged is not None:
-        masks = [mask.view(*shape, 1) for mask in (ragged.is_step(), ragged.starts_anew(reverse))]
+        masks = [mask.view(time_steps, batch_size, 1) for mask in (ragged.is_step(), ragged.is_reset(reverse))]
         input = torch.where(ragged.is_step().unsqueeze(1), input, 0)  # there may be anything where no step is
-    gates = F.linear(input, weight_ih, bias_ih)
-    gates = gates if ragged is None else gates.unflatten(0, shape)
+    gates = F.linear(input, weights.ih, weights.bias_ih)
+    gates = gates if ragged is None else gates.unflatten(0, (time_steps, batch_size))
 
     def step(
         states: tuple[Tensor, Tensor], given: tuple[Tensor, ...]
@@ -58,20 +46,20 @@ def exported_lane(
         (h_before, c_before), (gates, *masks) = states, given
         h, c = h_before, c_before
         if masks:
-            is_step, anew = masks
-            h, c = torch.where(anew, h_anew, h), torch.where(anew, c_anew, c)
-        i, f, g, o = (gates + F.linear(h, weight_hh, bias_hh)).chunk(4, dim=-1)
+            is_step, is_reset = masks
+            h, c = torch.where(is_reset, h_reset, h), torch.where(is_reset, c_reset, c)
+        i, f, g, o = (gates + F.linear(h, weights.hh, weights.bias_hh)).chunk(4, dim=-1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
-        if weight_hr is not None:
-            h = F.linear(h, weight_hr)
+        if weights.hr is not None:
+            h = F.linear(h, weights.hr)
         if not masks:
             return (h, c), (h.clone(), c.clone())  # what is handed on must not be what is put out
         shown = torch.where(is_step, h, 0), torch.where(is_step, c, 0)
         return (torch.where(is_step, h, h_before), torch.where(is_step, c, c_before)), shown
 
     if _SCAN_NEEDS_STATES_WITH_GRADIENTS:
-        others = [gates, weight_hh, bias_hh, weight_hr, h_0, c_0, h_anew, c_anew]
+        others = [gates, weights.hh, weights.bias_hh, weights.hr, h_0, c_0, h_reset, c_reset]
         h_0, c_0 = _needing_gradients_like(others, h_0), _needing_gradients_like(others, c_0)
     (h_n, c_n), (output, cells) = scan(step, (h_0, c_0), (gates, *masks), reverse=reverse)
     if ragged is not None:

@@ -8,47 +8,33 @@ from torch import Tensor
 
 from ..ragged import Ragged, dense, padded
 from ..reference import Gates, activated_gates, next_cell
-from ..stack import Inside
+from ..stack import Inside, LaneWeights, Start
 from .lane import native_lane
 
 
 def native_lane_inside(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None = None,
-    *,
-    reverse: bool,
-    h_reset: Tensor | None,
-    c_reset: Tensor | None,
-    ragged: Ragged | None,
-    return_cells: bool,
+    input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None
 ) -> Inside:
-    """`aten.layer`, and the gates and cells that lead to its h_t: in float32 at least, rounded at the end."""
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-    options: dict[str, Any] = {"reverse": reverse, "h_reset": h_reset, "c_reset": c_reset}
-    if ragged is not None and ragged.rows < ragged.batch_size * (ragged.offsets.shape[0] - 1):
+    """`native_lane`, and the gates and cells that lead to its h_t: in float32 at least, rounded at the end."""
+    options: dict[str, Any] = {"reverse": reverse, "return_cells": False}
+    if ragged is not None and ragged.rows < ragged.batch_size * ragged.time_steps:
         # Packed, which PyTorch's function takes for both directions or none: padded again, with the same lengths.
         filled = padded(input, ragged, fill=0.0)
         tables = dense(ragged.lengths, None, filled.shape[0], filled.shape[1], input.device)
-        output, h_n, c_n = native_lane(filled.flatten(0, 1), h_0, c_0, *weights, weight_hr, ragged=tables, **options)
+        output, h_n, c_n = native_lane(filled.flatten(0, 1), start, weights, ragged=tables, **options)
         output, tables = output[tables.is_step()], ragged
     else:
-        output, h_n, c_n = native_lane(input, h_0, c_0, *weights, weight_hr, ragged=ragged, **options)
+        output, h_n, c_n = native_lane(input, start, weights, ragged=ragged, **options)
         tables = ragged or dense(None, None, input.shape[0], input.shape[1], input.device)
 
     dtype = torch.promote_types(input.dtype, torch.float32)
     sources, own = tables.sources(reverse).clamp_min(0), tables.own_rows()
     with torch.autocast(input.device.type, enabled=False):
         rows, hidden = (tensor.flatten(0, -2).to(dtype) for tensor in (input, output))
-        hidden_before = _state_rows(hidden, h_0, h_reset, tables)[sources]
-        wide: list[Any] = [None if weight is None else weight.to(dtype) for weight in weights]
+        hidden_before = _state_rows(hidden, start.h, start.h_reset, tables)[sources]
+        wide: list[Any] = [None if weight is None else weight.to(dtype) for weight in weights[:-1]]  # without hr
         gates = activated_gates(rows, hidden_before, *wide)
-        cells = _state_rows(torch.zeros_like(gates.forget), c_0, c_reset, tables)
+        cells = _state_rows(torch.zeros_like(gates.forget), start.c, start.c_reset, tables)
         steps = [slice(*ends) for ends in pairwise(tables.offsets.tolist())]
         for step in reversed(steps) if reverse else steps:
             cells[own[step]] = next_cell(Gates(*(gate[step] for gate in gates)), cells[sources[step]])
@@ -60,5 +46,5 @@ def native_lane_inside(
 def _state_rows(steps: Tensor, initial: Tensor | None, reset: Tensor | None, tables: Ragged) -> Tensor:
     """The states of all steps, with those that sequences start from, as the tables number them."""
     zeros = steps.new_zeros(tables.batch_size, steps.shape[1])
-    first, anew = (zeros if state is None else state.to(steps) for state in (initial, reset))
-    return torch.cat([first, steps, first, anew])
+    start, after_reset = (zeros if state is None else state.to(steps) for state in (initial, reset))
+    return torch.cat([start, steps, start, after_reset])

@@ -4,95 +4,65 @@ import torch
 from torch import Tensor
 
 from ..ragged import Ragged
-from ..reference import lstm_layer
-from ..stack import LaneResults
+from ..stack import LaneResults, LaneWeights, Start, formula_lane
 from .native import native
 
 
 def native_lane(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-    weight_hr: Tensor | None = None,
-    *,
-    reverse: bool,
-    h_reset: Tensor | None = None,
-    c_reset: Tensor | None = None,
-    ragged: Ragged | None = None,
-    return_cells: bool = False,
+    input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
 ) -> LaneResults:
-    """What `lstm_triton.autograd.scan_layer` computes, by PyTorch's own function; also in float64, and projected.
+    """A `Lane` by PyTorch's own function; also in float64, and projected.
 
-    A ragged batch is cut: where all sequences have all steps, at every step at which some of them start anew; otherwise
-    into the stretches that nothing interrupts, which become the sequences of a packed batch. For that, the host waits
-    for the device. With `return_cells`, which that function has not, the native_lane is computed step
-    by step.
+    A ragged batch is cut, since PyTorch's own function takes no resets. Where all sequences have all steps, the batch is
+    cut at every step at which a sequence is reset. Elsewhere it is cut into the stretches that nothing interrupts, and
+    they become the sequences of a packed batch. For the cuts the host waits for the device.
+
+    With `return_cells` the lane is computed step by step: PyTorch's own function does not return the cells.
     """
-    if h_0 is None or c_0 is None:
+    if start.h is None or start.c is None:
         batch_size = input.shape[1] if ragged is None else ragged.batch_size
-        h_0 = input.new_zeros(batch_size, weight_hh.shape[1])
-        c_0 = input.new_zeros(batch_size, weight_ih.shape[0] // 4)
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+        h_0 = input.new_zeros(batch_size, weights.hh.shape[1])
+        start = start._replace(h=h_0, c=input.new_zeros(batch_size, weights.ih.shape[0] // 4))
     if return_cells or (ragged is not None and not ragged.is_step().any()):  # PyTorch's function takes no empty batch
-        return lstm_layer(
-            input, h_0, c_0, *weights, reverse=reverse, h_reset=h_reset, c_reset=c_reset, ragged=ragged,
-            return_cells=return_cells,
-        )  # fmt: skip
-    given = [weight for weight in weights if weight is not None]
-    has_bias = bias_ih is not None
-    if ragged is not None and bool((ragged.lengths == ragged.offsets.shape[0] - 1).all()):
-        return _segments(input, (h_0, c_0), (h_reset, c_reset), given, has_bias, ragged, reverse)
+        return formula_lane(input, start, weights, reverse=reverse, ragged=ragged, return_cells=return_cells)
+    if ragged is not None and bool((ragged.lengths == ragged.time_steps).all()):
+        return _segments(input, start, weights, ragged, reverse)
     if ragged is not None:
-        return _stretches(input, (h_0, c_0), (h_reset, c_reset), given, has_bias, ragged, reverse)
-    input = input.flip(0) if reverse else input
-    states = (h_0.unsqueeze(0), c_0.unsqueeze(0))
-    output, h_n, c_n = native(input, None, states, given, bias=has_bias)
-    return output.flip(0) if reverse else output.contiguous(), h_n.squeeze(0), c_n.squeeze(0)
+        return _stretches(input, start, weights, ragged, reverse)
+    output, h_n, c_n = _native(input.flip(0) if reverse else input, None, start, weights)
+    return output.flip(0) if reverse else output.contiguous(), h_n, c_n
 
 
-def _segments(
-    input: Tensor,
-    states: tuple[Tensor, Tensor],
-    reset: tuple[Tensor | None, Tensor | None],
-    weights: list[Tensor],
-    bias: bool,
-    ragged: Ragged,
-    reverse: bool,
-) -> LaneResults:
-    """A lane whose sequences all have all steps, call after call from each step at which some of them start anew."""
-    shape = (ragged.offsets.shape[0] - 1, ragged.batch_size)
-    steps, anew = input.unflatten(0, shape), ragged.starts_anew(reverse).unflatten(0, shape)
+def _native(input: Tensor, batch_sizes: Tensor | None, start: Start, weights: LaneWeights) -> LaneResults:
+    """`native` of a single lane, forward in time."""
+    assert start.h is not None
+    assert start.c is not None
+    states = (start.h.unsqueeze(0), start.c.unsqueeze(0))
+    output, h_n, c_n = native(input, batch_sizes, states, weights.given, bias=weights.bias_ih is not None)
+    return output, h_n.squeeze(0), c_n.squeeze(0)
+
+
+def _segments(input: Tensor, start: Start, weights: LaneWeights, ragged: Ragged, reverse: bool) -> LaneResults:
+    """A lane whose sequences all have all steps, call after call from each step at which one of them is reset."""
+    shape = (ragged.time_steps, ragged.batch_size)
+    steps, resets = input.unflatten(0, shape), ragged.is_reset(reverse).unflatten(0, shape)
     if reverse:
-        steps, anew = steps.flip(0), anew.flip(0)
-    starts = anew[1:].any(1).nonzero().flatten() + 1
+        steps, resets = steps.flip(0), resets.flip(0)
+    starts = resets[1:].any(1).nonzero().flatten() + 1
     sizes = starts.diff(prepend=starts.new_zeros(1), append=starts.new_tensor([len(steps)])).tolist()
-    h, c = states
-    h_reset, c_reset = (0 if other is None else other for other in reset)
+    h, c = start.h, start.c
+    h_reset, c_reset = (0 if state is None else state for state in (start.h_reset, start.c_reset))
     outputs = []
     for first, segment in zip([0, *starts.tolist()], steps.split(sizes), strict=True):
-        begins = anew[first].unsqueeze(1)
+        begins = resets[first].unsqueeze(1)
         h, c = torch.where(begins, h_reset, h), torch.where(begins, c_reset, c)
-        hx = (h.unsqueeze(0), c.unsqueeze(0))
-        output, h, c = native(segment, None, hx, weights, bias=bias)
-        h, c = h.squeeze(0), c.squeeze(0)
+        output, h, c = _native(segment, None, Start(h, c), weights)
         outputs.append(output)
     result = torch.cat(outputs)
     return (result.flip(0) if reverse else result).flatten(0, 1), h, c
 
 
-def _stretches(
-    input: Tensor,
-    states: tuple[Tensor, Tensor],
-    reset: tuple[Tensor | None, Tensor | None],
-    weights: list[Tensor],
-    bias: bool,
-    ragged: Ragged,
-    reverse: bool,
-) -> LaneResults:
+def _stretches(input: Tensor, start: Start, weights: LaneWeights, ragged: Ragged, reverse: bool) -> LaneResults:
     """A ragged native_lane as one packed batch, whose sequences are the stretches between one start and the next."""
     batch_size = ragged.batch_size
     # Sequence by sequence, in the order of the scan: each step's row, and the state row it starts from.
@@ -101,11 +71,11 @@ def _stretches(
     sources, rows = ((t.flip(0) if reverse else t).t().flatten() for t in (sources, rows))
     steps = sources >= 0
     sources, rows = sources[steps], rows[steps]
-    output = input.new_zeros(ragged.rows, states[0].shape[1])
+    output = input.new_zeros(ragged.rows, weights.hh.shape[1])
     starts = ((sources < batch_size) | (sources >= batch_size + ragged.rows)).nonzero().squeeze(1)
     lengths = torch.cat([starts[1:], starts.new_tensor([rows.numel()])]) - starts
     sequences = rows[starts] % batch_size
-    anew = (sources[starts] >= 2 * batch_size + ragged.rows).unsqueeze(1)
+    is_reset = (sources[starts] >= 2 * batch_size + ragged.rows).unsqueeze(1)
 
     longest = lengths.argsort(descending=True, stable=True)
     rank = longest.argsort()
@@ -113,17 +83,17 @@ def _stretches(
     offset = torch.arange(rows.numel(), device=rows.device) - starts[stretch]
     order = rows[(offset * len(starts) + rank[stretch]).argsort()]
     initial = []
-    for state, other in zip(states, reset, strict=True):
-        begun = state[sequences]
-        begun = torch.where(anew, torch.zeros_like(begun) if other is None else other[sequences], begun)
-        initial.append(begun[longest].unsqueeze(0))
-    found, *final = native(input[order], offset.bincount().cpu(), initial, weights, bias=bias)
+    for state, reset in ((start.h, start.h_reset), (start.c, start.c_reset)):
+        first = state[sequences]
+        first = torch.where(is_reset, torch.zeros_like(first) if reset is None else reset[sequences], first)
+        initial.append(first[longest])
+    found, *final = _native(input[order], offset.bincount().cpu(), Start(*initial), weights)
 
     output = output.index_copy(0, order, found)
     # A sequence ends with its last stretch; without one, as it began.
     last = torch.cat([sequences[1:] != sequences[:-1], sequences.new_ones(1).bool()])
     ends = [
-        state.index_copy(0, sequences[last], end.squeeze(0)[rank[last]])
-        for state, end in zip(states, final, strict=True)
+        state.index_copy(0, sequences[last], end[rank[last]])
+        for state, end in zip((start.h, start.c), final, strict=True)
     ]
     return output, *ends

@@ -1,45 +1,40 @@
-"""The door to PyTorch's own ways: which of them computes a stack of layers."""
-
-from collections.abc import Callable
+"""The door to the path without kernels: which of PyTorch's ways computes a stack of layers."""
 
 import torch
-from torch import Tensor
 
 from .. import transforms
 from ..call import Call
-from ..reference import lstm_layer
-from ..stack import Results
+from ..stack import Lane, Results, formula_lane
 from .lane import native_lane
 from .native import native
 from .operator import operator_lane
 
 
-def lane_function(call: Call) -> Callable[..., tuple[Tensor, ...]] | None:
-    """What computes one layer in one direction, off the Triton path."""
-    dense = call.batch_sizes is None
+def lane_of(call: Call) -> Lane | None:
+    """What computes a lane of a call; None: PyTorch's own function computes the whole stack."""
+    packed = call.batch_sizes is not None
     interrupted = call.lengths is not None or call.resets is not None
-    if transforms.need_formula() or (transforms.active() and (interrupted or not dense)):
-        return lstm_layer
-    if transforms.exporting() and dense:
+    if transforms.need_formula() or (transforms.active() and (interrupted or packed)):
+        return formula_lane
+    if transforms.exporting() and not packed:
         fixed = not torch.compiler.is_dynamo_compiling() and isinstance(call.time_steps, int)
         if fixed and not interrupted and not call.return_cells:
             return None  # one call of PyTorch's own function, for this number of time steps
-        from .exported import exported_lane  # importing PyTorch's scan takes time
+        from .exported import exported_lane  # importing PyTorch's `scan` takes time
 
         return exported_lane
-
-    if torch.compiler.is_dynamo_compiling() and dense:
+    if torch.compiler.is_dynamo_compiling() and not packed:
         return operator_lane
     return native_lane if interrupted or call.return_cells else None
 
 
-def call_native(call: Call) -> Results:
+def whole_stack(call: Call) -> Results:
     """The call that `torch.nn.LSTM` makes."""
     states = call.states
     if states is None:
-        layers = call.num_layers * call.directions
-        h_0 = call.data.new_zeros(layers, call.batch_size, call.output_size)
-        c_0 = call.data.new_zeros(layers, call.batch_size, call.hidden_size)
+        lanes = call.num_layers * call.directions
+        h_0 = call.data.new_zeros(lanes, call.batch_size, call.output_size)
+        c_0 = call.data.new_zeros(lanes, call.batch_size, call.hidden_size)
         states = (h_0, c_0)
     results = native(
         call.data,

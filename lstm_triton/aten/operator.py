@@ -4,60 +4,73 @@ Left to itself, torch.compile unrolls PyTorch's own function over the time steps
 and on the CPU fails where the weights need a gradient and the input does not.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ragged import Ragged
-from ..stack import LaneResults
+from ..stack import LaneResults, LaneWeights, Start
 from .lane import native_lane
 
-_NO_TABLES = (None,) * len(Ragged._fields)
+
+class _Arguments(NamedTuple):
+    """The operator's arguments; its schema has the same names in the same order."""
+
+    input: Tensor
+    h_0: Tensor | None
+    c_0: Tensor | None
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    weight_hr: Tensor | None
+    h_reset: Tensor | None
+    c_reset: Tensor | None
+    before: Tensor | None
+    after: Tensor | None
+    offsets: Tensor | None
+    lengths: Tensor | None
+    reverse: bool
+    return_cells: bool
+
+    @property
+    def start(self) -> Start:
+        return Start(self.h_0, self.c_0, self.h_reset, self.c_reset)
+
+    @property
+    def weights(self) -> LaneWeights:
+        return LaneWeights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr)
+
+    @property
+    def ragged(self) -> Ragged | None:
+        if self.before is None or self.after is None or self.offsets is None or self.lengths is None:
+            return None
+        return Ragged(self.before, self.after, self.offsets, self.lengths)
 
 
 def operator_lane(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-    weight_hr: Tensor | None = None,
-    *,
-    reverse: bool,
-    h_reset: Tensor | None = None,
-    c_reset: Tensor | None = None,
-    ragged: Ragged | None = None,
-    return_cells: bool = False,
+    input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
 ) -> LaneResults:
-    """`layer`, as one operator."""
-    tables = _NO_TABLES if ragged is None else ragged
-    arguments = (h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, h_reset, c_reset, *tables)
-    results: LaneResults = torch.ops.lstm_triton.aten_layer(input, *arguments, reverse, return_cells)
+    """`native_lane` as one operator."""
+    tables = (None, None, None, None) if ragged is None else ragged
+    arguments = (input, start.h, start.c, *weights, start.h_reset, start.c_reset, *tables, reverse, return_cells)
+    results: LaneResults = torch.ops.lstm_triton.aten_layer(*arguments)
     return results if return_cells else results[:3]
 
 
-def _layer(input: Tensor, *arguments: Any) -> LaneResults:
-    *tensors, h_reset, c_reset = arguments[:9]
-    *_, reverse, return_cells = arguments
+def _layer(*arguments: Any) -> LaneResults:
+    given = _Arguments(*arguments)
     results = native_lane(
-        input,
-        *tensors,
-        reverse=reverse,
-        h_reset=h_reset,
-        c_reset=c_reset,
-        ragged=_tables_among(arguments),
-        return_cells=return_cells,
+        given.input,
+        given.start,
+        given.weights,
+        reverse=given.reverse,
+        ragged=given.ragged,
+        return_cells=given.return_cells,
     )
-    return (*results, input.new_empty(0))[:4]
-
-
-def _tables_among(arguments: tuple[Any, ...]) -> Ragged | None:
-    tables = arguments[-6:-2]
-    return None if tables[0] is None else Ragged(*tables)
+    return (*results, given.input.new_empty(0))[:4]
 
 
 def _has_gradient(argument: object) -> bool:
@@ -81,16 +94,16 @@ def _layer_backward(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
     return [grad.contiguous() for grad in found]
 
 
-def _layer_sizes(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *others: Any) -> LaneResults:
-    weight_ih, weight_hh, *_, return_cells = others
-    ragged = _tables_among(others)
+def _layer_sizes(*arguments: Any) -> LaneResults:
+    given = _Arguments(*arguments)
+    input, ragged = given.input, given.ragged
     batch_size = input.shape[1] if ragged is None else ragged.batch_size
-    sizes = weight_hh.shape[1], weight_ih.shape[0] // 4
+    hidden_size, output_size = given.weight_ih.shape[0] // 4, given.weight_hh.shape[1]
     return (
-        input.new_empty(*input.shape[:-1], sizes[0]),
-        input.new_empty(batch_size, sizes[0]),
-        input.new_empty(batch_size, sizes[1]),
-        input.new_empty((*input.shape[:-1], sizes[1]) if return_cells else 0),
+        input.new_empty(*input.shape[:-1], output_size),
+        input.new_empty(batch_size, output_size),
+        input.new_empty(batch_size, hidden_size),
+        input.new_empty((*input.shape[:-1], hidden_size) if given.return_cells else 0),
     )
 
 
