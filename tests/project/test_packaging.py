@@ -1,4 +1,4 @@
-"""What is shipped: the wheel, the source distribution, the cost of the import, and the commands the README gives."""
+"""What is shipped: the wheel, the source distribution, and the cost of the import."""
 
 import email
 import os
@@ -155,43 +155,3 @@ def test_the_cost_of_the_import(record_property):
 def python(*arguments, cwd, **environment):
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=True)
-
-
-class TestReadme:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-
-    def test_gives_the_two_commands(self):
-        for command in ('pip install ".[demo]" && python -m lstm_triton demo', 'pip install ".[test]" && pytest'):
-            assert f"\n{command}\n" in self.text
-
-    def test_continuous_integration_runs_them(self):
-        script = (ROOT / ".ci" / "run").read_text()
-        assert 'pip install ".[test]"' in script
-        assert script.rstrip().splitlines()[-1].startswith("pytest"), "the summary of the tests comes last"
-        assert "python -m lstm_triton demo" in script
-
-    def test_examples_run(self):
-        examples = re.findall(r"```python\n(.*?)```", self.text, flags=re.DOTALL)
-        assert examples
-        for example in examples:
-            exec(compile(example, "README.md", "exec"), {})
-
-    def test_links_lead_somewhere(self):
-        targets = re.findall(r"\]\(([^)#]+)\)", self.text)
-        missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
-        assert targets
-        assert missing == []
-
-    def test_named_tests_exist(self):
-        """The table of what the library works with names a test in every row."""
-        table = self.text.split("## Works with")[1].split("\n## ")[0]
-        rows = [line for line in table.splitlines() if line.startswith("|")][2:]
-        assert rows
-        for row in rows:
-            named = re.findall(r"`([\w./]+\.py)?(?:::)?(test_\w+)?`", row.split("|")[-2])
-            assert named, row
-            file = ""
-            for path, test in named:
-                file = path or file
-                source = (ROOT / "tests" / file).read_text(encoding="utf-8")
-                assert not test or f"def {test}(" in source, (file, test)
