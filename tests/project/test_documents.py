@@ -79,7 +79,7 @@ def test_tests_that_are_named_exist() -> None:
         for path in sorted(paths)
         for each in missing(path.read_text(encoding="utf-8"), path.parent)
     ]
-    assert not found, "\n" + "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 class TestReadme:
