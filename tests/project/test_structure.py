@@ -255,7 +255,8 @@ def test_tests_that_import_tests(tmp_path: Path) -> None:
 
 
 def assert_none(found: list[str]) -> None:
-    assert not found, "\n" + "\n".join(found)
+    if found:
+        pytest.fail("\n".join(found), pytrace=False)
 
 
 def test_kernels_import_triton_only() -> None:
@@ -268,3 +269,16 @@ def test_no_test_file_imports_another() -> None:
     tree = Tree(ROOT, {"tests": "tests"})
     assert tree.imports()
     assert_none(imports_of_tests(tree))
+
+
+def test_imports_make_no_circle() -> None:
+    assert_none(circles(Tree(ROOT, PACKAGES).imports()))
+
+
+def test_files_are_short() -> None:
+    tree = Tree(ROOT, {package: folder for package, folder in PACKAGES.items() if package != "bench"})
+    assert_none(long_files(tree))
+
+
+def test_argument_lists_are_short() -> None:
+    assert_none(long_argument_lists(Tree(ROOT, PACKAGES)))
