@@ -7,7 +7,7 @@ driver or PyTorch. So the cache can be filled on any machine and carried.
 Three things have to agree on both machines: the version of Triton; that of Python, unless `--libtriton` names the
 library of the other Python's wheel, which is part of the key; and the path of the cache folder, since Triton writes
 absolute paths into its files. Plans are chosen for the GPUs of bench.resources: one with fewer multiprocessors launches
-other kernels. tests/test_bench_cache.py shows that what is packed here is found by a real launch.
+other kernels. tests/bench/test_bench_cache.py shows that what is packed here is found by a real launch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import torch
 from . import cases, contact, gpu, measure, results
 from .devices import Cpu
 
-GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_pytorch.py")
+GPU_TESTS = "tests/gpu"
 NEEDED = (".json", ".cubin")  # of the files that Triton writes for a kernel
 GROUP = "__grp__"  # begins the name of the file in which Triton lists the others
 
@@ -176,7 +176,7 @@ def compile_tests(arch: str, libtriton: Path | None, jobs: int, *more: str) -> i
         jobs: processes, which need pytest-xdist if there are several.
         more: arguments of pytest, such as `-k test_layer`.
     """
-    command = [sys.executable, "-m", "pytest", *GPU_TESTS, "-m", "gpu", "-q", "-p", "bench.pretend", "--arch", arch]
+    command = [sys.executable, "-m", "pytest", GPU_TESTS, "-m", "gpu", "-q", "-p", "bench.pretend", "--arch", arch]
     command += [] if libtriton is None else ["--libtriton", str(libtriton.resolve())]
     command += [] if jobs == 1 else ["-n", str(jobs), "--dist", "worksteal"]
     return subprocess.run([*command, *more], cwd=results.ROOT).returncode

@@ -80,7 +80,7 @@ class Watch:
         try:
             with (
                 mock.patch.object(buffers, "sentinels", recorded_buffer),
-                target.after_every_launch(recorded_launch),
+                target.watched_launches(after=recorded_launch),
             ):
                 yield
             self.device.synchronize()  # raises where a kernel crashed

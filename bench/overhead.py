@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
 from lstm_triton.scan import backward, cell, forward
-from lstm_triton.target import Device, Gpus, Launched, after_every_launch, recorded_launches, running_on
+from lstm_triton.target import Device, Gpus, Launched, recorded_launches, running_on, watched_launches
 
 from .resources import DEVICES, DTYPES
 
@@ -263,7 +263,7 @@ def compilations(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
             chosen = [launched.arguments[each.name] for each in parameters if each.is_constexpr]
             constants.setdefault(launched.name, set()).add(str((chosen, launched.options)))
 
-        with after_every_launch(collect):
+        with watched_launches(after=collect):
             for batch_size in range(1, 257):
                 some = batch_size in (1, 2, 3, 15, 16, 17, 64, 130)
                 for input in _inputs(hidden, batch_size, dtype) if some else [torch.empty(2, batch_size, hidden)]:

@@ -1,6 +1,6 @@
 """A plugin of pytest: the gpu tests on a pretended GPU, for the sake of the kernels that they launch.
 
-    python -m pytest tests/test_gpu.py tests/test_gpu_pytorch.py -m gpu -p bench.pretend -n 2
+    python -m pytest tests/gpu -m gpu -p bench.pretend -n 2
 
 with `--arch` and `--libtriton` for another GPU and another Python than sm_90 and this one. Tensors are the CPU's, and
 kernels are compiled into Triton's cache but do nothing (bench.cache). Results are hence meaningless: most comparisons
@@ -89,7 +89,7 @@ def pretending(modules: Sequence[ModuleType], arch: str, libtriton: str | None) 
         def counted(launched: target.Launched) -> None:
             COUNTED.launches += 1
 
-        stack.enter_context(target.after_every_launch(counted))
+        stack.enter_context(target.watched_launches(after=counted))
         patch(products, "batched_matmul", batched_matmul)
         patch(dropout, "dropout_scale", drawn_scale)  # a test judges how many are kept, and then goes on
         patch(interpreter, "interpret", lambda seed=0: nullcontext())
@@ -98,8 +98,8 @@ def pretending(modules: Sequence[ModuleType], arch: str, libtriton: str | None) 
             for name in vars(module):
                 if name.startswith("assert_"):
                     patch(module, name, lambda *arguments, **options: None)
-            if hasattr(module, "Layer"):
-                patch(module.Layer, "check", lambda layer: layer.run(scan_layer))
+            if hasattr(module, "LaneCase"):
+                patch(module.LaneCase, "check", lambda layer: layer.run(scan_layer))
         patch(torch.testing, "assert_close", lambda *arguments, **options: None)
         patch(torch, "equal", lambda *tensors: True)
         patch(torch, "use_deterministic_algorithms", lambda *arguments, **options: None)  # they would fill all memory

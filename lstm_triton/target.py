@@ -153,11 +153,14 @@ class Launched(NamedTuple):
         return str(self.kernel.fn.__name__)
 
 
-class _Watched:
-    """Another target, and a function that is called after everything that the target runs."""
+Watcher = Callable[[Launched], object]
 
-    def __init__(self, target: Target, after: Callable[[Launched], object]) -> None:
-        self.target, self.after = target, after
+
+class _Watched:
+    """Another target, and what is called before and after each of its launches."""
+
+    def __init__(self, target: Target, before: Watcher | None, after: Watcher | None) -> None:
+        self.target, self.before, self.after = target, before, after
         self.takes, self.describe, self.may_take_tf32 = target.takes, target.describe, target.may_take_tf32
 
     def run(
@@ -168,14 +171,18 @@ class _Watched:
         arguments: Mapping[str, object],
         options: Mapping[str, object],
     ) -> None:
+        launched = Launched(kernel, grid, arguments, options)
+        if self.before is not None:
+            self.before(launched)
         self.target.run(kernel, grid, device, arguments, options)
-        self.after(Launched(kernel, grid, arguments, options))
+        if self.after is not None:
+            self.after(launched)
 
 
 @contextmanager
-def after_every_launch(call: Callable[[Launched], object]) -> Iterator[None]:
-    """Call a function after every launch inside the `with` block."""
-    with running_on(_Watched(_current, call)):
+def watched_launches(before: Watcher | None = None, after: Watcher | None = None) -> Iterator[None]:
+    """Call these functions before and after every launch inside the `with` block."""
+    with running_on(_Watched(_current, before, after)):
         yield
 
 
@@ -183,5 +190,5 @@ def after_every_launch(call: Callable[[Launched], object]) -> Iterator[None]:
 def recorded_launches() -> Iterator[list[Launched]]:
     """Yield a list to which every launch inside the `with` block is appended."""
     launches: list[Launched] = []
-    with after_every_launch(launches.append):
+    with watched_launches(before=launches.append):
         yield launches
