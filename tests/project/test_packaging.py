@@ -88,6 +88,8 @@ def test_the_source_distribution_gives_the_same_wheel_and_has_its_tests(built, w
     folders = ("tests", "bench", "examples", "lstm_triton/kernels")
     for path in (path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py")):
         assert (unpacked / path.relative_to(ROOT)).is_file(), path
+    for path in (path for path in ROOT.glob("docs/**/*") if path.is_file()):
+        assert (unpacked / path.relative_to(ROOT)).is_file(), path
     for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"):
         assert (unpacked / name).read_bytes() == (ROOT / name).read_bytes()
 
