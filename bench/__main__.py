@@ -231,7 +231,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
         from .report import report
 
         return report(arguments.results, arguments.out or arguments.results, arguments.readme)
-    from .status import status
+    from .report import status
 
     return status(arguments.results)
 

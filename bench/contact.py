@@ -23,11 +23,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import cases, devices, measure, results
+from . import cases, devices, journal, measure, results
 from .cases import BASELINE, FLOOR, OURS, Case
-from .contact_report import TimeRow, is_right, table, title, verdict_of
+from .contact_report import TimeRow, is_right, time_table, verdict_of
 from .contact_worker import plans_to_try
-from .gpu import COMPILING, Session, append, ending_children
+from .gpu import COMPILING, Session, ending_children
 from .hang import HANG
 from .plans import MODES
 from .results import JsonObject
@@ -152,7 +152,9 @@ class Contact:
     # Findings
 
     def write(self, step: str, **finding: object) -> None:
-        append(self.out / "contact.jsonl", {"s": round(time.monotonic() - self.start, 1), "step": step, **finding})
+        journal.append(
+            self.out / "contact.jsonl", {"s": round(time.monotonic() - self.start, 1), "step": step, **finding}
+        )
 
     def tell(self, line: str) -> None:
         print(line, flush=True)
@@ -228,11 +230,11 @@ class Contact:
                 outcome = self.check(self.checking, case, None)
                 found, compiled = outcome.get("kernels", (0, 0))
                 self.kernels = self.kernels[0] + found, self.kernels[1] + compiled
-                self.say(f"{title(case)}: {verdict_of(outcome)}")
+                self.say(f"{case}: {verdict_of(outcome)}")
                 if is_right(outcome):
                     self.right += 1
                 else:
-                    self.failed.append((title(case), outcome))
+                    self.failed.append((str(case), outcome))
                     self.failed_layers.append(case)
                 if len(self.failed_layers) == MOST_FAILURES:
                     self.say(f"{MOST_FAILURES} layers failed: no more are tried")
@@ -262,19 +264,19 @@ class Contact:
                     return
                 with ending(self.watchdog("bench.contact_worker")) as watchdog:
                     outcome = self.check(watchdog, case, change)
-                self.say(f"  {title(case)}, {change or 'once more, alone'}: {verdict_of(outcome)}")
+                self.say(f"  {case}, {change or 'once more, alone'}: {verdict_of(outcome)}")
             if self.on_gpu and shutil.which(SANITIZER[0]) and self.has_time(LEAST_FOR_TIMES, what):
                 short = replace(case, T=min(case.T, 2))
                 with ending(self.watchdog("bench.contact_worker", SANITIZER, SLOWER * self.silent)) as watchdog:
                     outcome = self.check(watchdog, short, None, SLOWER * SLOWER * HANG)
-                self.say(f"  {title(short)}, under {SANITIZER[0]}: {verdict_of(outcome)}; see contact.log")
+                self.say(f"  {short}, under {SANITIZER[0]}: {verdict_of(outcome)}; see contact.log")
 
     def ask_questions(self) -> None:
         """What the planner's estimates rest on: the hand-off between multiprocessors; what a call costs the host."""
         [host] = self.sizes((HOST,))
         for step, what, question in (
             ("handoff", "from one multiprocessor to another", {"handoff": None}),
-            ("host", f"microseconds of the host, {title(host)}", {"host": cases.as_dict(host)}),
+            ("host", f"microseconds of the host, {host}", {"host": cases.as_dict(host)}),
         ):
             outcome = self.ask(self.checking, question)
             self.write(step, **outcome)
@@ -315,7 +317,7 @@ class Contact:
         rows, failure = self.timing.measure("contact", case, (OURS, BASELINE, FLOOR), self.seconds, forced)
         self.write("times", case=cases.as_dict(case), rows=rows, failure=failure, forced=forced)
         found = {row["system"]: row for row in rows if row["status"] != "missing"}
-        name = f"{title(case)} {case.mode}{label}"
+        name = f"{case}{label}"
         why = failure or next((row for row in found.values() if row["status"] != "ok"), None)
         if why is not None:
             self.say(f"{name}: FAILED: {why['system']}: {why['message']}")
@@ -365,7 +367,7 @@ class Contact:
 
     def summary(self) -> None:
         """What matters, last."""
-        for line in ("", *table(self.times), *(f"{what}: {text}" for what, text in self.answers.items())):
+        for line in ("", *time_table(self.times), *(f"{what}: {text}" for what, text in self.answers.items())):
             self.tell(line)
         self.tell(f"layers: {self.right} right, {len(self.failed_layers)} failed")
         for what, outcome in self.failed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .cases import Case
 from .results import JsonObject
 
 
@@ -25,7 +24,7 @@ class TimeRow(NamedTuple):
         return f"{self.name}: {', '.join(parts)}"
 
 
-def table(rows: list[TimeRow]) -> list[str]:
+def time_table(rows: list[TimeRow]) -> list[str]:
     """The lines of a table of times."""
     if not rows:
         return []
@@ -36,14 +35,6 @@ def table(rows: list[TimeRow]) -> list[str]:
         against = f"{row.theirs / row.ours:15.2f}" if row.theirs is not None else f"{'-':>15}"
         lines.append(f"{row.name:{width}} {' '.join(numbers)} {against}")
     return lines
-
-
-def title(case: Case) -> str:
-    """A case without its mode."""
-    more = [f"{case.layers} layers"] if case.layers > 1 else []
-    more += ["both directions"] if case.bidirectional else []
-    more += [case.layout] if case.layout != "dense" else []
-    return " ".join([case.dtype, f"T={case.T} B={case.B} I={case.I} H={case.H}", *more])
 
 
 def is_right(outcome: JsonObject) -> bool:
@@ -66,13 +57,13 @@ def verdict_of(outcome: JsonObject) -> str:
     parts = []
     for kind in ("forward", "backward"):
         rows = outcome["result"][kind]
-        worst = max(rows, key=ratio)
-        parts.append(f"{kind} {worst['error']:.1e}, {ratio(worst):.2f} x nn.LSTM's")
+        worst = max(rows, key=error_ratio)
+        parts.append(f"{kind} {worst['error']:.1e}, {error_ratio(worst):.2f} x nn.LSTM's")
         parts += [f"WRONG {row['name']}: {wrong_in_words(row['wrong'])}" for row in rows if "wrong" in row]
     return "; ".join(parts)
 
 
-def ratio(row: JsonObject) -> float:
+def error_ratio(row: JsonObject) -> float:
     """An error divided by nn.LSTM's."""
     if not row["error"] >= 0:
         return float("inf")

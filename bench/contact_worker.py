@@ -35,8 +35,9 @@ from .cases import Case
 from .devices import Cpu, tf32
 from .hang import Missing, Watch, spans
 from .plans import MODES, candidates_of, launches_of
+from .problem import Problem, Runner
 from .results import JsonObject
-from .systems import Problem, Runner, as_users_write_it, baseline, ours
+from .systems import as_users_write_it, baseline, ours
 from .worker import Say
 
 if TYPE_CHECKING:

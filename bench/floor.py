@@ -17,7 +17,7 @@ from torch import Tensor
 from .cases import Case
 from .devices import Call, Cpu, tf32
 from .plans import launches_of
-from .systems import TORCH_DTYPES, Outputs, Problem, Runner
+from .problem import TORCH_DTYPES, Outputs, Problem, Runner
 
 if TYPE_CHECKING:
     from lstm_triton.planner import Kind

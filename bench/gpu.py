@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import cases, devices, measure, results
+from . import cases, devices, journal, measure, results
 from .cases import Row
 from .results import JsonObject
 from .run import empty_kernel_caches
@@ -189,7 +188,7 @@ class Session:
         """`pytest -m gpu`, again and again without what is done, until it comes to its end."""
         self.watchdog.stop()
         header = {key: self.found.provenance[key] for key in ("kernel_hash", "gpu")}
-        entries = read_journal(self.journal)
+        entries = journal.read(self.journal)
         if entries and entries[0] != header:
             move_aside(self.journal, str(entries[0].get("kernel_hash")))
             entries = []
@@ -197,10 +196,10 @@ class Session:
             entries = [entry for entry in entries if entry.get("outcome") in ("passed", "skipped")]
             self.journal.unlink(missing_ok=True)
             for entry in [header, *entries] if entries else []:
-                append(self.journal, entry)
+                journal.append(self.journal, entry)
         if not entries:
-            append(self.journal, header)
-        while not any("end" in entry for entry in read_journal(self.journal)):
+            journal.append(self.journal, header)
+        while not any("end" in entry for entry in journal.read(self.journal)):
             if not self.run_remaining_tests():
                 break
         outcomes = self.test_outcomes()
@@ -209,12 +208,12 @@ class Session:
 
     def test_outcomes(self) -> Counter[str]:
         """How many of the tests that are over came to what."""
-        return Counter(outcomes_of(read_journal(self.journal)).values())
+        return Counter(journal.outcomes_of(journal.read(self.journal)).values())
 
     def run_remaining_tests(self) -> bool:
         """Whether pytest did run them: what goes wrong before its first test would do so again."""
         skip = self.out / ".gpu-tests-done"
-        over = outcomes_of(read_journal(self.journal))
+        over = journal.outcomes_of(journal.read(self.journal))
         skip.write_text("\n".join(over), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", self.tests, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         command += [f"--rootdir={results.ROOT}", f"--config-file={results.ROOT / 'pyproject.toml'}"]
@@ -247,16 +246,16 @@ class Session:
         finally:
             end(process)
             skip.unlink(missing_ok=True)
-        entries = read_journal(self.journal)
+        entries = journal.read(self.journal)
         running = [entry["test"] for entry in entries if entry.get("outcome") == "started"]
-        unfinished = [test for test in running if test not in outcomes_of(entries)]
+        unfinished = [test for test in running if test not in journal.outcomes_of(entries)]
         message = f"silent for {patience:.0f} s" if outcome else describe_exit(process.returncode)
         for test in unfinished:
-            append(self.journal, {"test": test, "outcome": outcome or "crashed", "message": message})
+            journal.append(self.journal, {"test": test, "outcome": outcome or "crashed", "message": message})
             self.say(f"gpu test {test}: {outcome or 'crashed'} ({message})")
         lost = bool(entries) and "lost" in entries[-1]
         # After the loss of a worker pytest may stay although all tests are over.
-        stays = outcome == "timeout" and len(outcomes_of(entries)) > len(over)
+        stays = outcome == "timeout" and len(journal.outcomes_of(entries)) > len(over)
         if unfinished or lost or stays:
             return True
         if process.returncode not in (0, 1, 5):  # 0: all passed, 1: some failed, 5: none left
@@ -265,7 +264,7 @@ class Session:
             for line in self.watchdog.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]:
                 self.say(f"    {line}")
             return False
-        append(self.journal, {"end": True})
+        journal.append(self.journal, {"end": True})
         return True
 
 
@@ -277,28 +276,6 @@ def move_aside(path: Path, kernel_hash: str) -> None:
         number += 1
         target = path.with_name(f"{path.stem}-{kernel_hash}-{number}{path.suffix}")
     path.rename(target)
-
-
-def append(path: Path, entry: JsonObject) -> None:
-    cut_short = path.exists() and not path.read_bytes().endswith(b"\n")  # by the end of a child while it wrote
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut_short + json.dumps(entry) + "\n")
-
-
-def read_journal(path: Path) -> list[JsonObject]:
-    """The entries so far; a line that a killed process left unfinished counts for nothing."""
-    if not path.exists():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict)]
-
-
-def outcomes_of(entries: list[JsonObject]) -> dict[str, str]:
-    """Test -> outcome, of the tests that are over."""
-    return {entry["test"]: entry["outcome"] for entry in entries if entry.get("outcome", "started") != "started"}
 
 
 def summary(rows: list[Row]) -> str:

@@ -6,12 +6,17 @@ goes on after it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
+from .results import JsonObject
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -90,3 +95,28 @@ def device_lost() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+# The journal as a file
+
+
+def append(path: Path, entry: JsonObject) -> None:
+    cut_short = path.exists() and not path.read_bytes().endswith(b"\n")  # by the end of a child while it wrote
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * cut_short + json.dumps(entry) + "\n")
+
+
+def read(path: Path) -> list[JsonObject]:
+    """The entries so far; a line that a killed process left unfinished counts for nothing."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def outcomes_of(entries: list[JsonObject]) -> dict[str, str]:
+    """Test -> outcome, of the tests that are over."""
+    return {entry["test"]: entry["outcome"] for entry in entries if entry.get("outcome", "started") != "started"}

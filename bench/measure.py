@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .cases import BASELINE, FLOOR, OURS, Case, Grid, Row, as_dict
 from .devices import Cpu, tf32
 from .floor import lower_bound
-from .systems import REGISTRY, Outputs, Problem, Runner, System, as_users_write_it
+from .problem import Outputs, Problem, Runner
+from .systems import REGISTRY, System, as_users_write_it
 
 # A system is wrong if its error is above both twice nn.LSTM's in the same dtype and, where nn.LSTM happens to be nearly
 # exact, this many units of the dtype's rounding.

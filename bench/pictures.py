@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from . import cases
-from .cases import BASELINE, FLOOR, MODES, OURS, Row
+from .cases import BASELINE, MODES, OURS
+from .machine import Machine, Rows, time_of, timed_systems
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .report import Machine
 
 STYLE = {
     OURS: ("#1b6ca8", "o", "-"),
@@ -43,7 +43,7 @@ SETTINGS: dict[Any, Any] = {
     "figure.dpi": 110,
 }
 
-Rows = dict[cases.Case, dict[str, Row]]  # case -> system -> row
+Points = tuple[list[int], list[float]]  # sizes, and a figure for each
 
 
 def plain(machine: Machine) -> Rows:
@@ -103,11 +103,6 @@ def present(rows: Rows, shown: Callable[[cases.Case], object]) -> tuple[list[str
     )
 
 
-def time_of(systems: dict[str, Row], name: str) -> float | None:
-    row = systems.get(name)
-    return row["median_us"] if row is not None and row["status"] == "ok" else None
-
-
 def draw_speedup(machine: Machine) -> Figure | None:
     """Heat map: lstm_triton against nn.LSTM, hidden size by batch size."""
     rows = plain(machine)
@@ -152,35 +147,95 @@ def draw_speedup(machine: Machine) -> Figure | None:
     return figure
 
 
-def draw_lines(
-    axes: Axes,
-    rows: Rows,
-    x: Callable[[cases.Case], int],
-    figures: dict[str, Callable[[cases.Case, Row], float | None]],
-) -> None:
-    """A line for each of `figures`: (system, or "floor") -> what its row says of a case."""
-    ticks: set[int] = set()
-    for name, value in figures.items():
+@dataclass(frozen=True)
+class LinePicture:
+    """Lines over one size of the cases: one line for each system, and one for the floor.
+
+    Attributes:
+        title: has the sizes in which all of its cases agree, in braces.
+        agree: the names of these sizes.
+        over: the name of the size on the x axis.
+        x_label: of the x axis.
+        y_label: of the y axis.
+        unit: what the figures of a case are divided by.
+        solid: the figures of a system's solid line, a key of its rows.
+        dotted: the figures of a system's dotted line.
+        floor: the figures of the floor, a key of the rows of lstm_triton.
+        modes: which cases are shown.
+    """
+
+    title: str
+    agree: tuple[str, ...]
+    over: str
+    x_label: str
+    y_label: str
+    unit: Callable[[cases.Case], float]
+    solid: str
+    dotted: str | None = None
+    floor: str | None = None
+    modes: tuple[str, ...] = MODES
+
+    def size(self, case: cases.Case) -> int:
+        return int(getattr(case, self.over))
+
+    def draw(self, machine: Machine) -> Figure | None:
+        """The figure; None where nothing was measured."""
+        rows = {case: systems for case, systems in plain(machine).items() if case.mode in self.modes}
+        rows = {
+            case: systems
+            for case, systems in rows.items()
+            if any(row[self.solid] is not None for row in systems.values())
+        }
+        rows = fullest(rows, lambda case: tuple(getattr(case, name) for name in self.agree))
+        systems = timed_systems(rows)
+        if not systems:
+            return None
+        modes, dtypes = present(rows, self.size)
+        title = self.title.format_map(asdict(next(iter(rows))))
+        figure, each = panels(machine, title, rows, modes, dtypes)
+        for axes, shown in each:
+            ticks: set[int] = set()
+            for (sizes, figures), style in self.lines(shown, systems):
+                if sizes:
+                    axes.plot(sizes, figures, linewidth=1.6, **style)
+                    ticks.update(sizes)
+            scale_axes(axes, sorted(ticks))
+            axes.set(xlabel=self.x_label)
+        figure.supylabel(self.y_label, fontsize=10)
+        return with_legend(figure)
+
+    def lines(self, rows: Rows, systems: list[str]) -> Iterator[tuple[Points, dict[str, Any]]]:
+        """The points and the style of every line."""
+        if self.dotted is not None:
+            for name in systems:
+                yield self.points(rows, name, self.dotted), {"color": STYLE[name][0], "linestyle": ":"}
+        for name in systems:
+            yield self.points(rows, name, self.solid), style_of(name)
+        if self.floor is not None:
+            yield self.points(rows, OURS, self.floor, right_only=False), style_of("floor")
+
+    def points(self, rows: Rows, system: str, key: str, right_only: bool = True) -> Points:
+        """The sizes and the figures of a system's line. right_only: without the cases in which it is not right."""
         points = []
         for case, systems in rows.items():
-            row = systems.get(OURS if name == "floor" else name)
-            if row is not None and (row["status"] == "ok" or name == "floor") and (y := value(case, row)):
-                points.append((x(case), y))
-        if points:
-            colour, marker, line = STYLE[name]
-            axes.plot(
-                *zip(*sorted(points), strict=True),
-                line,
-                color=colour,
-                marker=marker,
-                markersize=4.5,
-                linewidth=1.6,
-                label=name,
-            )
-            ticks |= {point[0] for point in points}
+            row = systems.get(system)
+            if row is not None and row[key] and (row["status"] == "ok" or not right_only):
+                points.append((self.size(case), row[key] / self.unit(case)))
+        points.sort()
+        return [x for x, _ in points], [y for _, y in points]
+
+
+def style_of(name: str) -> dict[str, Any]:
+    """Of a line that the legend names: a system's, or the floor's."""
+    colour, marker, line = STYLE[name]
+    return {"color": colour, "marker": marker, "markersize": 4.5, "linestyle": line, "label": name}
+
+
+def scale_axes(axes: Axes, ticks: list[int]) -> None:
+    """Logarithmic axes, with a tick at each size that was measured."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)], rotation=45 if len(ticks) > 6 else 0)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
@@ -195,87 +250,22 @@ def with_legend(figure: Figure) -> Figure:
     return figure
 
 
-def timed(rows: Rows) -> list[str]:
-    """The systems that have a time anywhere."""
-    return [
-        name for name in cases.SYSTEMS if name != FLOOR and any(time_of(systems, name) for systems in rows.values())
-    ]
-
-
-def draw_steps(machine: Machine) -> Figure | None:
-    """Microseconds per step over the hidden size, with the floor."""
-    rows = fullest(plain(machine), lambda case: (case.T, case.B))
-    if not timed(rows):
-        return None
-    modes, dtypes = present(rows, lambda case: case.H)
-    first = next(iter(rows))
-    figure, each = panels(machine, f"Time per step over H, T={first.T}, B={first.B}", rows, modes, dtypes)
-    for axes, shown in each:
-        lines = {name: lambda case, row: row["median_us"] and row["median_us"] / case.T for name in timed(rows)}
-        draw_lines(
-            axes,
-            shown,
-            lambda case: case.H,
-            lines | {"floor": lambda case, row: row["floor_us"] and row["floor_us"] / case.T},
-        )
-        axes.set(xlabel="hidden size H")
-    figure.supylabel("us per step", fontsize=10)
-    return with_legend(figure)
-
-
-def draw_lengths(machine: Machine) -> Figure | None:
-    """Time over T."""
-    rows = fullest(plain(machine), lambda case: (case.H, case.B))
-    if not timed(rows):
-        return None
-    modes, dtypes = present(rows, lambda case: case.T)
-    first = next(iter(rows))
-    figure, each = panels(machine, f"Time over T, B={first.B}, H={first.H}", rows, modes, dtypes)
-    for axes, shown in each:
-        lines = {name: lambda case, row: row["median_us"] and row["median_us"] / 1e3 for name in timed(rows)}
-        draw_lines(
-            axes,
-            shown,
-            lambda case: case.T,
-            lines | {"floor": lambda case, row: row["floor_us"] and row["floor_us"] / 1e3},
-        )
-        axes.set(xlabel="steps T")
-    figure.supylabel("ms", fontsize=10)
-    return with_legend(figure)
-
-
-def draw_memory(machine: Machine) -> Figure | None:
-    """What stays allocated between forward and backward (solid), and the peak (dotted), over T."""
-    rows = {case: systems for case, systems in plain(machine).items() if case.backward}
-    rows = {
-        case: systems
-        for case, systems in rows.items()
-        if any(row["kept_bytes"] is not None for row in systems.values())
-    }
-    rows = fullest(rows, lambda case: (case.H, case.B))
-    if not rows:
-        return None
-    modes, dtypes = present(rows, lambda case: case.T)
-    first = next(iter(rows))
-    figure, each = panels(machine, f"Memory over T, B={first.B}, H={first.H} (dotted: peak)", rows, modes, dtypes)
-    for axes, shown in each:
-        lines = {name: lambda case, row: row["peak_bytes"] and row["peak_bytes"] / 2**20 for name in timed(rows)}
-        draw_lines(axes, shown, lambda case: case.T, lines)
-        for line in axes.lines:
-            line.set(linestyle=":", label="_nolegend_", markersize=0)
-        lines = {name: lambda case, row: row["kept_bytes"] and row["kept_bytes"] / 2**20 for name in timed(rows)}
-        draw_lines(axes, shown, lambda case: case.T, lines)
-        axes.set(xlabel="steps T")
-    figure.supylabel("MiB", fontsize=10)
-    return with_legend(figure)
-
-
-PICTURES = {
+PICTURES: dict[str, tuple[str, Callable[[Machine], Figure | None]]] = {
     "speed-up over nn.LSTM": ("speedup", draw_speedup),
-    "time per step over the hidden size": ("steps", draw_steps),
-    "time over the length": ("lengths", draw_lengths),
-    "memory over the length": ("memory", draw_memory),
-}
+    "time per step over the hidden size": ("steps", LinePicture(
+        "Time per step over H, T={T}, B={B}", ("T", "B"), "H", "hidden size H",
+        "us per step", lambda case: case.T, "median_us", floor="floor_us",
+    ).draw),
+    "time over the length": ("lengths", LinePicture(
+        "Time over T, B={B}, H={H}", ("H", "B"), "T", "steps T",
+        "ms", lambda case: 1e3, "median_us", floor="floor_us",
+    ).draw),
+    # What stays allocated between forward and backward, and the peak.
+    "memory over the length": ("memory", LinePicture(
+        "Memory over T, B={B}, H={H} (dotted: peak)", ("H", "B"), "T", "steps T",
+        "MiB", lambda case: 2**20, "kept_bytes", dotted="peak_bytes", modes=("forward+backward",),
+    ).draw),
+}  # fmt: skip
 
 
 def draw(machine: Machine, out: Path) -> dict[str, Path]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .cases import Case
 from .devices import Cpu
-from .systems import TORCH_DTYPES
+from .problem import TORCH_DTYPES
 
 if TYPE_CHECKING:
     from lstm_triton.planner import Device, Kind, Launch, Plan

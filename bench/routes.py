@@ -10,13 +10,14 @@ from pathlib import Path
 from lstm_triton.planner import Device
 from lstm_triton.routes import SLOWER, table_path_of
 
-from . import report, results
+from . import results
+from .machine import Machine
 
 # Where inference itself was not measured, the forward pass of training stands for it, which does a little more.
 MODES = {"forward": "inference", "forward+backward": "training", "inference": "inference"}
 
 
-def measured(machine: report.Machine) -> list[list[object]]:
+def measured(machine: Machine) -> list[list[object]]:
     """[mode, dtype, H, B, time of the kernels / time of nn.LSTM] of single dense layers.
 
     Of several numbers of steps, the most count.
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True, help="a results file of bench gpu")
     parser.add_argument("--out", type=Path, help="the file to write; otherwise the one that the library reads")
     chosen = parser.parse_args(arguments)
-    machine = report.Machine(chosen.results, results.Results.read(chosen.results), slug="")
+    machine = Machine(chosen.results, results.Results.read(chosen.results), slug="")
     device = Device(machine.results.provenance["gpu"], arch="", multiprocessors=0, shared_bytes=0)
     path = chosen.out or table_path_of(device)
     rows = measured(machine)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, get_args
 from . import resources
 from .cases import OURS, Case
 from .plans import MODES, candidates_of
+from .problem import TORCH_DTYPES
 from .report import microseconds
 from .results import JsonObject, ResultsError, require_writable, write_atomically
-from .systems import TORCH_DTYPES
 from .watchdog import OutOfBudget, Watchdog, ending
 
 if TYPE_CHECKING:

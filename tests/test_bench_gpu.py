@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import pytest
 
-from bench import cases, gpu, measure, results, watchdog
+from bench import cases, gpu, journal, measure, results, watchdog
 from bench.cases import Block, Case, Grid
 from bench.watchdog import CannotStart, Crew, OutOfBudget, Watchdog
 
@@ -403,7 +403,7 @@ def test_the_gpu_tests_survive_a_test_that_crashes_or_hangs(session, tmp_path, w
     one.run_tests()
 
     def outcomes() -> dict[str, str]:
-        found = gpu.outcomes_of(gpu.read_journal(one.journal))
+        found = journal.outcomes_of(journal.read(one.journal))
         return {test.split("::")[1]: outcome for test, outcome in found.items()}
 
     expected = {
@@ -416,7 +416,7 @@ def test_the_gpu_tests_survive_a_test_that_crashes_or_hangs(session, tmp_path, w
     }
     assert outcomes() == expected
     assert one.failures == 3
-    assert any("assert 1 == 2" in entry.get("message", "") for entry in gpu.read_journal(one.journal))
+    assert any("assert 1 == 2" in entry.get("message", "") for entry in journal.read(one.journal))
     # The next call has nothing to do; with --retry it runs what failed.
     size = one.journal.stat().st_size
     one.run_tests()
@@ -430,8 +430,8 @@ def test_the_gpu_tests_survive_a_test_that_crashes_or_hangs(session, tmp_path, w
 def test_tests_that_cannot_even_be_collected_are_a_failure(session, tmp_path, capsys) -> None:
     one = in_memory(session(tests=str(tmp_path / "nowhere")))
     one.run_tests()
-    entries = gpu.read_journal(one.journal)
-    assert gpu.outcomes_of(entries) == {}
+    entries = journal.read(one.journal)
+    assert journal.outcomes_of(entries) == {}
     assert not any("end" in entry for entry in entries)  # the next call tries again
     assert one.failures == 1
     assert "pytest did not run" in capsys.readouterr().out
@@ -439,11 +439,11 @@ def test_tests_that_cannot_even_be_collected_are_a_failure(session, tmp_path, ca
 
 def test_a_journal_cut_short_is_read_as_far_as_it_goes(tmp_path) -> None:
     path = tmp_path / "journal"
-    gpu.append(path, {"test": "one", "outcome": "passed"})
+    journal.append(path, {"test": "one", "outcome": "passed"})
     with path.open("a") as file:
         file.write('{"test": "two", "outc')
-    gpu.append(path, {"test": "three", "outcome": "failed"})
-    assert gpu.outcomes_of(gpu.read_journal(path)) == {"one": "passed", "three": "failed"}
+    journal.append(path, {"test": "three", "outcome": "failed"})
+    assert journal.outcomes_of(journal.read(path)) == {"one": "passed", "three": "failed"}
 
 
 @pytest.mark.interpreted
