@@ -27,13 +27,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.machinery import FileFinder
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from . import cases, contact, gpu, measure, results
+from . import cases, contact_cases, gpu, measure, results
 from .devices import Cpu
 
 GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_pytorch.py")
@@ -41,19 +42,19 @@ NEEDED = (".json", ".cubin")  # of the files that Triton writes for a kernel
 GROUP = "__grp__"  # begins the name of the file in which Triton lists the others
 
 
-def cases_of(stage: gpu.Stage) -> list[cases.Case]:
+def cases_of(stage: gpu.Stage) -> list[cases.BenchCase]:
     """The cases of a stage of `bench gpu` in which the kernels take part."""
     work = cases.work_list(stage.grid, blocks=stage.blocks)
     return [case for case, systems in work if cases.OURS in stage.systems(systems)]
 
 
 # What each stage launches. Besides there is the stage "tests": compile_tests.
-STAGES: dict[str, Iterable[cases.Case]] = {
-    "contact": contact.CASES,
+STAGES: dict[str, Iterable[cases.BenchCase]] = {
+    "contact": contact_cases.CASES,
     **{name: found for name, stage in gpu.GRID_STAGES.items() if (found := cases_of(stage))},
 }
 # What a stage launches besides its cases, on a given device.
-BESIDES: dict[str, Callable[[Cpu], None]] = {"contact": contact.launch_besides}
+BESIDES: dict[str, Callable[[Cpu], None]] = {"contact": contact_cases.launch_besides}
 TESTS = "tests"
 
 
@@ -80,10 +81,14 @@ def triton_key(libtriton: Path) -> str:
 
     def modules(part: str) -> Iterator[str]:
         for each in pkgutil.walk_packages([str(root / part)], prefix=f"triton.{part}."):
-            yield hash_of(each.module_finder.find_spec(each.name).origin)  # type: ignore[call-arg,union-attr,arg-type]
+            assert isinstance(each.module_finder, FileFinder)
+            spec = each.module_finder.find_spec(each.name)
+            assert spec is not None
+            assert spec.origin is not None
+            yield hash_of(spec.origin)
 
     hashes = [hash_of(cache.__file__), *modules("compiler"), *modules("backends"), hash_of(libtriton)]
-    return triton.__version__ + "-".join([*hashes, *modules("language")])
+    return f"{triton.__version__}{'-'.join([*hashes, *modules('language')])}"
 
 
 @dataclass
@@ -136,7 +141,7 @@ def compiling(arch: str, libtriton: str | Path | None) -> Iterator[Compiled]:
         yield compiled
 
 
-def compile_cases(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None) -> int:
+def compile_cases(wanted: Iterable[cases.BenchCase], arch: str, libtriton: Path | None) -> int:
     """Compile what the cases launch. Returns how many errors there were; each is printed."""
     return compile_launched(
         lambda device: [case for case in wanted if not measure.compile_kernels(case, device)], arch, libtriton
@@ -148,7 +153,7 @@ def compile_besides(stage: str, arch: str, libtriton: Path | None) -> int:
     return compile_launched(BESIDES[stage], arch, libtriton)
 
 
-def compile_launched(launch: Callable[[Cpu], list[cases.Case] | None], arch: str, libtriton: Path | None) -> int:
+def compile_launched(launch: Callable[[Cpu], list[cases.BenchCase] | None], arch: str, libtriton: Path | None) -> int:
     """Compile whatever a function launches on a device. It returns what failed."""
     torch.set_num_threads(1)
     with compiling(arch, libtriton) as compiled:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 Row = dict[str, Any]  # of a results file: see results.ROW_KEYS
 
@@ -25,7 +25,12 @@ MAIN = (OURS, BASELINE, FLOOR)
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
+    """One layer or stack of layers, and what is done with it.
+
+    str() names a case wherever it is printed.
+    """
+
     mode: str
     dtype: str
     T: int
@@ -36,7 +41,7 @@ class Case:
     bidirectional: bool = False
     layout: str = "dense"
     proj_size: int = 0
-    memory: str = "full"  # of lstm_triton.LSTM
+    memory: Literal["full", "low"] = "full"  # of lstm_triton.LSTM
 
     def __post_init__(self) -> None:
         if self.mode not in MODES or self.dtype not in DTYPES or self.layout not in LAYOUTS:
@@ -76,24 +81,24 @@ class Case:
         return spread[1::2] + spread[::2]
 
 
-CASE_FIELDS = tuple(Case.__dataclass_fields__)
+CASE_FIELDS = tuple(BenchCase.__dataclass_fields__)
 
 
-def as_dict(case: Case) -> Row:
+def as_dict(case: BenchCase) -> Row:
     """The case as a row's keys; proj_size and memory only where they are not the default."""
     defaults = {"proj_size": 0, "memory": "full"}
     return {name: value for name, value in asdict(case).items() if name not in defaults or value != defaults[name]}
 
 
-def from_dict(fields: Row) -> Case:
-    return Case(**{name: fields[name] for name in CASE_FIELDS if name in fields})
+def from_dict(fields: Row) -> BenchCase:
+    return BenchCase(**{name: fields[name] for name in CASE_FIELDS if name in fields})
 
 
 @dataclass(frozen=True)
 class Block:
     """Cases that the same systems take part in."""
 
-    cases: tuple[Case, ...]
+    cases: tuple[BenchCase, ...]
     systems: tuple[str, ...] = MAIN
 
 
@@ -104,9 +109,9 @@ class Grid:
     timed: bool = True  # False: values only
     first_call: bool = False  # start from an empty kernel cache and report how long the first call takes
 
-    def __iter__(self) -> Iterator[tuple[Case, tuple[str, ...]]]:
+    def __iter__(self) -> Iterator[tuple[BenchCase, tuple[str, ...]]]:
         """(case, systems) in order of importance; a case comes again only for systems that it did not come for."""
-        seen: set[tuple[Case, str]] = set()
+        seen: set[tuple[BenchCase, str]] = set()
         for block in self.blocks:
             for case in block.cases:
                 if names := tuple(name for name in block.systems if (case, name) not in seen):
@@ -114,13 +119,13 @@ class Grid:
                     yield case, names
 
 
-def product_of(**axes: Iterable[Any]) -> tuple[Case, ...]:
+def product_of(**axes: Iterable[Any]) -> tuple[BenchCase, ...]:
     """All combinations, the last axis changing fastest; I is H where it is not given."""
     combinations = (dict(zip(axes, values, strict=True)) for values in product(*axes.values()))
-    return tuple(Case(**{"I": fields["H"], **fields}) for fields in combinations)
+    return tuple(BenchCase(**{"I": fields["H"], **fields}) for fields in combinations)
 
 
-def variations(base: Case, modes: Iterable[str], dtypes: Iterable[str], *changes: Row) -> tuple[Case, ...]:
+def variations(base: BenchCase, modes: Iterable[str], dtypes: Iterable[str], *changes: Row) -> tuple[BenchCase, ...]:
     return tuple(
         replace(base, mode=mode, dtype=dtype, **change) for change in changes for mode, dtype in product(modes, dtypes)
     )
@@ -128,8 +133,8 @@ def variations(base: Case, modes: Iterable[str], dtypes: Iterable[str], *changes
 
 TRAINING = ("forward+backward", "forward")
 FAST_DTYPES = ("bfloat16", "float16", "tf32")
-TINY = Case("forward+backward", "float32", T=6, B=3, I=8, H=8)
-FLASHRNN_CASE = Case("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
+TINY = BenchCase("forward+backward", "float32", T=6, B=3, I=8, H=8)
+FLASHRNN_CASE = BenchCase("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
 FLASHRNN_SWEEPS = variations(
     FLASHRNN_CASE,
     TRAINING,
@@ -138,7 +143,7 @@ FLASHRNN_SWEEPS = variations(
     *({"B": batch} for batch in (64, 256, 2, 128, 32, 8)),
 )
 HIDDEN_SIZES = (512, 1024, 256, 768, 128, 2048, 64, 1536, 160)
-STACK = Case("forward+backward", "bfloat16", T=512, B=32, I=512, H=512)
+STACK = BenchCase("forward+backward", "bfloat16", T=512, B=32, I=512, H=512)
 
 GRIDS = {
     "smoke": Grid(
@@ -243,7 +248,7 @@ GRIDS = {
 }
 
 
-def shrunk(case: Case) -> Case:
+def shrunk(case: BenchCase) -> BenchCase:
     """The case with every size cut down to what an interpreter does in a second."""
     return replace(
         case,
@@ -281,7 +286,7 @@ def systems_named(names: str | None) -> tuple[str, ...] | None:
 
 def work_list(
     grid_name: str, systems: str | None = None, rehearse: bool = False, blocks: int | None = None
-) -> list[tuple[Case, tuple[str, ...]]]:
+) -> list[tuple[BenchCase, tuple[str, ...]]]:
     """(case, systems) of a grid, or of its first blocks, in order. rehearse: tiny sizes, for the interpreter."""
     if grid_name not in GRIDS:
         raise UnknownName(f"unknown grid {grid_name!r}: choose from {', '.join(GRIDS)}")

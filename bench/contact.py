@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import os
 import shutil
 import subprocess
@@ -24,61 +23,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import cases, devices, journal, measure, results
-from .cases import BASELINE, FLOOR, OURS, Case
+from .cases import BASELINE, FLOOR, OURS, BenchCase
+from .contact_cases import CANDIDATES, CHECKS, HOST, TIMED
 from .contact_report import TimeRow, is_right, time_table, verdict_of
-from .contact_worker import plans_to_try
 from .gpu import COMPILING, Session, ending_children
 from .hang import HANG
-from .plans import MODES
+from .plans import SCAN_MODES
 from .results import JsonObject
 from .watchdog import Crew, OutOfBudget, Watchdog, ending
 
-BOTH = "forward+backward"
-DTYPES = ("float16", "bfloat16", "tf32", "float32")
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "compute_mode")
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--print-limit", "20")
 
-
-def layer(dtype: str, T: int, B: int, I: int, H: int, **more: object) -> Case:  # noqa: E741
-    return Case(BOTH, dtype, T=T, B=B, I=I, H=H, **more)  # type: ignore[arg-type]
-
-
-# In order: one program; some; the headline; odd sizes; several tiles; asynchronous tensor cores; streamed weights;
-# lengths and resets; a chain; both directions; full precision with several tiles.
-CHECKS = (
-    *(layer(dtype, 8, 3, 8, 8) for dtype in DTYPES),
-    *(layer(dtype, 8, 3, 16, 64) for dtype in DTYPES),
-    *(layer(dtype, 16, 16, 768, 768) for dtype in DTYPES),
-    *(layer(dtype, 12, 17, 33, 131) for dtype in ("float16", "tf32")),
-    *(layer(dtype, 16, 64, 256, 1024) for dtype in ("bfloat16", "tf32")),
-    layer("float16", 12, 256, 256, 768),
-    *(layer(dtype, 8, 16, 64, 2048) for dtype in ("float16", "tf32")),
-    layer("bfloat16", 6, 16, 64, 4096),
-    *(layer(dtype, 16, 16, 64, 256, layout="lengths") for dtype in ("float16", "tf32")),
-    layer("float16", 16, 16, 64, 256, layout="resets"),
-    layer("bfloat16", 16, 32, 128, 512, layers=4),
-    layer("bfloat16", 16, 32, 128, 512, bidirectional=True),
-    layer("float32", 16, 64, 96, 512),
-)
-HEADLINE = layer("float16", 1024, 16, 768, 768)
-# The headline; then lengths of time, whose differences tell what a step costs and whether it matters that rows come
-# from memory; then the map over H and B, on whose borders nn.LSTM may get ahead; then a call that is all overhead.
-TIMED = (
-    *(replace(HEADLINE, dtype=dtype, mode=mode) for dtype in DTYPES for mode in ("forward", BOTH)),
-    *(replace(HEADLINE, T=steps, mode="forward") for steps in (128, 256, 2048)),
-    *(
-        replace(HEADLINE, T=256, H=hidden, I=hidden, B=batch)
-        for batch, hidden in itertools.product((16, 1, 64, 256), (256, 64, 1024, 512, 128, 2048))
-    ),
-    replace(HEADLINE, T=2, B=1, H=512, I=512, mode="inference"),
-)
-HOST = layer("float16", 16, 16, 256, 256)
-CASES = (*CHECKS, *TIMED, HOST)
 REHEARSED = 7  # cases of each step in a rehearsal
 COLD = 4  # layers, after which it shows whether a kernel cache was carried here
 MOST_FAILURES = 4  # layers, after which no more are tried: something is wrong from the ground up
 EXPLAINED = 2  # of the layers that failed, so many are tried with other plans
-CANDIDATES = 8  # the planner's best plans, its own among them, that are timed for each scan
 LEAST_FOR_TIMES = 0.5  # part of the budget that is left for times and tests, whatever fails
 FOR_TESTS = 0.3  # part of the budget that is left for tests
 LEAST_FOR_TESTS = 20.0  # seconds: with fewer none would end
@@ -92,20 +52,6 @@ def asked(*command: str) -> str:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     return ""
-
-
-def launch_besides(device: devices.Cpu) -> None:
-    """Launch what this command launches besides its cases, for the sake of Triton's cache (bench.cache)."""
-    from lstm_triton import planner
-
-    from . import handoff
-
-    handoff.times(device)
-    for kind, mode in MODES.items():
-        case = replace(HEADLINE, mode=mode)
-        for _, plan in plans_to_try(case, device, kind, CANDIDATES):
-            with planner.forced(planner.Plan(**plan), kind):
-                measure.compile_kernels(case, device)
 
 
 @dataclass
@@ -131,7 +77,7 @@ class Contact:
     processes: int = 1
     # What was found.
     right: int = 0
-    failed_layers: list[Case] = field(default_factory=list)
+    failed_layers: list[BenchCase] = field(default_factory=list)
     failed: list[tuple[str, JsonObject]] = field(default_factory=list)  # what, layers or others, and how it failed
     times: list[TimeRow] = field(default_factory=list)
     answers: dict[str, str] = field(default_factory=dict)  # what was asked, and what came out
@@ -195,7 +141,7 @@ class Contact:
                 watchdog.stop()
             return {**answer, "in": phase}
 
-    def check(self, watchdog: Watchdog, case: Case, change: str | None, patience: float = HANG) -> JsonObject:
+    def check(self, watchdog: Watchdog, case: BenchCase, change: str | None, patience: float = HANG) -> JsonObject:
         question = {"check": cases.as_dict(case), "change": change, "patience": patience}
         outcome = self.ask(watchdog, question)
         self.write("check", case=question["check"], change=change, under=watchdog.under, **outcome)
@@ -243,7 +189,7 @@ class Contact:
             self.answers["kernel cache"] = "of these layers' kernels {} found, {} compiled".format(*self.kernels)
             self.say(f"kernel cache: {self.answers['kernel cache']}")
 
-    def compile(self, wanted: Sequence[Case], systems: tuple[str, ...]) -> None:
+    def compile(self, wanted: Sequence[BenchCase], systems: tuple[str, ...]) -> None:
         """Compile side by side what the cases launch: no cache was carried here."""
         if self.processes == 1:
             return
@@ -290,7 +236,7 @@ class Contact:
     def time_layers(self) -> None:
         """lstm_triton, nn.LSTM and the exchange alone in turns; the headline with other plans, too."""
         headline, *_ = timed = self.sizes(TIMED)
-        plans = self.plans_of(headline)
+        plans = self.other_plans(headline)
         self.checking.stop()  # two children would hold memory that neither uses
         if self.kernels[1] > self.kernels[0]:
             self.compile(timed, (OURS, FLOOR))
@@ -303,17 +249,17 @@ class Contact:
                 self.time_layer(case)
         self.timing.stop()
 
-    def plans_of(self, case: Case) -> list[tuple[str, str, JsonObject]]:
+    def other_plans(self, case: BenchCase) -> list[tuple[str, str, JsonObject]]:
         """(mode, label, {"kind", "plan"}): what is measured beside the planner's choices for a layer."""
         found = []
-        for kind, mode in MODES.items():
+        for kind, mode in SCAN_MODES.items():
             outcome = self.ask(self.checking, {"plans": cases.as_dict(case), "kind": kind, "most": CANDIDATES})
             self.write("plans", case=cases.as_dict(case), kind=kind, **outcome)
             for label, plan in outcome.get("result", ()):
                 found.append((mode, f", {kind} {label}", {"kind": kind, "plan": plan}))
         return found
 
-    def time_layer(self, case: Case, forced: JsonObject | None = None, label: str = "") -> None:
+    def time_layer(self, case: BenchCase, forced: JsonObject | None = None, label: str = "") -> None:
         rows, failure = self.timing.measure("contact", case, (OURS, BASELINE, FLOOR), self.seconds, forced)
         self.write("times", case=cases.as_dict(case), rows=rows, failure=failure, forced=forced)
         found = {row["system"]: row for row in rows if row["status"] != "missing"}
@@ -324,7 +270,8 @@ class Contact:
             if forced is None and why["system"] not in (BASELINE, FLOOR):  # other plans need not be possible
                 self.failed.append((name, {"error": why["message"]}))
         if OURS in found and found[OURS]["status"] == "ok":
-            row = TimeRow(name, *(found.get(system, {}).get("median_us") for system in (OURS, BASELINE, FLOOR)))
+            theirs, exchange = (found.get(system, {}).get("median_us") for system in (BASELINE, FLOOR))
+            row = TimeRow(name, found[OURS]["median_us"], theirs, exchange)
             self.times.append(row)
             self.say(str(row))
 
@@ -352,7 +299,7 @@ class Contact:
         if failures or session.failures:
             self.failed.append(("tests marked gpu", {"error": text or "pytest did not run: see contact.log"}))
 
-    def sizes(self, found: tuple[Case, ...]) -> tuple[Case, ...]:
+    def sizes(self, found: tuple[BenchCase, ...]) -> tuple[BenchCase, ...]:
         """The cases; in a rehearsal some small ones, without those that need a GPU's units."""
         if self.on_gpu:
             return found

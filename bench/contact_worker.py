@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from . import cases, hits, measure, results, worker
-from .cases import Case
+from .cases import BenchCase
 from .devices import Cpu, tf32
 from .hang import Missing, Watch, spans
-from .plans import MODES, candidates_of, launches_of
+from .plans import candidates_of, first_plans, plans_to_try
 from .problem import Problem, Runner
 from .results import JsonObject
 from .systems import as_users_write_it, baseline, ours
@@ -63,12 +63,7 @@ class Inapplicable(Exception):
 # Plans
 
 
-def plans_of(case: Case, device: Cpu) -> dict[Kind, Plan]:
-    """The planner's choice for the first launch of each scan."""
-    return {kind: launches_of(kind, case, device)[0].plan for kind in MODES}
-
-
-def changed_plans(case: Case, device: Cpu, change: str) -> dict[Kind, Plan]:
+def changed_plans(case: BenchCase, device: Cpu, change: str) -> dict[Kind, Plan]:
     """The plans with a change, of those scans in which it changes anything.
 
     Raises:
@@ -78,7 +73,7 @@ def changed_plans(case: Case, device: Cpu, change: str) -> dict[Kind, Plan]:
 
     wanted = CHANGES[change]
     found: dict[Kind, Plan] = {}
-    for kind, plan in plans_of(case, device).items():
+    for kind, plan in first_plans(case, device).items():
         if change == "not cooperative":
             if plan.slices > 1 or plan.chained:
                 found[kind] = plan
@@ -95,7 +90,7 @@ def changed_plans(case: Case, device: Cpu, change: str) -> dict[Kind, Plan]:
     return found
 
 
-def applicable_changes(case: Case, device: Cpu) -> list[str]:
+def applicable_changes(case: BenchCase, device: Cpu) -> list[str]:
     found = []
     for change in CHANGES:
         with contextlib.suppress(Inapplicable):
@@ -105,7 +100,7 @@ def applicable_changes(case: Case, device: Cpu) -> list[str]:
 
 
 @contextlib.contextmanager
-def with_change(case: Case, device: Cpu, change: str | None) -> Iterator[None]:
+def with_change(case: BenchCase, device: Cpu, change: str | None) -> Iterator[None]:
     from lstm_triton import ops, planner
 
     with ExitStack() as stack:
@@ -114,7 +109,10 @@ def with_change(case: Case, device: Cpu, change: str | None) -> Iterator[None]:
                 stack.enter_context(planner.forced(plan, kind))
         if change == "not cooperative":
             options = ops.launch_options
-            alone = lambda plan: {**options(plan), "launch_cooperative_grid": False}  # noqa: E731
+
+            def alone(plan: Plan) -> dict[str, Any]:
+                return {**options(plan), "launch_cooperative_grid": False}
+
             stack.enter_context(mock.patch.object(ops, "launch_options", alone))
         yield
 
@@ -153,7 +151,7 @@ def located(one: Tensor, other: Tensor, exact: Tensor) -> JsonObject:
     return found
 
 
-def check(case: Case, change: str | None, watch: Watch, say: Say) -> JsonObject:
+def check(case: BenchCase, change: str | None, watch: Watch, say: Say) -> JsonObject:
     """Forward, then backward: every value beside nn.LSTM's and float64's."""
     import lstm_triton
 
@@ -186,11 +184,13 @@ def check(case: Case, change: str | None, watch: Watch, say: Say) -> JsonObject:
     with ExitStack() as stack:
         say(phase="plans")
         stack.enter_context(with_change(case, device, change))
-        runner, plans = ours(problem)[0], plans_of(case, device)
+        runner, plans = ours(problem)[0], first_plans(case, device)
         if runner.label:
             raise RuntimeError(runner.label)
+        [module] = runner.modules
+        assert isinstance(module, lstm_triton.LSTM)
         with lstm_triton.backend("triton"):
-            scans = lstm_triton.explain(runner.modules[0], problem.shape_input(leaf)).scans
+            scans = lstm_triton.explain(module, problem.shape_input(leaf)).scans
         found["plans"] = [f"{scan.kind}: {scan.plan}" for scan in scans]
         say(phase="forward")
         with watch.over("forward", case, plans):
@@ -208,7 +208,7 @@ def check(case: Case, change: str | None, watch: Watch, say: Say) -> JsonObject:
 # Times of the host
 
 
-def host_times(case: Case, device: Cpu) -> JsonObject:
+def host_times(case: BenchCase, device: Cpu) -> JsonObject:
     """Microseconds that the host takes to ask for a call: the median of some calls that nothing is waited for in."""
     problem = Problem(case, device)
     found: JsonObject = {}
@@ -225,22 +225,6 @@ def host_times(case: Case, device: Cpu) -> JsonObject:
                 device.synchronize()
             found[f"{name} {part}"] = round(statistics.median(times), 1)
     return found
-
-
-def short(plan: Plan) -> str:
-    sizes = f"{plan.block_batch} x {plan.block_hidden}, {plan.programs} programs"
-    return sizes + (", input fused" if plan.fuse_input else "")
-
-
-def plans_to_try(case: Case, device: Cpu, kind: Kind, most: int) -> list[tuple[str, JsonObject]]:
-    """Labels and plans: the planner's with the portable wait, the planner's without a hold, the next candidates."""
-    from lstm_triton.planner import Device
-
-    found = candidates_of(kind, case, Device.of(device.torch_device))[:most]
-    named = {"portable wait": dataclasses.replace(found[0], thread_elements=0)}
-    named["no hold"] = dataclasses.replace(found[0], hold=0)
-    named |= {short(plan): plan for plan in found[1:]}
-    return [(label, dataclasses.asdict(plan)) for label, plan in named.items() if plan != found[0]]
 
 
 def answer(question: JsonObject, watch: Watch, say: Say) -> Any:

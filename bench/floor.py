@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cases import BenchCase
 from .devices import Call, Cpu, tf32
-from .plans import launches_of
+from .plans import planned_launches
 from .problem import TORCH_DTYPES, Outputs, Problem, Runner
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _median_us(device: Cpu, call: Call) -> float:
     return statistics.median(device.time(call) for _ in range(5))
 
 
-def work(case: Case) -> tuple[int, int]:
+def work(case: BenchCase) -> tuple[int, int]:
     """(FLOP, bytes) that a case takes at least: its products, and every tensor read or written once."""
     directions = 2 if case.bidirectional else 1
     rows = sum(case.lengths)
@@ -61,7 +61,7 @@ def work(case: Case) -> tuple[int, int]:
     return times * products, times * numbers * TORCH_DTYPES[case.dtype].itemsize
 
 
-def lower_bound(case: Case, device: Cpu, exchange_us: float | None) -> float:
+def lower_bound(case: BenchCase, device: Cpu, exchange_us: float | None) -> float:
     """The floor of a case in microseconds. exchange_us: what the exchange-only kernel took, where it ran."""
     flop, moved = work(case)
     bounds = flop / product_rate(device, case.dtype), moved / copy_rate(device), exchange_us or 0.0
@@ -102,7 +102,7 @@ def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
     stride = planner.state_stride(case.H)
     copies = 1 if kind == "forward" else 4
     states = []
-    for launch in launches_of(kind, case, problem.device):
+    for launch in planned_launches(kind, case, problem.device):
         plan = launch.plan
         input_size = case.I if launch.first < directions else directions * case.H
         like = torch.empty(case.T, case.B, input_size, dtype=problem.dtype, device=device)

@@ -139,7 +139,7 @@ class Session:
                     self.run_case(grid_name, case, todo)
             self.watchdog.stop()  # the next stage starts with free memory
 
-    def compile(self, work: list[tuple[cases.Case, list[str]]]) -> None:
+    def compile(self, work: list[tuple[cases.BenchCase, list[str]]]) -> None:
         """Compile, side by side, what these cases launch."""
         wanted = {case: todo for case, todo in work if cases.OURS in todo}
         if self.compilers == 0 or not wanted:
@@ -147,7 +147,7 @@ class Session:
         self.crew = self.crew or Crew(self.watchdog, self.compilers)
         self.crew.compile(wanted, COMPILING * self.watchdog.time_left())
 
-    def todo(self, grid_name: str, case: cases.Case, names: tuple[str, ...]) -> list[str]:
+    def todo(self, grid_name: str, case: cases.BenchCase, names: tuple[str, ...]) -> list[str]:
         """The systems without a row yet. lstm_triton, nn.LSTM and the floor are only measured side by side."""
         rows = {
             row["system"]: row for row in self.found.rows if row["grid"] == grid_name and results.case_of(row) == case
@@ -162,7 +162,7 @@ class Session:
         together = not all(there(name) for name in names if name in cases.MAIN)
         return [name for name in names if (together if name in cases.MAIN else not there(name))]
 
-    def run_case(self, grid_name: str, case: cases.Case, names: list[str]) -> None:
+    def run_case(self, grid_name: str, case: cases.BenchCase, names: list[str]) -> None:
         """Rows for all these systems: each turn of the loop gets them, or loses a system to a crash or a time-out."""
         rows: list[Row] = []
 

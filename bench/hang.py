@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cases import BenchCase
 from .devices import Cpu
 from .results import JsonObject
 
@@ -45,7 +45,7 @@ class Watch:
         self.device, self.hangs, self.patience = device, hangs, patience
         self.buffers: list[Tensor] = []
         self.launched: list[tuple[torch.cuda.Event, float]] = []
-        self.over_what: tuple[str, Case, dict[Kind, Plan]] | None = None
+        self.over_what: tuple[str, BenchCase, dict[Kind, Plan]] | None = None
         if device.torch_device.type == "cuda":
             # Made, and used, beforehand: the driver may wait for a kernel that never ends before it makes them.
             self.host = torch.empty(MOST_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -56,7 +56,7 @@ class Watch:
             threading.Thread(target=self._look, daemon=True).start()
 
     @contextlib.contextmanager
-    def over(self, phase: str, case: Case, plans: dict[Kind, Plan]) -> Iterator[None]:
+    def over(self, phase: str, case: BenchCase, plans: dict[Kind, Plan]) -> Iterator[None]:
         """Until all that is asked for inside has ended."""
         from lstm_triton import ops
         from lstm_triton.interpreter import Deadlock
@@ -102,7 +102,7 @@ class Watch:
                     phase, case, plans = over_what
                     self.hangs(phase, self.missing(case, plans))
 
-    def missing(self, case: Case, plans: dict[Kind, Plan]) -> list[Missing]:
+    def missing(self, case: BenchCase, plans: dict[Kind, Plan]) -> list[Missing]:
         """Of every lane that is not complete: which step, rows, units and programs its peers wait for."""
         if not self.buffers:
             return ["no exchange buffer was made"]
@@ -136,7 +136,7 @@ class Watch:
         return host.clone()
 
 
-def missing_of_lane(empty: Tensor, case: Case, kind: Kind, lane: int, plan: Plan | None) -> JsonObject | None:
+def missing_of_lane(empty: Tensor, case: BenchCase, kind: Kind, lane: int, plan: Plan | None) -> JsonObject | None:
     """What a lane has not published, as its buffer shows it; None where nothing is missing.
 
     Args:

@@ -71,7 +71,7 @@ class Journal:
             found = report.outcome, message[-2000:] + printed
             if self.outcomes.setdefault(report.nodeid, found)[0] != "failed":  # the first failure is the cause
                 self.outcomes[report.nodeid] = found
-        if report.when == "???":  # a worker has ended in this test, which nobody else will say is over
+        if str(report.when) == "???":  # pytest-xdist's: a worker has ended in this test, and nothing else will tell
             outcome, message = self.outcomes[report.nodeid]
             self.write(
                 test=report.nodeid, outcome="crashed" if "crashed while" in message else outcome, message=message

@@ -10,7 +10,7 @@ from . import cases, results
 from .cases import FLOOR, Row
 from .results import Results, ResultsError
 
-Rows = dict[cases.Case, dict[str, Row]]  # case -> system -> row
+Rows = dict[cases.BenchCase, dict[str, Row]]  # case -> system -> row
 
 
 @dataclass
@@ -40,9 +40,9 @@ class Machine:
             return f"{self.name} figures: a check that everything runs, no statement about a GPU"
         return "" if self.current else "Measured with other kernels than those in this checkout"
 
-    def rows_by_case(self, grid: str | None = None) -> dict[tuple[str, cases.Case], dict[str, Row]]:
+    def rows_by_case(self, grid: str | None = None) -> dict[tuple[str, cases.BenchCase], dict[str, Row]]:
         """(grid, case) -> system -> row, in the file's order."""
-        table: dict[tuple[str, cases.Case], dict[str, Row]] = {}
+        table: dict[tuple[str, cases.BenchCase], dict[str, Row]] = {}
         for row in self.results.rows:
             if grid in (None, row["grid"]):
                 table.setdefault((row["grid"], results.case_of(row)), {})[row["system"]] = row
@@ -62,7 +62,7 @@ class Machine:
 @dataclass
 class Comparison:
     grid: str
-    case: cases.Case
+    case: cases.BenchCase
     ours: Row
     baseline: Row | None
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .cases import BASELINE, FLOOR, OURS, Case, Grid, Row, as_dict
+from .cases import BASELINE, FLOOR, OURS, BenchCase, Grid, Row, as_dict
 from .devices import Cpu, tf32
 from .floor import lower_bound
 from .problem import Outputs, Problem, Runner
@@ -236,7 +236,7 @@ def measure_times(problem: Problem, entries: list[Entry], seconds: float, wall: 
         order = order[1:] + order[:1]
 
 
-def finish_row(grid_name: str, grid: Grid, case: Case, name: str, entries: list[Entry]) -> Measured:
+def finish_row(grid_name: str, grid: Grid, case: BenchCase, name: str, entries: list[Entry]) -> Measured:
     """The row of one system: its fastest right variant, the others in the message."""
     median = {id(entry): statistics.median(entry.samples) if entry.samples else math.inf for entry in entries}
     best = min(entries, key=lambda entry: (not entry.runner.compared, not entry.good, median[id(entry)]))
@@ -263,12 +263,12 @@ def quantiles(samples: list[float]) -> tuple[float, ...]:
     return tuple(round(value, 3) for value in torch.tensor(samples, dtype=torch.float64).quantile(levels).tolist())
 
 
-def new_row(grid_name: str, case: Case, system: str, status: str, message: str) -> Row:
+def new_row(grid_name: str, case: BenchCase, system: str, status: str, message: str) -> Row:
     figures = dict.fromkeys(("median_us", "p20_us", "p80_us", "kept_bytes", "peak_bytes", "error", "floor_us"))
     return {"grid": grid_name, "system": system, **as_dict(case), "status": status, "message": message, **figures}
 
 
-def compile_kernels(case: Case, device: Cpu, systems: Collection[str] = (OURS, FLOOR)) -> bool:
+def compile_kernels(case: BenchCase, device: Cpu, systems: Collection[str] = (OURS, FLOOR)) -> bool:
     """Run what a case launches once, two steps long: the kernels are the same for every T but 1. False if it fails.
 
     systems: others than lstm_triton and the exchange alone launch none of these kernels.
@@ -291,7 +291,7 @@ def compile_kernels(case: Case, device: Cpu, systems: Collection[str] = (OURS, F
 def measure(
     grid_name: str,
     grid: Grid,
-    case: Case,
+    case: BenchCase,
     systems: Sequence[str],
     device: Cpu,
     seconds: float = 0.3,

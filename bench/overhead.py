@@ -40,7 +40,9 @@ SIZE = 32  # I and H: small matrix products, but more than one program
 
 
 @dataclass(frozen=True)
-class Case:
+class CallCase:
+    """A call of the module whose cost is counted."""
+
     name: str
     time_steps: int
     batch_size: int
@@ -49,16 +51,17 @@ class Case:
     states: bool = False  # whether initial states are given
 
 
-CASES = (
-    Case("one step", 1, 1),
-    Case("one step, with states", 1, 1, states=True),
-    Case("one step, 2 layers, both directions", 1, 1, options={"num_layers": 2, "bidirectional": True}),
-    Case("one step, training", 1, 1, trains=True),
-    Case("inference", 16, 16),
-    Case("inference, with states", 16, 16, states=True),
-    Case("training", 16, 16, trains=True),
-    Case("inference, 2 layers, both directions", 16, 16, options={"num_layers": 2, "bidirectional": True}),
-    Case("training, 2 layers, both directions", 16, 16, trains=True, options={"num_layers": 2, "bidirectional": True}),
+TWO_LAYERS_BOTH_DIRECTIONS = {"num_layers": 2, "bidirectional": True}
+CALLS = (
+    CallCase("one step", 1, 1),
+    CallCase("one step, with states", 1, 1, states=True),
+    CallCase("one step, 2 layers, both directions", 1, 1, options=TWO_LAYERS_BOTH_DIRECTIONS),
+    CallCase("one step, training", 1, 1, trains=True),
+    CallCase("inference", 16, 16),
+    CallCase("inference, with states", 16, 16, states=True),
+    CallCase("training", 16, 16, trains=True),
+    CallCase("inference, 2 layers, both directions", 16, 16, options=TWO_LAYERS_BOTH_DIRECTIONS),
+    CallCase("training, 2 layers, both directions", 16, 16, trains=True, options=TWO_LAYERS_BOTH_DIRECTIONS),
 )
 
 
@@ -132,7 +135,7 @@ class Operators(TorchDispatchMode):
     """Counts the operators that would launch something on a GPU, also those within this library's own."""
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         own = (ops.scan_forward, ops.scan_backward, cell_ops.single_step, cell_ops.cell_forward, cell_ops.cell_backward)
         self.own = {operator._qualname: operator._init_fn for operator in own}
         self.counted: Counter[str] = Counter()
@@ -150,7 +153,7 @@ class Operators(TorchDispatchMode):
         return results
 
 
-def call_of(case: Case, module_type: type[nn.RNNBase], dtype: torch.dtype) -> Callable[[], None]:
+def call_of(case: CallCase, module_type: Callable[..., nn.RNNBase], dtype: torch.dtype) -> Callable[[], None]:
     module = module_type(SIZE, SIZE, dtype=dtype, **case.options)
     input = torch.randn(case.time_steps, case.batch_size, SIZE, dtype=dtype)
     lanes = module.num_layers * (2 if module.bidirectional else 1)
@@ -198,7 +201,7 @@ def functions(call: Callable[[], None]) -> int:
     return count
 
 
-def stock_microseconds(case: Case, dtype: torch.dtype, seconds: float) -> float | None:
+def stock_microseconds(case: CallCase, dtype: torch.dtype, seconds: float) -> float | None:
     """Of nn.LSTM without what it calls; only where no gradients are asked for, since those are the callee's."""
     if case.trains:
         return None
@@ -220,7 +223,7 @@ def stock_microseconds(case: Case, dtype: torch.dtype, seconds: float) -> float 
         return least_microseconds(call, seconds)
 
 
-def report(case: Case, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+def report(case: CallCase, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     with pretended_gpu():
         call = call_of(case, lstm_triton.LSTM, dtype)
         for _ in range(3):
@@ -316,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = {hidden: compilations(hidden, dtype) for hidden in chosen.compilations}
         print(json.dumps(found) if chosen.json else "\n".join(f"H = {hidden}: {found[hidden]}" for hidden in found))
         return 0
-    rows = [report(case, dtype, chosen.seconds) for case in CASES]
+    rows = [report(case, dtype, chosen.seconds) for case in CALLS]
     print(json.dumps(rows, indent=1) if chosen.json else _table(rows))
     return 0
 

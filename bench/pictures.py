@@ -58,7 +58,7 @@ def plain(machine: Machine) -> Rows:
     return square or chosen
 
 
-def fullest(rows: Rows, fixed: Callable[[cases.Case], tuple[int, ...]]) -> Rows:
+def fullest(rows: Rows, fixed: Callable[[cases.BenchCase], tuple[int, ...]]) -> Rows:
     """Of the sets of cases that agree in `fixed`, the one with the most cases (the largest if several)."""
     sets: dict[tuple[int, ...], Rows] = defaultdict(dict)
     for case, systems in rows.items():
@@ -89,11 +89,11 @@ def panels(
     return figure, each()
 
 
-def present(rows: Rows, shown: Callable[[cases.Case], object]) -> tuple[list[str], list[str]]:
+def present(rows: Rows, shown: Callable[[cases.BenchCase], object]) -> tuple[list[str], list[str]]:
     """The modes (training first) and dtypes worth a panel: more than one point, and a quarter of the fullest's."""
     points = {case: shown(case) for case in rows}
 
-    def worth(names: tuple[str, ...], name_of: Callable[[cases.Case], str]) -> list[str]:
+    def worth(names: tuple[str, ...], name_of: Callable[[cases.BenchCase], str]) -> list[str]:
         counts = {name: len({points[case] for case in rows if name_of(case) == name}) for name in names}
         most = max(counts.values())
         return [name for name in names if 4 * counts[name] > most and (counts[name] > 1 or most == 1)]
@@ -169,13 +169,13 @@ class LinePicture:
     over: str
     x_label: str
     y_label: str
-    unit: Callable[[cases.Case], float]
+    unit: Callable[[cases.BenchCase], float]
     solid: str
     dotted: str | None = None
     floor: str | None = None
     modes: tuple[str, ...] = MODES
 
-    def size(self, case: cases.Case) -> int:
+    def size(self, case: cases.BenchCase) -> int:
         return int(getattr(case, self.over))
 
     def draw(self, machine: Machine) -> Figure | None:

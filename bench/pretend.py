@@ -122,7 +122,8 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
     torch.set_num_threads(1)
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # it lacks layers that autocast asks for
     option = session.config.getoption
-    modules = list(dict.fromkeys(item.getparent(pytest.Module).obj for item in session.items))  # type: ignore[union-attr]
+    parents = (item.getparent(pytest.Module) for item in session.items)
+    modules = list(dict.fromkeys(parent.obj for parent in parents if parent is not None))
     if without := [module.__name__ for module in modules if not hasattr(module, "DEVICE")]:
         raise pytest.UsageError(f"no constant DEVICE, where the tests run, in {', '.join(without)}")
     [conftest] = (each for each in session.config.pluginmanager.get_plugins() if hasattr(each, "why_skipped"))

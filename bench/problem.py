@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .cases import Case
+from .cases import BenchCase
 from .devices import Cpu
 
 TORCH_DTYPES = {
@@ -29,7 +29,7 @@ Outputs = tuple[Tensor, Tensor, Tensor]  # output (T, B, D * P), or its packed r
 class Problem:
     """A case with its weights: what every system is given."""
 
-    def __init__(self, case: Case, device: Cpu, seed: int = 0) -> None:
+    def __init__(self, case: BenchCase, device: Cpu, seed: int = 0) -> None:
         self.case = case
         self.device = device
         self.dtype = TORCH_DTYPES[case.dtype]

@@ -203,7 +203,7 @@ def headline_table(machine: Machine) -> str:
     ]
     names = [name for name in names if name != cases.FLOOR]
 
-    def step(case: cases.Case, row: Row | None) -> str:
+    def step(case: cases.BenchCase, row: Row | None) -> str:
         if row is None:
             return ""
         return f"{row['median_us'] / case.T:.2f}" if row["status"] == "ok" else row["status"]

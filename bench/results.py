@@ -19,7 +19,7 @@ import torch
 
 from lstm_triton.planner import Device, table_path
 
-from .cases import Case, Row, from_dict
+from .cases import BenchCase, Row, from_dict
 
 JsonObject = dict[str, Any]
 
@@ -93,11 +93,11 @@ def provenance(gpu: str, driver: str | None) -> JsonObject:
     }
 
 
-def case_of(row: Row) -> Case:
+def case_of(row: Row) -> BenchCase:
     return from_dict(row)
 
 
-def key_of(row: Row) -> tuple[str, Case, str]:
+def key_of(row: Row) -> tuple[str, BenchCase, str]:
     return row["grid"], from_dict(row), row["system"]
 
 

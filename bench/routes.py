@@ -14,7 +14,7 @@ from . import results
 from .machine import Machine
 
 # Where inference itself was not measured, the forward pass of training stands for it, which does a little more.
-MODES = {"forward": "inference", "forward+backward": "training", "inference": "inference"}
+ROUTE_MODES = {"forward": "inference", "forward+backward": "training", "inference": "inference"}
 
 
 def measured(machine: Machine) -> list[list[object]]:
@@ -26,9 +26,9 @@ def measured(machine: Machine) -> list[list[object]]:
     for comparison in machine.comparisons():
         case, faster = comparison.case, comparison.speedup
         single = case.layers == 1 and not case.bidirectional and case.layout == "dense" and not case.proj_size
-        if not single or case.mode not in MODES or case.memory != "full" or case.T == 1 or faster is None:
+        if not single or case.mode not in ROUTE_MODES or case.memory != "full" or case.T == 1 or faster is None:
             continue
-        key = (MODES[case.mode], case.dtype, case.H, case.B)
+        key = (ROUTE_MODES[case.mode], case.dtype, case.H, case.B)
         ratios[key] = max(ratios.get(key, (False, 0, 0.0)), (case.mode != "forward", case.T, round(1 / faster, 3)))
     return [[*key, ratio] for key, (_, _, ratio) in sorted(ratios.items())]
 

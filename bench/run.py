@@ -32,7 +32,7 @@ class RowCollector:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found = dict(report.user_properties) if report.when == "call" else {}
-        new: list[Row] = [found["row"]] if "row" in found else []  # type: ignore[list-item]
+        new: list[Row] = [row] if isinstance(row := found.get("row"), dict) else []
         self.rows += new
         self.found.add(new)
         if new and self.path is not None:

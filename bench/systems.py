@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .cases import BASELINE, FLOOR, OURS, Case
+from .cases import BASELINE, FLOOR, OURS, BenchCase
 from .devices import Cpu
 from .floor import exchange_runner
 from .problem import Outputs, Problem, Runner, module_runner
@@ -26,16 +26,25 @@ from .problem import Outputs, Problem, Runner, module_runner
 
 @dataclass(frozen=True)
 class System:
+    """A system that takes part.
+
+    Attributes:
+        runners: make the ways in which the system computes a problem.
+        refuses: says why the system cannot run a case on a device; None where it can.
+        package: what has to be installed for the system.
+        patience: how many times longer than others the system may be silent. Some compile for minutes.
+    """
+
     name: str
     runners: Callable[[Problem], list[Runner]]
-    refuses: Callable[[Case, Cpu], str | None] = lambda case, device: None  # why it cannot run this case on this device
-    package: str | None = None  # what has to be installed for it
-    patience: float = 1.0  # how many times longer than others it may be silent: some compile for minutes
+    refuses: Callable[[BenchCase, Cpu], str | None] = lambda case, device: None
+    package: str | None = None
+    patience: float = 1.0
 
     def installed(self) -> bool:
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
-    def why_missing(self, case: Case, device: Cpu) -> str | None:
+    def why_missing(self, case: BenchCase, device: Cpu) -> str | None:
         if case.dtype == "tf32" and device.name != "cuda":
             return "a CPU has no TF32"
         if reason := self.refuses(case, device):
@@ -153,11 +162,11 @@ def compiled(problem: Problem) -> list[Runner]:
     return runners
 
 
-def compiled_refuses(case: Case, device: Cpu) -> str | None:
+def compiled_refuses(case: BenchCase, device: Cpu) -> str | None:
     return "has neither lengths nor resets" if case.layout in ("lengths", "resets") else None
 
 
-def one_dense_layer(case: Case, device: Cpu) -> str | None:
+def one_dense_layer(case: BenchCase, device: Cpu) -> str | None:
     """Why a system whose kernels take one dense layer in one direction, on an NVIDIA GPU, cannot run this case."""
     if device.name != "cuda" or torch.version.hip is not None:
         return "runs on NVIDIA GPUs only"
@@ -174,7 +183,7 @@ def flashrnn(backend: str) -> Callable[[Problem], list[Runner]]:
     """
 
     def runners(problem: Problem) -> list[Runner]:
-        from flashrnn import flashrnn as run  # type: ignore[import-not-found]
+        from flashrnn import flashrnn as run
 
         hidden_size = problem.case.H
         parameters = [parameter.detach().clone().requires_grad_() for parameter in problem.module.parameters()]
@@ -204,7 +213,7 @@ def torchrl(problem: Problem) -> list[Runner]:
     lstm_triton(x (B, T, I), hidden (B, T, H), cell (B, T, H), four weights, is_init (B, T)) gives all h, all c, h_n
     and c_n. hidden and cell are what a reset at (b, t) sets; tensors are float32, compute_dtype is the products'.
     """
-    from torchrl.modules.tensordict_module._rnn_triton import lstm_triton as run  # type: ignore[import-not-found]
+    from torchrl.modules.tensordict_module._rnn_triton import lstm_triton as run
 
     case = problem.case
     parameters = [parameter.detach().float().clone().requires_grad_() for parameter in problem.module.parameters()]
@@ -227,7 +236,7 @@ def torchrl(problem: Problem) -> list[Runner]:
     return [Runner(call, parameters, adapt=lambda leaf: leaf.float().transpose(0, 1).contiguous(), label=label)]
 
 
-def torchrl_refuses(case: Case, device: Cpu) -> str | None:
+def torchrl_refuses(case: BenchCase, device: Cpu) -> str | None:
     return "multiplies in float32 or bfloat16 only" if case.dtype == "float16" else one_dense_layer(case, device)
 
 
@@ -235,7 +244,7 @@ def exchange_floor(problem: Problem) -> list[Runner]:
     return [exchange_runner(problem)]
 
 
-def floor_refuses(case: Case, device: Cpu) -> str | None:
+def floor_refuses(case: BenchCase, device: Cpu) -> str | None:
     if device.name == "cpu":
         return "nothing is exchanged on a CPU"
     if case.proj_size:

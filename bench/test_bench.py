@@ -46,6 +46,6 @@ def test_case(
         pytest.fail(f"{system} is {row['status']}: {row['message']}", pytrace=False)
     if samples:
         turns = iter(samples)
-        benchmark.pedantic(lambda: clock.advance(next(turns)), rounds=len(samples), iterations=1)  # type: ignore[no-untyped-call]
+        benchmark.pedantic(lambda: clock.advance(next(turns)), rounds=len(samples), iterations=1)
     else:  # a grid of values without times
         benchmark.skipped = True

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from . import resources
-from .cases import OURS, Case
-from .plans import MODES, candidates_of
+from .cases import OURS, BenchCase
+from .plans import SCAN_MODES, candidates_of
 from .problem import TORCH_DTYPES
 from .report import microseconds
 from .results import JsonObject, ResultsError, require_writable, write_atomically
@@ -64,7 +64,7 @@ def refusal(kind: Kind, device: Device, hidden_size: int, dtype: str, plan: Plan
     return None
 
 
-def kept_candidates(kind: Kind, case: Case, device: Device, limit: int, say: Callable[[str], None]) -> list[Plan]:
+def kept_candidates(kind: Kind, case: BenchCase, device: Device, limit: int, say: Callable[[str], None]) -> list[Plan]:
     """The `limit` most promising candidates that nothing speaks against."""
     kept: list[Plan] = []
     for plan in candidates_of(kind, case, device):
@@ -78,7 +78,13 @@ def kept_candidates(kind: Kind, case: Case, device: Device, limit: int, say: Cal
 
 
 def tune_case(
-    kind: Kind, case: Case, device: Device, watchdog: Watchdog, limit: int, seconds: float, say: Callable[[str], None]
+    kind: Kind,
+    case: BenchCase,
+    device: Device,
+    watchdog: Watchdog,
+    limit: int,
+    seconds: float,
+    say: Callable[[str], None],
 ) -> Plan | None:
     """The fastest of the candidates whose values are right."""
     best, best_us = None, float("inf")
@@ -118,7 +124,7 @@ def tune(
             for hidden_size, batch_size in sizes:
                 for dtype in dtypes:
                     for kind in get_args(planner.Kind):
-                        case = Case(MODES[kind], dtype, T=steps, B=batch_size, I=hidden_size, H=hidden_size)
+                        case = BenchCase(SCAN_MODES[kind], dtype, T=steps, B=batch_size, I=hidden_size, H=hidden_size)
                         key = planner.key(
                             kind, batch_size, hidden_size, hidden_size, TORCH_DTYPES[dtype], allow_tf32=dtype == "tf32"
                         )

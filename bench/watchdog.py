@@ -171,7 +171,12 @@ class Watchdog:
         return {"failure": {"status": "error", "message": self.stop()}} if answer is None else answer
 
     def measure(
-        self, grid_name: str, case: cases.Case, names: Sequence[str], seconds: float, forced: JsonObject | None = None
+        self,
+        grid_name: str,
+        case: cases.BenchCase,
+        names: Sequence[str],
+        seconds: float,
+        forced: JsonObject | None = None,
     ) -> tuple[list[Row], JsonObject | None]:
         """The rows of a case, and what went wrong where that are not all: {"status", "message", "phase", "system"}.
 
@@ -211,7 +216,7 @@ class Crew:
         self.starting = {Child(watchdog.device_name, watchdog.plugin, watchdog.log) for _ in range(size)}
         self.ready: set[Child] = set()
 
-    def compile(self, wanted: Mapping[cases.Case, Sequence[str]], seconds: float) -> None:
+    def compile(self, wanted: Mapping[cases.BenchCase, Sequence[str]], seconds: float) -> None:
         """Compile what systems launch in cases, for as many cases as the time allows.
 
         A child that ends or stays silent is not replaced.

@@ -14,11 +14,11 @@ from typing import ClassVar
 import pytest
 
 from bench import cases, gpu, journal, measure, results, watchdog
-from bench.cases import Block, Case, Grid
+from bench.cases import BenchCase, Block, Grid
 from bench.watchdog import CannotStart, Crew, OutOfBudget, Watchdog
 
-CASE = Case("inference", "float32", T=2, B=2, I=3, H=4)
-OTHER = Case("inference", "float32", T=3, B=2, I=3, H=4)
+CASE = BenchCase("inference", "float32", T=2, B=2, I=3, H=4)
+OTHER = BenchCase("inference", "float32", T=3, B=2, I=3, H=4)
 
 # Stands in for the peers in the children, which import it first.
 PLUGIN = """
@@ -92,7 +92,7 @@ def with_systems(monkeypatch, *names: str, found=(CASE, OTHER)) -> None:
     monkeypatch.setitem(cases.GRIDS, "smoke", Grid("a test's", (Block(found, names),)))
 
 
-def rows_of(session: gpu.Session) -> dict[tuple[Case, str], cases.Row]:
+def rows_of(session: gpu.Session) -> dict[tuple[BenchCase, str], cases.Row]:
     rows = results.Results.read(session.results_file).rows
     found = {(results.case_of(row), row["system"]): row for row in rows}
     assert len(found) == len(rows)
@@ -185,7 +185,7 @@ def in_memory(session, origin="x") -> gpu.Session:
 
 
 def test_a_system_that_keeps_crashing_is_given_up_but_never_ours(session, monkeypatch) -> None:
-    several = tuple(Case("inference", "float32", T=length, B=1, I=1, H=1) for length in range(1, 6))
+    several = tuple(BenchCase("inference", "float32", T=length, B=1, I=1, H=1) for length in range(1, 6))
     with_systems(monkeypatch, "lstm_triton", "nn.LSTM", "flashrnn-cuda", found=several)
 
     def answers(case, names):
@@ -320,7 +320,7 @@ def test_a_crew_stops_in_time_and_ends_who_is_in_the_middle_of_something(session
 def test_cases_are_compiled_before_they_are_measured_except_where_the_first_call_counts(session, monkeypatch) -> None:
     one = in_memory(session())
     one.compilers = 2
-    compiled: list[Case] = []
+    compiled: list[BenchCase] = []
     fake_crew = types.SimpleNamespace(compile=lambda wanted, seconds: compiled.extend(wanted))
     monkeypatch.setattr(gpu, "Crew", lambda watchdog, size: fake_crew)
     compiled_first: list[bool] = []
