@@ -1,12 +1,19 @@
 """`python -m bench contact`: the first command for any GPU. Is everything right, how fast is it, and, if not, why not?
 
-Within minutes, what is worth most first: what the machine is; some layers, forward and backward apart, every error
-beside nn.LSTM's; the layers that failed once more with other plans, to see what the fault depends on; times of this
-library, of nn.LSTM and of the exchange alone; what the planner's estimates rest on; the tests marked gpu.
+It takes minutes. In this order it finds out:
+- what the machine is;
+- whether layers are right, forward and backward apart, with every error beside nn.LSTM's;
+- what a fault depends on: layers that failed run once more, also with other plans;
+- what the planner's estimates rest on;
+- times of this library, of nn.LSTM and of the exchange alone;
+- whether the tests marked gpu pass.
 
-Nothing runs on the device in this process. Children do the work (bench.contact_worker, bench.worker), and one that
-crashes or hangs becomes a line that says so. The folder gets contact.jsonl, a line for every finding as soon as it is
-known; contact.txt, the lines that are printed; contact.log, what the children print; and the journal of the tests.
+Nothing runs on the device in this process. Children do the work (bench.contact_worker, bench.worker). If a child
+crashes or hangs, a line says so. The folder gets
+- contact.jsonl, with a line for every finding as soon as it is known;
+- contact.txt, with everything that is printed;
+- contact.log, with everything that the children print;
+- the journal of the tests.
 """
 
 from __future__ import annotations
@@ -36,17 +43,17 @@ CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperatur
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--print-limit", "20")
 
 REHEARSED = 7  # cases of each step in a rehearsal
-COLD = 4  # layers, after which it shows whether a kernel cache was carried here
-MOST_FAILURES = 4  # layers, after which no more are tried: something is wrong from the ground up
-EXPLAINED = 2  # of the layers that failed, so many are tried with other plans
-LEAST_FOR_TIMES = 0.5  # part of the budget that is left for times and tests, whatever fails
-FOR_TESTS = 0.3  # part of the budget that is left for tests
-LEAST_FOR_TESTS = 20.0  # seconds: with fewer none would end
-SLOWER = 4  # how many times slower everything may be under a sanitizer
+COLD = 4  # after so many layers one knows whether Triton's cache has the kernels
+MOST_FAILURES = 4  # after so many failed layers no more are tried: something is wrong from the ground up
+EXPLAINED = 2  # so many of the layers that failed are tried with other plans
+LEAST_FOR_TIMES = 0.5  # this part of the budget is left for times and tests, whatever fails
+FOR_TESTS = 0.3  # this part of the budget is left for tests
+LEAST_FOR_TESTS = 20.0  # seconds; in less time no test would end
+SLOWER = 4  # under a sanitizer everything may be so many times slower
 
 
 def asked(*command: str) -> str:
-    """What a command prints; nothing where there is no such command."""
+    """What a command prints. Nothing where the command is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -59,11 +66,11 @@ class Contact:
     """One call of the command.
 
     Attributes:
-        seconds: of timing for each system and case.
-        silent: seconds without a sign of life before a child is killed, compiling included.
+        seconds: how long to time each system in each case.
+        silent: seconds for which a child may be silent, also while it compiles.
         plugin: a module that every child imports first.
         tests: what pytest -m gpu is run on; None: no tests.
-        processes: that compile ahead where the kernel cache is empty, and that run tests.
+        processes: so many compile ahead where the kernel cache is empty, and so many run tests.
     """
 
     out: Path
@@ -78,11 +85,11 @@ class Contact:
     # What was found.
     right: int = 0
     failed_layers: list[BenchCase] = field(default_factory=list)
-    failed: list[tuple[str, JsonObject]] = field(default_factory=list)  # what, layers or others, and how it failed
+    failed: list[tuple[str, JsonObject]] = field(default_factory=list)  # what failed, and how
     times: list[TimeRow] = field(default_factory=list)
-    answers: dict[str, str] = field(default_factory=dict)  # what was asked, and what came out
+    answers: dict[str, str] = field(default_factory=dict)  # question -> answer
     skipped: list[str] = field(default_factory=list)
-    kernels: tuple[int, int] = (0, 0)  # of the layers' kernels: found in Triton's cache, and compiled
+    kernels: tuple[int, int] = (0, 0)  # of the layers: found in Triton's cache, and compiled
 
     def __post_init__(self) -> None:
         self.checking, self.timing = self.watchdog("bench.contact_worker"), self.watchdog("bench.worker")
@@ -115,7 +122,7 @@ class Contact:
             self.skipped.append(what)
 
     def has_time(self, part: float, what: str) -> bool:
-        """Whether more than a part of the budget is left. If not, `what` is not done."""
+        """Whether more than a part of the budget is left. If not, `what` is noted as not done."""
         there = self.deadline - time.monotonic() > part * (self.deadline - self.start)
         if not there:
             self.skip(what)
@@ -150,7 +157,7 @@ class Contact:
     # Steps
 
     def environment(self) -> None:
-        """What the machine is: versions from a child, clocks and compute mode from the driver's own tool."""
+        """What the machine is: versions from a child, clocks and compute mode from nvidia-smi."""
         self.checking.started()
         assert self.checking.origin is not None
         found = self.checking.origin
@@ -190,7 +197,7 @@ class Contact:
             self.say(f"kernel cache: {self.answers['kernel cache']}")
 
     def compile(self, wanted: Sequence[BenchCase], systems: tuple[str, ...]) -> None:
-        """Compile side by side what the cases launch: no cache was carried here."""
+        """Compile what the cases launch in processes side by side, since Triton's cache does not have it."""
         if self.processes == 1:
             return
         crew = Crew(self.timing, self.processes)
@@ -200,7 +207,7 @@ class Contact:
             crew.stop()
 
     def explain_failures(self) -> None:
-        """The first failures again, each in a child of its own: as they are, with other plans, under a sanitizer."""
+        """Run layers that failed again: as they are, with other plans, under a sanitizer. Each run has a new child."""
         what = "some of what the failures depend on"
         for case in self.failed_layers[:EXPLAINED]:
             changes = self.ask(self.checking, {"changes": cases.as_dict(case)}).get("result", ())
@@ -218,7 +225,7 @@ class Contact:
                 self.say(f"  {short}, under {SANITIZER[0]}: {verdict_of(outcome)}; see contact.log")
 
     def ask_questions(self) -> None:
-        """What the planner's estimates rest on: the hand-off between multiprocessors; what a call costs the host."""
+        """Ask what the planner's estimates rest on: the time of a hand-off, and the host's time for a call."""
         [host] = self.sizes((HOST,))
         for step, what, question in (
             ("handoff", "from one multiprocessor to another", {"handoff": None}),
@@ -234,7 +241,7 @@ class Contact:
             self.say(f"{what}: {text}")
 
     def time_layers(self) -> None:
-        """lstm_triton, nn.LSTM and the exchange alone in turns; the headline with other plans, too."""
+        """Time lstm_triton, nn.LSTM and the exchange alone in turns. The headline is timed with other plans, too."""
         headline, *_ = timed = self.sizes(TIMED)
         plans = self.other_plans(headline)
         self.checking.stop()  # two children would hold memory that neither uses
@@ -250,7 +257,7 @@ class Contact:
         self.timing.stop()
 
     def other_plans(self, case: BenchCase) -> list[tuple[str, str, JsonObject]]:
-        """(mode, label, {"kind", "plan"}): what is measured beside the planner's choices for a layer."""
+        """(mode, label, {"kind", "plan"}) of the plans that are measured beside the planner's own."""
         found = []
         for kind, mode in SCAN_MODES.items():
             outcome = self.ask(self.checking, {"plans": cases.as_dict(case), "kind": kind, "most": CANDIDATES})
@@ -267,7 +274,7 @@ class Contact:
         why = failure or next((row for row in found.values() if row["status"] != "ok"), None)
         if why is not None:
             self.say(f"{name}: FAILED: {why['system']}: {why['message']}")
-            if forced is None and why["system"] not in (BASELINE, FLOOR):  # other plans need not be possible
+            if forced is None and why["system"] not in (BASELINE, FLOOR):  # other plans may be impossible
                 self.failed.append((name, {"error": why["message"]}))
         if OURS in found and found[OURS]["status"] == "ok":
             theirs, exchange = (found.get(system, {}).get("median_us") for system in (BASELINE, FLOOR))
@@ -276,7 +283,7 @@ class Contact:
             self.say(str(row))
 
     def run_tests(self) -> None:
-        """`pytest -m gpu` as `bench gpu` runs it."""
+        """Run `pytest -m gpu` as `bench gpu` does."""
         if self.tests is None:
             return
         if self.deadline - time.monotonic() < LEAST_FOR_TESTS or self.checking.origin is None:
@@ -300,7 +307,7 @@ class Contact:
             self.failed.append(("tests marked gpu", {"error": text or "pytest did not run: see contact.log"}))
 
     def sizes(self, found: tuple[BenchCase, ...]) -> tuple[BenchCase, ...]:
-        """The cases; in a rehearsal some small ones, without those that need a GPU's units."""
+        """The cases. In a rehearsal some of them, shrunk, and without TF32, which a CPU does not have."""
         if self.on_gpu:
             return found
         small = (cases.shrunk(case) for case in found if case.dtype != "tf32")
@@ -313,7 +320,7 @@ class Contact:
         self.timing.kill()
 
     def summary(self) -> None:
-        """What matters, last."""
+        """Print what matters most at the end."""
         for line in ("", *time_table(self.times), *(f"{what}: {text}" for what, text in self.answers.items())):
             self.tell(line)
         self.tell(f"layers: {self.right} right, {len(self.failed_layers)} failed")
@@ -348,7 +355,7 @@ def contact(run: Contact) -> int:
                 step()
             except OutOfBudget:
                 run.skip(name)
-            except Exception as error:  # of one step, which must not cost the others
+            except Exception as error:  # a step that fails must not prevent the others
                 run.write("broken", what=name, error=traceback.format_exc())
                 run.say(f"{name}: this step failed: {measure.one_line(error)}")
                 run.failed.append((name, {"error": measure.one_line(error)}))

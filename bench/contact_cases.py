@@ -1,4 +1,4 @@
-"""What `python -m bench contact` tries: the layers it checks, the layers it times, and whatever else it launches."""
+"""What `python -m bench contact` tries: layers to check, layers to time, and everything else that it launches."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .cases import BenchCase
 from .plans import SCAN_MODES, plans_to_try
 
 BOTH = "forward+backward"
-DTYPES = ("float16", "bfloat16", "tf32", "float32")
-CANDIDATES = 8  # the planner's best plans, its own among them, that are timed for each scan
+CHECKED_DTYPES = ("float16", "bfloat16", "tf32", "float32")
+CANDIDATES = 8  # so many of the planner's best plans are timed for each scan, its own among them
 
 
 def layer(dtype: str, T: int, B: int, I: int, H: int, **more: Any) -> BenchCase:  # noqa: E741
     return BenchCase(BOTH, dtype, T=T, B=B, I=I, H=H, **more)
 
 
-# In order: one program; some; the headline; odd sizes; several tiles; asynchronous tensor cores; streamed weights;
-# lengths and resets; a chain; both directions; full precision with several tiles.
+# In this order: one program; some programs; the size of the headline; odd sizes; several tiles; asynchronous tensor
+# cores; streamed weights; lengths and resets; a chain; both directions; full precision with several tiles.
 CHECKS = (
-    *(layer(dtype, 8, 3, 8, 8) for dtype in DTYPES),
-    *(layer(dtype, 8, 3, 16, 64) for dtype in DTYPES),
-    *(layer(dtype, 16, 16, 768, 768) for dtype in DTYPES),
+    *(layer(dtype, 8, 3, 8, 8) for dtype in CHECKED_DTYPES),
+    *(layer(dtype, 8, 3, 16, 64) for dtype in CHECKED_DTYPES),
+    *(layer(dtype, 16, 16, 768, 768) for dtype in CHECKED_DTYPES),
     *(layer(dtype, 12, 17, 33, 131) for dtype in ("float16", "tf32")),
     *(layer(dtype, 16, 64, 256, 1024) for dtype in ("bfloat16", "tf32")),
     layer("float16", 12, 256, 256, 768),
@@ -37,10 +37,11 @@ CHECKS = (
     layer("float32", 16, 64, 96, 512),
 )
 HEADLINE = layer("float16", 1024, 16, 768, 768)
-# The headline; then lengths of time, whose differences tell what a step costs and whether it matters that rows come
-# from memory; then the map over H and B, on whose borders nn.LSTM may get ahead; then a call that is all overhead.
+# In this order: the headline; several numbers of steps, whose differences tell what a step costs and whether it
+# matters that rows come from memory; sizes H and B, as nn.LSTM may be faster at the smallest and the largest; a call
+# that is all overhead.
 TIMED = (
-    *(replace(HEADLINE, dtype=dtype, mode=mode) for dtype in DTYPES for mode in ("forward", BOTH)),
+    *(replace(HEADLINE, dtype=dtype, mode=mode) for dtype in CHECKED_DTYPES for mode in ("forward", BOTH)),
     *(replace(HEADLINE, T=steps, mode="forward") for steps in (128, 256, 2048)),
     *(
         replace(HEADLINE, T=256, H=hidden, I=hidden, B=batch)
@@ -53,7 +54,7 @@ CASES = (*CHECKS, *TIMED, HOST)
 
 
 def launch_besides(device: devices.Cpu) -> None:
-    """Launch what this command launches besides its cases, for the sake of Triton's cache (bench.cache)."""
+    """Launch everything that `bench contact` launches besides its cases, so that it gets into Triton's cache."""
     from lstm_triton import planner
 
     from . import handoff

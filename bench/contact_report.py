@@ -1,4 +1,4 @@
-"""What `python -m bench contact` found, in words."""
+"""Puts into words what `python -m bench contact` found."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .results import JsonObject
 
 
 class TimeRow(NamedTuple):
-    """Microseconds of one case; None where a system does not take part."""
+    """Microseconds of one case. None where a system does not take part."""
 
     name: str
     ours: float
@@ -38,14 +38,14 @@ def time_table(rows: list[TimeRow]) -> list[str]:
 
 
 def is_right(outcome: JsonObject) -> bool:
-    """Whether a check came to an end, with right values."""
+    """Whether a check came to its end with right values."""
     if "result" not in outcome:
         return False
     return not any("wrong" in row for kind in ("forward", "backward") for row in outcome["result"][kind])
 
 
 def verdict_of(outcome: JsonObject) -> str:
-    """What a check came to."""
+    """The outcome of a check."""
     where = f" in {outcome['in']}" if outcome.get("in") else ""
     for name, text in (("timeout", "NO ANSWER"), ("crash", "CRASHED"), ("error", "FAILED")):
         if name in outcome:
@@ -64,7 +64,7 @@ def verdict_of(outcome: JsonObject) -> str:
 
 
 def error_ratio(row: JsonObject) -> float:
-    """An error divided by nn.LSTM's."""
+    """An error divided by the error of nn.LSTM."""
     if not row["error"] >= 0:
         return float("inf")
     return float(row["error"] / max(row["nn.LSTM"], 1e-12))
@@ -83,7 +83,7 @@ def wrong_in_words(wrong: JsonObject) -> str:
 
 
 def missing_in_words(missing: JsonObject | str) -> str:
-    """What the programs of a scan that does not end wait for."""
+    """What programs wait for, in a scan that does not end."""
     if isinstance(missing, str):
         return missing
     rows = f"{missing['rows_missing']} of {missing['of_rows']} rows"
@@ -96,5 +96,5 @@ def missing_in_words(missing: JsonObject | str) -> str:
 
 
 def ranges(spans: list[list[int]]) -> str:
-    """Runs of numbers, given by their first and last."""
+    """Runs of numbers, each given as [first, last]."""
     return ", ".join(f"{first} to {last}" if first < last else f"{first}" for first, last in spans)

@@ -1,17 +1,17 @@
-"""The child process of `python -m bench contact`: checks one layer at a time, and says where it goes wrong.
+"""The child process of `python -m bench contact`: checks one layer at a time, and tells where it goes wrong.
 
     python -m bench.contact_worker DEVICE [PLUGIN], one JSON object a line
 
 In:   {"check": case, "change": null or one of CHANGES, "patience": seconds that a kernel may take}
-      {"changes": case}, those that change anything; {"plans": case, "kind", "most"}, what to time beside the planner's
+      {"changes": case}, which changes apply; {"plans": case, "kind", "most"}, plans to time beside the planner's
       {"handoff": null} (bench.handoff); {"host": case}, times of the host
 Out:  {"ready": provenance}             once
-      {"phase": text}                   before anything that may crash or never come back
-      {"hang": {"in", "missing"}}       the last words: a kernel does not end (bench.hang)
+      {"phase": text}                   before anything that may crash or never end
+      {"hang": {"in", "missing"}}       a kernel does not end (bench.hang), and the process ends
       {"error": text, "lost": bool}     an answer; if "lost", the device is gone and the process ends
-      {"result": ..., "kernels"}        an answer; how many kernels Triton found in its cache, and compiled
+      {"result": ..., "kernels"}        an answer; the numbers of kernels that Triton found in its cache and compiled
 
-Forward and backward are looked at one after the other, so that each can be told to be right.
+Forward and backward are checked one after the other, so that a fault has its place.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .worker import Say
 if TYPE_CHECKING:
     from lstm_triton.planner import Kind, Plan
 
-# What to change in a layer's plans when it fails: which of these helps tells what the fault depends on.
+# Changes to the plans of a layer that failed. The changes that help tell what the fault depends on.
 CHANGES: dict[str, JsonObject] = {
     "all threads wait together": {"thread_elements": 0},
     "no packed sentinels": {"packed": False},
@@ -57,17 +57,17 @@ CHANGES: dict[str, JsonObject] = {
 
 
 class Inapplicable(Exception):
-    """A change that changes nothing of a layer's plans, or that no plan allows."""
+    """A change does not apply: the plans are like this already, or no plan can be."""
 
 
 # Plans
 
 
 def changed_plans(case: BenchCase, device: Cpu, change: str) -> dict[Kind, Plan]:
-    """The plans with a change, of those scans in which it changes anything.
+    """The changed plans of a layer, for the scans to which the change applies.
 
     Raises:
-        Inapplicable: there are none.
+        Inapplicable: the change applies to no scan.
     """
     from lstm_triton.planner import Device
 
@@ -78,7 +78,7 @@ def changed_plans(case: BenchCase, device: Cpu, change: str) -> dict[Kind, Plan]
             if plan.slices > 1 or plan.chained:
                 found[kind] = plan
         elif any(getattr(plan, name) != value for name, value in wanted.items()):
-            if "slices" in wanted or "split_k" in wanted:  # other sizes follow from these
+            if "slices" in wanted or "split_k" in wanted:  # other sizes follow from these sizes
                 others = candidates_of(kind, case, Device.of(device.torch_device), plan.lanes, plan.chained)
                 others = [each for each in others if all(getattr(each, name) == to for name, to in wanted.items())]
             else:
@@ -122,7 +122,7 @@ def with_change(case: BenchCase, device: Cpu, change: str | None) -> Iterator[No
 
 def compare(names: Sequence[str], mine: Sequence[Tensor], theirs: Sequence[Tensor], right: Sequence[Tensor],
             dtype: str) -> list[JsonObject]:  # fmt: skip
-    """A row for each tensor: both errors against float64, and where a wrong one begins to be wrong."""
+    """A row for each tensor: both errors against float64, and for a wrong tensor where it is wrong."""
     rows = []
     for name, one, other, exact in zip(names, mine, theirs, right, strict=True):
         error, their_error = (measure.distance([each], [exact]) for each in (one, other))
@@ -134,7 +134,7 @@ def compare(names: Sequence[str], mine: Sequence[Tensor], theirs: Sequence[Tenso
 
 
 def located(one: Tensor, other: Tensor, exact: Tensor) -> JsonObject:
-    """Where a wrong tensor is far off: how many elements, the first index of dimension 0, rows and columns there."""
+    """Where a tensor is far off: the number of elements, the first index of dimension 0, rows and columns there."""
     off = (one.double() - exact).abs()
     off = off.masked_fill(off.isnan(), float("inf"))
     limit = 20 * float((other.double() - exact).abs().nan_to_num().max()) + 1e-3 * float(exact.abs().max())
@@ -152,7 +152,7 @@ def located(one: Tensor, other: Tensor, exact: Tensor) -> JsonObject:
 
 
 def check(case: BenchCase, change: str | None, watch: Watch, say: Say) -> JsonObject:
-    """Forward, then backward: every value beside nn.LSTM's and float64's."""
+    """Compare all values with float64's, beside nn.LSTM's: of forward, then of backward."""
     import lstm_triton
 
     device = watch.device
@@ -209,7 +209,7 @@ def check(case: BenchCase, change: str | None, watch: Watch, say: Say) -> JsonOb
 
 
 def host_times(case: BenchCase, device: Cpu) -> JsonObject:
-    """Microseconds that the host takes to ask for a call: the median of some calls that nothing is waited for in."""
+    """Microseconds of the host for a call: the median of some calls, which do not wait for the device."""
     problem = Problem(case, device)
     found: JsonObject = {}
     for name, runner in (("lstm_triton", ours(problem)[0]), ("nn.LSTM", baseline(problem)[0])):
@@ -272,6 +272,6 @@ def work(device_name: str, plugin: str = "") -> int:
 
 
 if __name__ == "__main__":
-    from bench import contact_worker  # as plugins know it, which may change it
+    from bench import contact_worker  # the module that plugins import, and may change
 
     sys.exit(contact_worker.work(*sys.argv[1:]))

@@ -1,7 +1,7 @@
-"""A pytest plugin (-p bench.journal --journal FILE): every test leaves a line when it starts and one when it is over.
+"""A journal of tests: each test has a line when it starts and a line when it is over.
 
-So a run that is killed can be told from one that ended, the test that hung or crashed has a name, and the next run
-goes on after it.
+A plugin of pytest writes the journal: -p bench.journal --journal FILE. So a run that was killed differs from a run that
+ended, the test that hung or crashed has a name, and the next run begins after this test.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     if (path := config.getoption("--journal")) is not None:
-        # With workers (pytest-xdist) one process writes what all of them report.
+        # With pytest-xdist one process writes what all workers report.
         config.pluginmanager.register(Worker() if hasattr(config, "workerinput") else Journal(path))
 
 
 class Worker:
-    """A process that runs some of the tests, and ends itself when it has lost the device."""
+    """In a process that runs some of the tests: ends the process when it has lost the device."""
 
     def __init__(self) -> None:
         self.failed = False
@@ -52,6 +52,8 @@ class Worker:
 
 
 class Journal:
+    """In the process that reports: writes the journal."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.outcomes: dict[str, tuple[str, str]] = {}
@@ -81,12 +83,13 @@ class Journal:
         outcome, message = self.outcomes.get(nodeid, ("failed", "no report"))
         self.write(test=nodeid, outcome=outcome, message=message)
         if outcome == "failed" and device_lost():
-            # Every later test of this process would fail for nothing.
+            # Every later test of this process would fail, too.
             self.write(lost=nodeid)
             os._exit(3)
 
 
 def device_lost() -> bool:
+    """Whether this process has used a GPU that does not answer any more."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
@@ -101,13 +104,14 @@ def device_lost() -> bool:
 
 
 def append(path: Path, entry: JsonObject) -> None:
-    cut_short = path.exists() and not path.read_bytes().endswith(b"\n")  # by the end of a child while it wrote
+    """Add an entry, in a line of its own."""
+    cut_short = path.exists() and not path.read_bytes().endswith(b"\n")  # a child ended while it wrote
     with path.open("a", encoding="utf-8") as file:
         file.write("\n" * cut_short + json.dumps(entry) + "\n")
 
 
 def read(path: Path) -> list[JsonObject]:
-    """The entries so far; a line that a killed process left unfinished counts for nothing."""
+    """The entries so far. Lines that a killed process left unfinished are ignored."""
     if not path.exists():
         return []
     entries = []

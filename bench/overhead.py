@@ -1,17 +1,17 @@
 """`python -m bench.overhead`: what a call costs the host, without a GPU.
 
-For calls of the module that are all overhead, since there is next to nothing to compute:
+The calls have next to nothing to compute, so that all is overhead. For each call it tells:
 
     operators     PyTorch's operators that launch something on a GPU
-    launches      of this library's kernels
-    functions     Python's and C's functions that are called
-    microseconds  of processor time, of Python and of PyTorch's operators on tiny CPU tensors, Triton's own way to a
-                  launch included; the least of many calls
-    nn.LSTM       microseconds of the same call of nn.LSTM up to `torch._VF.lstm`, which is not called
+    launches      launches of this library's kernels
+    functions     calls of functions of Python and C
+    microseconds  processor time of Python, of PyTorch's operators on tiny CPU tensors and of Triton's launches; the
+                  least of many calls
+    nn.LSTM       microseconds of such a call of nn.LSTM, without `torch._VF.lstm`
 
-A pretended GPU makes that possible: CPU tensors take the kernels' path with the plans of a GPU of sm_90, nothing is
-compiled, and the driver, which would launch, is left out. `--compilations H` tells instead how many kernels a layer
-would compile for all batch sizes up to 256.
+This needs no GPU, as one is pretended: CPU tensors take the kernels' path with the plans of a GPU of sm_90. Nothing is
+compiled, and the driver, which would launch, is left out. With `--compilations H` it tells instead how many kernels a
+layer would compile for all batch sizes up to 256.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from lstm_triton import cell_ops, interpreter, ops, planner
 
 from .resources import DEVICES, DTYPES
 
-SIZE = 32  # I and H: small matrix products, but more than one program
+SIZE = 32  # I and H: small products, but more than one program
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ CALLS = (
 
 
 class Compilations:
-    """Stands for Triton's compiler: counts, and hands out kernels that do nothing."""
+    """Replaces Triton's compiler: counts the kernels, and returns kernels that do nothing."""
 
     def __init__(self) -> None:
         self.of_kernels: Counter[str] = Counter()
@@ -82,7 +82,7 @@ class Compilations:
 
 
 class Driver:
-    """Stands for Triton's driver of a GPU."""
+    """Replaces Triton's driver of a GPU."""
 
     def __init__(self, arch: str = "sm_90") -> None:
         self.capability = DEVICES[arch].capability
@@ -101,7 +101,7 @@ class Driver:
 
 @contextmanager
 def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None) -> Iterator[Compilations]:
-    """Let CPU tensors take the kernels' path, as far as the driver, with kernels that do nothing."""
+    """Let CPU tensors take the kernels' path up to the driver, with kernels that do nothing."""
     import triton.compiler
     from triton.runtime import driver
 
@@ -132,7 +132,7 @@ def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None)
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that would launch something on a GPU, also those within this library's own."""
+    """Counts the operators that would launch something on a GPU, also inside of this library's operators."""
 
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)
@@ -186,7 +186,7 @@ def least_microseconds(call: Callable[[], None], seconds: float) -> float:
 
 
 def functions(call: Callable[[], None]) -> int:
-    """How many functions of Python and C it calls, in this thread."""
+    """How many functions of Python and C are called in this thread."""
     count = 0
 
     def profile(frame: Any, event: str, argument: Any) -> None:
@@ -202,7 +202,7 @@ def functions(call: Callable[[], None]) -> int:
 
 
 def stock_microseconds(case: CallCase, dtype: torch.dtype, seconds: float) -> float | None:
-    """Of nn.LSTM without what it calls; only where no gradients are asked for, since those are the callee's."""
+    """Microseconds of nn.LSTM without `torch._VF.lstm`. None for training, which needs this function's results."""
     if case.trains:
         return None
     results: Any = None
@@ -223,7 +223,7 @@ def stock_microseconds(case: CallCase, dtype: torch.dtype, seconds: float) -> fl
         return least_microseconds(call, seconds)
 
 
-def report(case: CallCase, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+def row_of(case: CallCase, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     with pretended_gpu():
         call = call_of(case, lstm_triton.LSTM, dtype)
         for _ in range(3):
@@ -248,10 +248,10 @@ def report(case: CallCase, dtype: torch.dtype, seconds: float) -> dict[str, Any]
 
 
 def compilations(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    """How many kernels a layer compiles for all that it may meet, and how many sets of constants its plans have.
+    """How many kernels a layer compiles for many inputs, and how many sets of constants its plans have.
 
-    All batch sizes up to 256, and for some of them several numbers of steps, with inputs that lie in memory in many
-    ways, in training, inference and step by step.
+    The inputs have all batch sizes up to 256. For some batch sizes there are inputs with several numbers of steps and
+    many layouts in memory. The layer runs in training, in inference and step by step.
     """
     module = lstm_triton.LSTM(hidden, hidden, dtype=dtype)
     constants: dict[str, set[str]] = {}
@@ -278,7 +278,7 @@ def compilations(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
 
 
 def _inputs(size: int, batch_size: int, dtype: torch.dtype) -> list[Tensor]:
-    """One size in many places: steps, strides, and where in memory."""
+    """Inputs of one batch size, with several numbers of steps, strides and places in memory."""
     stream = torch.empty(12, batch_size, size + 8, dtype=dtype)
     whole = stream[..., :size].contiguous()
     return [
@@ -313,13 +313,13 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels are launched in another way")
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # what kernels that do nothing leave unwritten may be anything
+    torch.set_flush_denormal(True)  # kernels that do nothing leave any numbers in memory
     dtype, _ = DTYPES[chosen.dtype]
     if chosen.compilations:
         found = {hidden: compilations(hidden, dtype) for hidden in chosen.compilations}
         print(json.dumps(found) if chosen.json else "\n".join(f"H = {hidden}: {found[hidden]}" for hidden in found))
         return 0
-    rows = [report(case, dtype, chosen.seconds) for case in CALLS]
+    rows = [row_of(case, dtype, chosen.seconds) for case in CALLS]
     print(json.dumps(rows, indent=1) if chosen.json else _table(rows))
     return 0
 

@@ -1,4 +1,4 @@
-"""The report's pictures. Each is about cases that differ only in what it shows: the largest set of such cases."""
+"""The pictures of the report. A picture shows the largest set of cases that differ only in what the picture shows."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ Points = tuple[list[int], list[float]]  # sizes, and a figure for each
 
 
 def plain(machine: Machine) -> Rows:
-    """Timed cases of one dense layer in one direction, I = H where there are such: what the pictures are about."""
+    """The cases that pictures show: timed ones of a dense layer in one direction, those with I = H if there are any."""
     chosen: Rows = {}
     for (grid, case), rows in machine.rows_by_case().items():
         timed = grid not in cases.GRIDS or cases.GRIDS[grid].timed
@@ -59,7 +59,7 @@ def plain(machine: Machine) -> Rows:
 
 
 def fullest(rows: Rows, fixed: Callable[[cases.BenchCase], tuple[int, ...]]) -> Rows:
-    """Of the sets of cases that agree in `fixed`, the one with the most cases (the largest if several)."""
+    """Among the sets of cases that agree in `fixed`, the one with the most cases; of equal ones the larger."""
     sets: dict[tuple[int, ...], Rows] = defaultdict(dict)
     for case, systems in rows.items():
         sets[fixed(case)][case] = systems
@@ -69,7 +69,7 @@ def fullest(rows: Rows, fixed: Callable[[cases.BenchCase], tuple[int, ...]]) -> 
 def panels(
     machine: Machine, title: str, rows: Rows, modes: list[str], dtypes: list[str]
 ) -> tuple[Figure, Iterator[tuple[Axes, Rows]]]:
-    """A figure with a panel for each mode (down) and dtype (across), and (panel, its rows) for each."""
+    """A figure with a panel for each mode (down) and dtype (across), and (panel, rows) of each panel."""
     figure = Figure(figsize=(PANEL[0] * max(2, len(dtypes)), PANEL[1] * len(modes) + 0.9), layout="constrained")
     grid = figure.subplots(len(modes), len(dtypes), squeeze=False, sharey="row")
     name = f"{title}: {machine.name}"
@@ -90,7 +90,10 @@ def panels(
 
 
 def present(rows: Rows, shown: Callable[[cases.BenchCase], object]) -> tuple[list[str], list[str]]:
-    """The modes (training first) and dtypes worth a panel: more than one point, and a quarter of the fullest's."""
+    """The modes (training first) and dtypes that get panels.
+
+    A panel has more than one point, and more than a quarter of the points that the fullest has.
+    """
     points = {case: shown(case) for case in rows}
 
     def worth(names: tuple[str, ...], name_of: Callable[[cases.BenchCase], str]) -> list[str]:
@@ -152,16 +155,16 @@ class LinePicture:
     """Lines over one size of the cases: one line for each system, and one for the floor.
 
     Attributes:
-        title: has the sizes in which all of its cases agree, in braces.
-        agree: the names of these sizes.
-        over: the name of the size on the x axis.
-        x_label: of the x axis.
-        y_label: of the y axis.
-        unit: what the figures of a case are divided by.
-        solid: the figures of a system's solid line, a key of its rows.
-        dotted: the figures of a system's dotted line.
-        floor: the figures of the floor, a key of the rows of lstm_triton.
-        modes: which cases are shown.
+        title: names in braces the sizes in which all cases agree.
+        agree: these sizes, fields of BenchCase.
+        over: the size on the x axis, a field of BenchCase.
+        x_label: the label of the x axis.
+        y_label: the label of the y axis.
+        unit: the figures of a case are divided by it.
+        solid: the key of a row whose figures are the system's solid line.
+        dotted: the key of a row whose figures are the system's dotted line.
+        floor: the key of a row of lstm_triton whose figures are the line of the floor.
+        modes: only cases in these modes are shown.
     """
 
     title: str
@@ -179,7 +182,7 @@ class LinePicture:
         return int(getattr(case, self.over))
 
     def draw(self, machine: Machine) -> Figure | None:
-        """The figure; None where nothing was measured."""
+        """The figure. None where nothing was measured."""
         rows = {case: systems for case, systems in plain(machine).items() if case.mode in self.modes}
         rows = {
             case: systems
@@ -215,7 +218,7 @@ class LinePicture:
             yield self.points(rows, OURS, self.floor, right_only=False), style_of("floor")
 
     def points(self, rows: Rows, system: str, key: str, right_only: bool = True) -> Points:
-        """The sizes and the figures of a system's line. right_only: without the cases in which it is not right."""
+        """The points of a system's line. right_only: leave out cases in which the system is not right."""
         points = []
         for case, systems in rows.items():
             row = systems.get(system)
@@ -226,7 +229,7 @@ class LinePicture:
 
 
 def style_of(name: str) -> dict[str, Any]:
-    """Of a line that the legend names: a system's, or the floor's."""
+    """The style of a line that the legend names: a system or the floor."""
     colour, marker, line = STYLE[name]
     return {"color": colour, "marker": marker, "markersize": 4.5, "linestyle": line, "label": name}
 
@@ -269,7 +272,7 @@ PICTURES: dict[str, tuple[str, Callable[[Machine], Figure | None]]] = {
 
 
 def draw(machine: Machine, out: Path) -> dict[str, Path]:
-    """Title -> PNG file, for the pictures that there are figures for."""
+    """Draw the pictures for which there are figures. Returns title -> PNG file."""
     drawn = {}
     with mpl.rc_context(SETTINGS):
         for title, (name, function) in PICTURES.items():

@@ -13,12 +13,12 @@ from .results import JsonObject
 if TYPE_CHECKING:
     from lstm_triton.planner import Device, Kind, Launch, Plan
 
-# The mode in which a scan's time is seen. What else runs in this mode is the same for all plans.
+# The mode whose time shows the time of a scan. Everything else in this mode is the same for all plans.
 SCAN_MODES: dict[Kind, str] = {"forward": "forward", "backward": "forward+backward"}
 
 
 def planned_launches(kind: Kind, case: BenchCase, device: Cpu) -> tuple[Launch, ...]:
-    """A scan's launches, with the planner's choices."""
+    """The launches of a scan, with the plans that the planner chooses."""
     from lstm_triton import ops
 
     return ops.launches_of(
@@ -34,7 +34,7 @@ def planned_launches(kind: Kind, case: BenchCase, device: Cpu) -> tuple[Launch, 
 
 
 def candidates_of(kind: Kind, case: BenchCase, device: Device, lanes: int = 1, chained: bool = False) -> list[Plan]:
-    """Every plan that fits the device for one launch of a scan, the one that promises most first."""
+    """All plans that fit the device for one launch of a scan, the most promising first."""
     from lstm_triton import planner
 
     return planner.candidates(
@@ -51,21 +51,24 @@ def candidates_of(kind: Kind, case: BenchCase, device: Device, lanes: int = 1, c
 
 
 def first_plans(case: BenchCase, device: Cpu) -> dict[Kind, Plan]:
-    """The planner's choice for the first launch of each scan."""
+    """The plan that the planner chooses for the first launch of each scan."""
     return {kind: planned_launches(kind, case, device)[0].plan for kind in SCAN_MODES}
 
 
-def sizes_of(plan: Plan) -> str:
+def label_of(plan: Plan) -> str:
     sizes = f"{plan.block_batch} x {plan.block_hidden}, {plan.programs} programs"
     return sizes + (", input fused" if plan.fuse_input else "")
 
 
 def plans_to_try(case: BenchCase, device: Cpu, kind: Kind, most: int) -> list[tuple[str, JsonObject]]:
-    """Labels and plans: the planner's with the portable wait, the planner's without a hold, the next candidates."""
+    """Plans to time beside the planner's own, with labels.
+
+    These are the planner's plan with the portable wait and without a hold, and the next candidates.
+    """
     from lstm_triton.planner import Device
 
     found = candidates_of(kind, case, Device.of(device.torch_device))[:most]
     named = {"portable wait": dataclasses.replace(found[0], thread_elements=0)}
     named["no hold"] = dataclasses.replace(found[0], hold=0)
-    named |= {sizes_of(plan): plan for plan in found[1:]}
+    named |= {label_of(plan): plan for plan in found[1:]}
     return [(label, dataclasses.asdict(plan)) for label, plan in named.items() if plan != found[0]]

@@ -1,6 +1,6 @@
-"""A case made real: its weights and inputs (Problem), and one way to compute it (Runner).
+"""A case with its weights (Problem), and one way to compute it (Runner).
 
-Systems, the floor and the measuring all speak of these.
+Adapters of systems make runners, and measure.py times them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Outputs = tuple[Tensor, Tensor, Tensor]  # output (T, B, D * P), or its packed r
 
 
 class Problem:
-    """A case with its weights: what every system is given."""
+    """A case with its weights. Every system gets a problem to compute."""
 
     def __init__(self, case: BenchCase, device: Cpu, seed: int = 0) -> None:
         self.case = case
@@ -40,7 +40,7 @@ class Problem:
         if case.layout == "packed":
             padded = torch.zeros(case.T, case.B, 1, device=device.torch_device)
             self.packing = pack_padded_sequence(padded, torch.tensor(case.lengths), enforce_sorted=False)
-        self.lengths: Tensor | None = None  # (B,), on the device, as a data loader's batch is
+        self.lengths: Tensor | None = None  # (B,), on the device, like the batch of a data loader
         if case.layout == "lengths":
             self.lengths = torch.tensor(case.lengths, device=device.torch_device)
         self.resets: Tensor | None = None  # (T, B)
@@ -59,34 +59,44 @@ class Problem:
         }
 
     def new_leaf(self) -> Tensor:
-        """A fresh random input: (T, B, I), or the rows of a packed one."""
+        """A new random input: (T, B, I), or the rows of a packed sequence."""
         rows = (self.case.T, self.case.B) if self.packing is None else self.packing.data.shape[:1]
         return torch.randn(
             *rows, self.case.I, generator=self.generator, device=self.device.torch_device, dtype=self.dtype
         )
 
     def shape_input(self, leaf: Tensor) -> Tensor | PackedSequence:
-        """What a module takes."""
+        """An input as a module takes it."""
         return leaf if self.packing is None else self.packing._replace(data=leaf)
 
 
 @dataclass
 class Runner:
-    """One way to run one system on one problem."""
+    """One way in which one system computes one problem.
 
-    call: Callable[[Tensor], Outputs]  # takes what `adapt` gives
-    parameters: Sequence[Tensor]  # in nn.LSTM's order and layout
-    adapt: Callable[[Tensor], Tensor] = lambda leaf: leaf  # to the system's own layout and dtype
-    label: str = ""  # which variant it is, or what is worth knowing about it: goes into the row's message
-    modules: list[nn.Module] = field(default_factory=list)  # put in training or evaluation mode
-    checked: bool = True  # False: it computes nothing that could be compared
-    compared: bool = True  # False: it computes something else, whose time goes into the message only
+    Attributes:
+        call: computes the outputs from an adapted input.
+        parameters: the weights, in nn.LSTM's order and layout.
+        adapt: gives an input the layout and the dtype of the system. This is not timed.
+        label: names the variant, or tells what is worth knowing about it. It goes into the row's message.
+        modules: are put in training or evaluation mode.
+        checked: False where there are no results to compare with nn.LSTM's.
+        compared: False for a variant with other results. Only the message has its time.
+    """
+
+    call: Callable[[Tensor], Outputs]
+    parameters: Sequence[Tensor]
+    adapt: Callable[[Tensor], Tensor] = lambda leaf: leaf
+    label: str = ""
+    modules: list[nn.Module] = field(default_factory=list)
+    checked: bool = True
+    compared: bool = True
 
 
 def module_runner(
     problem: Problem, module: Callable[..., Any], parameters: Sequence[Tensor], label: str = ""
 ) -> Runner:
-    """A runner for anything that is called like nn.LSTM."""
+    """The runner of a module, or of a function that is called like nn.LSTM."""
 
     def call(leaf: Tensor) -> Outputs:
         output, (h_n, c_n) = module(problem.shape_input(leaf))

@@ -1,4 +1,7 @@
-"""`python -m bench report`: tables from results files, and the README's performance section. Measures nothing."""
+"""`python -m bench report` and `status`, from results files. Nothing is measured.
+
+report writes tables, pictures and the README's performance section. status tells what is not measured yet.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def mebibytes(value: int | None) -> str:
 
 
 def speedup_text(value: float | None) -> str:
-    """A speed-up; a loss is marked as plainly as a win."""
+    """A speed-up. A loss is as easy to see as a win."""
     if value is None:
         return ""
     return f"**{value:.2f}x**" if value >= 1 else f"**{value:.2f}x (slower)**"
@@ -63,7 +66,7 @@ def fraction_of_floor(row: Row | None) -> str:
 
 
 def markdown_table(head: list[str], lines: Iterable[list[str]]) -> str:
-    """Markdown, without the columns that are empty in every line."""
+    """A table in Markdown, without columns that are empty in every line."""
     lines = list(lines)
     kept = [column for column in range(len(head)) if any(line[column] for line in lines)]
 
@@ -111,7 +114,7 @@ def verdicts(machine: Machine) -> str:
 
 
 def losses(machine: Machine) -> str:
-    """Every case in which lstm_triton is slower, wrong, or gives nothing, worst first."""
+    """All cases in which lstm_triton is slower, wrong, or gives nothing, the worst first."""
     bad = [
         comparison
         for comparison in machine.comparisons()
@@ -148,7 +151,7 @@ def grid_table(machine: Machine, grid: str) -> str:
 
 
 def test_outcomes(machine: Machine) -> str:
-    """What `pytest -m gpu` gave in the same call of `bench gpu`."""
+    """The outcomes of `pytest -m gpu`, of the call of `bench gpu` that wrote the results file."""
     entries = journal.read(machine.path.parent / "gpu-tests.jsonl")
     header = {key: machine.results.provenance[key] for key in ("kernel_hash", "gpu")}
     if not entries or entries[0] != header:
@@ -223,7 +226,10 @@ def headline_table(machine: Machine) -> str:
 
 
 def readme_section(machines: list[Machine], pictures: dict[Path, dict[str, Path]], out: Path, readme: Path) -> str:
-    """GPUs measured with these kernels, or a plain word that there are none; then what else there is, marked."""
+    """The README's section: GPUs measured with these kernels.
+
+    Where there are none, the section says so. Then it shows other machines, with a warning.
+    """
     link = os.path.relpath(out / "README.md", readme.resolve().parent)
     chosen = [machine for machine in machines if machine.on_gpu and machine.current]
     parts = []
@@ -243,7 +249,7 @@ def readme_section(machines: list[Machine], pictures: dict[Path, dict[str, Path]
 
 
 def fill_in(readme: Path, section: str) -> str:
-    """The file's text with the section between the markers. Raises ResultsError where there is no place for it."""
+    """The text of the file with the section between the markers. Raises ResultsError where there are no markers."""
     try:
         text = readme.read_text(encoding="utf-8")
     except OSError as error:
@@ -255,6 +261,7 @@ def fill_in(readme: Path, section: str) -> str:
 
 
 def report(folder: Path, out: Path, readme: Path, say: Callable[[str], None] = print) -> int:
+    """`python -m bench report`: write the report on a folder's results files, and the section in the README."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingPackage("report needs the package matplotlib: pip install '.[bench]'")
     from . import pictures
@@ -271,7 +278,7 @@ def report(folder: Path, out: Path, readme: Path, say: Callable[[str], None] = p
 
 
 def status(folder: Path) -> int:
-    """`python -m bench status`: print which results belong to the kernels as they are, and what is not measured."""
+    """`python -m bench status`: print which results are of these kernels, and what is not measured yet."""
     machines = load(folder) if folder.is_dir() else []
     for machine in machines:
         origin = machine.results.provenance

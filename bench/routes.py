@@ -13,14 +13,14 @@ from lstm_triton.routes import SLOWER, table_path_of
 from . import results
 from .machine import Machine
 
-# Where inference itself was not measured, the forward pass of training stands for it, which does a little more.
+# Where inference was not measured, the forward pass of training stands for it. It does a little more.
 ROUTE_MODES = {"forward": "inference", "forward+backward": "training", "inference": "inference"}
 
 
 def measured(machine: Machine) -> list[list[object]]:
     """[mode, dtype, H, B, time of the kernels / time of nn.LSTM] of single dense layers.
 
-    Of several numbers of steps, the most count.
+    If a layer was measured with several numbers of steps, the one with the most steps counts.
     """
     ratios: dict[tuple[str, str, int, int], tuple[bool, int, float]] = {}
     for comparison in machine.comparisons():

@@ -1,8 +1,7 @@
-"""Who takes part: one adapter per system, from a problem (a case with its weights) to functions that can be timed.
+"""Who takes part: for each system an adapter, which makes runners from a problem.
 
-Every adapter takes weights in nn.LSTM's own layout (gate order i, f, g, o) and gives gradients for them, so that all
-are compared with one reference. What a user of the system would do once (a layout, a cast) is done outside the timed
-call.
+Every adapter takes weights in nn.LSTM's layout (gate order i, f, g, o) and gives gradients for these weights. So all
+systems are compared with one reference. Work that a user of the system does once, such as a cast, is not timed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from .problem import Outputs, Problem, Runner, module_runner
 
 @dataclass(frozen=True)
 class System:
-    """A system that takes part.
+    """A system that takes part in cases.
 
     Attributes:
         runners: make the ways in which the system computes a problem.
@@ -53,7 +52,7 @@ class System:
 
 
 def as_users_write_it(problem: Problem, module: nn.LSTM) -> Runner:
-    """A runner of nn.LSTM, with what its users write around it where it lacks something."""
+    """A runner of nn.LSTM. Where nn.LSTM lacks something, its users' own code is around it."""
     parameters = list(module.parameters())
     if problem.lengths is not None:
         lengths = problem.lengths
@@ -96,7 +95,7 @@ def ours(problem: Problem) -> list[Runner]:
     module.load_state_dict(problem.module.state_dict())
     input = problem.shape_input(problem.new_leaf())
     with problem.device.active():
-        # The kernels are measured also where "auto" would leave them alone, as they were slower when it was decided.
+        # The kernels are measured even where "auto" takes nn.LSTM, since nn.LSTM was faster in an earlier measurement.
         path = "triton"
         try:
             with lstm_triton.backend(path):
@@ -104,7 +103,7 @@ def ours(problem: Problem) -> list[Runner]:
         except RuntimeError:
             path = "auto"
             layers = lstm_triton.explain(module, input).layers
-    # No fallback may pass for a kernel.
+    # A time of the fallback must not be taken for a time of the kernels.
     label = "; ".join(dict.fromkeys(f"not the kernels: {layer.reason}" for layer in layers if layer.path != "triton"))
 
     def call(input: Tensor | PackedSequence, lengths: Tensor | None = None, resets: Tensor | None = None) -> Any:
@@ -115,13 +114,13 @@ def ours(problem: Problem) -> list[Runner]:
     runner = replace(module_runner(problem, as_given, list(module.parameters()), label), modules=[module])
     if problem.resets is None:
         return [runner]
-    # Beside it, the same without resets: another result, of which only the time is of interest.
+    # The layer without resets has another result. Only its time is of interest.
     plain = module_runner(problem, call, list(module.parameters()), "without resets")
     return [runner, replace(plain, compared=False)]
 
 
 def step_loop(problem: Problem) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensor]]]:
-    """What a user of torch.compile writes: one compiled step, called T times."""
+    """One compiled step that is called T times, as a user of torch.compile writes it."""
     module = problem.module
 
     def step(preact: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,8 +152,8 @@ def step_loop(problem: Problem) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor
     return run
 
 
-def compiled(problem: Problem) -> list[Runner]:
-    torch.compiler.reset()  # the limit of compilations per function counts across cases
+def torch_compiled(problem: Problem) -> list[Runner]:
+    torch.compiler.reset()  # else the compilations of all cases count towards the limit for a function
     parameters = list(problem.module.parameters())
     runners = [module_runner(problem, torch.compile(problem.module), parameters, "torch.compile(nn.LSTM)")]
     if problem.case.layout == "dense" and not problem.case.proj_size:
@@ -162,12 +161,12 @@ def compiled(problem: Problem) -> list[Runner]:
     return runners
 
 
-def compiled_refuses(case: BenchCase, device: Cpu) -> str | None:
+def torch_compiled_refuses(case: BenchCase, device: Cpu) -> str | None:
     return "has neither lengths nor resets" if case.layout in ("lengths", "resets") else None
 
 
 def one_dense_layer(case: BenchCase, device: Cpu) -> str | None:
-    """Why a system whose kernels take one dense layer in one direction, on an NVIDIA GPU, cannot run this case."""
+    """Why not, for systems whose kernels take one dense layer in one direction on an NVIDIA GPU."""
     if device.name != "cuda" or torch.version.hip is not None:
         return "runs on NVIDIA GPUs only"
     if case.layers > 1 or case.bidirectional or case.layout != "dense" or case.proj_size:
@@ -178,8 +177,8 @@ def one_dense_layer(case: BenchCase, device: Cpu) -> str | None:
 def flashrnn(backend: str) -> Callable[[Problem], list[Runner]]:
     """FlashRNN 1.0 (Poeppel, Beck, Hochreiter), with one head as wide as the layer.
 
-    flashrnn(Wx (B, T, 4, heads, D), R (4, heads, D, D_prev), b (4, heads, D)) gives all states (2, B, T, heads, D), h
-    first, and the last ones; gate order i, f, z, o, which is nn.LSTM's.
+    flashrnn(Wx (B, T, 4, heads, D), R (4, heads, D, D_prev), b (4, heads, D)) returns all states (2, B, T, heads, D),
+    h first, and the last states. The order of gates i, f, z, o is nn.LSTM's.
     """
 
     def runners(problem: Problem) -> list[Runner]:
@@ -210,8 +209,8 @@ def flashrnn(backend: str) -> Callable[[Problem], list[Runner]]:
 def torchrl(problem: Problem) -> list[Runner]:
     """The kernels of TorchRL 0.14's LSTMModule(recurrent_backend="triton").
 
-    lstm_triton(x (B, T, I), hidden (B, T, H), cell (B, T, H), four weights, is_init (B, T)) gives all h, all c, h_n
-    and c_n. hidden and cell are what a reset at (b, t) sets; tensors are float32, compute_dtype is the products'.
+    lstm_triton(x (B, T, I), hidden (B, T, H), cell (B, T, H), four weights, is_init (B, T)) returns all h, all c, h_n
+    and c_n. A reset at (b, t) starts from hidden and cell there. Tensors are float32; products are in compute_dtype.
     """
     from torchrl.modules.tensordict_module._rnn_triton import lstm_triton as run
 
@@ -259,7 +258,7 @@ REGISTRY = {
     for system in (
         System(OURS, ours),
         System(BASELINE, baseline),
-        System("nn.LSTM+compile", compiled, compiled_refuses, patience=3),
+        System("nn.LSTM+compile", torch_compiled, torch_compiled_refuses, patience=3),
         System("flashrnn-triton", flashrnn("triton_fused"), one_dense_layer, "flashrnn"),
         System("flashrnn-cuda", flashrnn("cuda_fused"), one_dense_layer, "flashrnn", patience=4),
         System("torchrl-triton", torchrl, torchrl_refuses, "torchrl", patience=2),

@@ -1,4 +1,4 @@
-"""`pytest bench/ --benchmark-json=FILE`, and what `python -m bench run` drives: a test for each case and system."""
+"""A test for each case and system: `pytest bench/ --benchmark-json=FILE`. `python -m bench run` runs these tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.results import case_of
 
 
 class DeviceClock:
-    """pytest-benchmark's timer: stands still but for the times read on the device, where the systems took turns."""
+    """The timer of pytest-benchmark. Only the times that were read on the device make it go on."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
