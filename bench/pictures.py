@@ -256,17 +256,17 @@ def with_legend(figure: Figure) -> Figure:
 PICTURES: dict[str, tuple[str, Callable[[Machine], Figure | None]]] = {
     "speed-up over nn.LSTM": ("speedup", draw_speedup),
     "time per step over the hidden size": ("steps", LinePicture(
-        "Time per step over H, T={T}, B={B}", ("T", "B"), "H", "hidden size H",
-        "us per step", lambda case: case.T, "median_us", floor="floor_us",
+        "Time per step over H, T={T}, B={B}", agree=("T", "B"), over="H", x_label="hidden size H",
+        y_label="us per step", unit=lambda case: case.T, solid="median_us", floor="floor_us",
     ).draw),
     "time over the length": ("lengths", LinePicture(
-        "Time over T, B={B}, H={H}", ("H", "B"), "T", "steps T",
-        "ms", lambda case: 1e3, "median_us", floor="floor_us",
+        "Time over T, B={B}, H={H}", agree=("H", "B"), over="T", x_label="steps T",
+        y_label="ms", unit=lambda case: 1e3, solid="median_us", floor="floor_us",
     ).draw),
     # What stays allocated between forward and backward, and the peak.
     "memory over the length": ("memory", LinePicture(
-        "Memory over T, B={B}, H={H} (dotted: peak)", ("H", "B"), "T", "steps T",
-        "MiB", lambda case: 2**20, "kept_bytes", dotted="peak_bytes", modes=("forward+backward",),
+        "Memory over T, B={B}, H={H} (dotted: peak)", agree=("H", "B"), over="T", x_label="steps T",
+        y_label="MiB", unit=lambda case: 2**20, solid="kept_bytes", dotted="peak_bytes", modes=("forward+backward",),
     ).draw),
 }  # fmt: skip
 
