@@ -42,7 +42,7 @@ from . import cases, contact_cases, gpu, measure, results
 from .devices import Cpu
 
 GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_pytorch.py")
-NEEDED = (".json", ".cubin")  # Triton needs these of the files that it writes for a kernel
+NEEDED = (".json", ".cubin")  # of the files that Triton writes for a kernel
 GROUP = "__grp__"  # with this begins the name of the file in which Triton lists the other files
 
 
