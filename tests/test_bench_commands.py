@@ -344,7 +344,7 @@ def tuned(monkeypatch, tmp_path, answer) -> tuple[int, dict, list[str]]:
 
     def measured(self, grid_name, case, names, seconds, forced):
         assert (grid_name, names) == ("tune", ["lstm_triton"])
-        assert case.mode == tune.MODES[forced["kind"]]
+        assert case.mode == tune.SCAN_MODES[forced["kind"]]
         return answer(forced["kind"], planner.Plan(**forced["plan"]))
 
     monkeypatch.setattr(Watchdog, "measure", measured)
