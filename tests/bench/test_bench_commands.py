@@ -14,12 +14,12 @@ import torch
 
 from bench import cases, conftest, measure, results, tune
 from bench.__main__ import main
-from bench.cases import Case
+from bench.cases import BenchCase
 from bench.watchdog import Watchdog
 from lstm_triton import target
 from lstm_triton.scan import planner
 
-HEADLINE = Case("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
+HEADLINE = BenchCase("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
 HEADLINE_CASES = {case: None for case, _ in cases.work_list("headline")}
 README = "# Title\n\n## Performance\n\n<!-- bench:begin -->\nold text\n<!-- bench:end -->\n\n## After\n"
 
@@ -196,7 +196,7 @@ def test_the_report_of_a_cpu_says_so_everywhere(smoke, tmp_path, capsys) -> None
 # The report of a GPU, from invented figures
 
 
-def timed(grid: str, case: Case, system: str, time: float, **changes) -> cases.Row:
+def timed(grid: str, case: BenchCase, system: str, time: float, **changes) -> cases.Row:
     figures = {"median_us": time, "p20_us": 0.99 * time, "p80_us": 1.01 * time, "error": 1e-3, "floor_us": 500.0}
     return (
         measure.new_row(grid, case, system, "ok", "") | figures | {"kept_bytes": 2**20, "peak_bytes": 2**21} | changes
@@ -330,7 +330,7 @@ def test_what_spills_or_does_not_fit_or_compile_is_never_run(monkeypatch) -> Non
     monkeypatch.setattr(tune.resources, "compiled", compiled)
     monkeypatch.setattr(tune.resources, "resources", needs)
     said: list[str] = []
-    case = Case("forward", "float32", T=8, B=2, I=256, H=256)
+    case = BenchCase("forward", "float32", T=8, B=2, I=256, H=256)
     assert tune.kept_candidates("forward", case, GPU, 1, said.append) == [fourth]
     reasons = [line.strip().split(":")[0] for line in said]
     assert reasons == [
@@ -345,7 +345,7 @@ def tuned(monkeypatch, tmp_path, answer) -> tuple[int, dict, list[str]]:
 
     def measured(self, grid_name, case, names, seconds, forced):
         assert (grid_name, names) == ("tune", ["lstm_triton"])
-        assert case.mode == tune.MODES[forced["kind"]]
+        assert case.mode == tune.SCAN_MODES[forced["kind"]]
         return answer(forced["kind"], planner.Plan(**forced["plan"]))
 
     monkeypatch.setattr(Watchdog, "measure", measured)

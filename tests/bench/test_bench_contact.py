@@ -10,16 +10,15 @@ import pytest
 import torch
 
 from bench import contact, hang
-from bench.cases import Case
+from bench.cases import BenchCase
 from bench.contact import Contact
-from bench.contact_report import title
 
 pytest.importorskip("greenlet")
 pytest.importorskip("triton")
 
 BOTH = "forward+backward"
-ONE = Case(BOTH, "float32", T=3, B=2, I=3, H=8)
-FAULTY = Case(BOTH, "float32", T=4, B=3, I=3, H=7)  # what the plugins do something to
+ONE = BenchCase(BOTH, "float32", T=3, B=2, I=3, H=8)
+FAULTY = BenchCase(BOTH, "float32", T=4, B=3, I=3, H=7)  # what the plugins do something to
 
 # Of the changes to a layer that failed only this one is tried.
 ONE_CHANGE = """
@@ -89,8 +88,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     def call(
         plugin: str = "",
-        checks: tuple[Case, ...] = (FAULTY, ONE),
-        timed: tuple[Case, ...] = (),
+        checks: tuple[BenchCase, ...] = (FAULTY, ONE),
+        timed: tuple[BenchCase, ...] = (),
         budget: float = 300.0,
         tests: str | None = None,
     ) -> tuple[Contact, int]:
@@ -124,8 +123,8 @@ def printed(found: Contact) -> str:
 @pytest.mark.interpreted
 def test_the_whole_way(run: Run, tmp_path: Path) -> None:
     (tmp_path / "test_tiny.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_one():\n    pass\n")
-    forward = Case("forward", "float32", T=3, B=2, I=3, H=8)
-    found, code = run(checks=(ONE,), timed=(forward, ONE, Case("inference", "float32", T=2, B=1, I=3, H=8)),
+    forward = BenchCase("forward", "float32", T=3, B=2, I=3, H=8)
+    found, code = run(checks=(ONE,), timed=(forward, ONE, BenchCase("inference", "float32", T=2, B=1, I=3, H=8)),
                 tests=str(tmp_path / "test_tiny.py"))  # fmt: skip
     text = printed(found)
     assert code == 0, text
@@ -153,7 +152,7 @@ def test_a_child_that_is_lost(run: Run, plugin: str, says: str) -> None:
     assert code == 1
     assert text.count(says) == 3  # in its turn, alone, and in the summary; with one unit a program there is one slice
     assert found.right == 1
-    assert f"{title(ONE)}: forward" in text
+    assert f"{ONE}: forward" in text
 
 
 @pytest.mark.interpreted
@@ -173,7 +172,7 @@ def test_wrong_values_are_located(run: Run) -> None:
 @pytest.mark.interpreted
 def test_a_kernel_that_never_ends(run: Run) -> None:
     """What is missing is named, and with one program for all units it ends."""
-    case = Case(BOTH, "float32", T=4, B=3, I=3, H=14)  # two programs of 8 units
+    case = BenchCase(BOTH, "float32", T=4, B=3, I=3, H=14)  # two programs of 8 units
     found, _ = run(NEVER_ENDS, checks=(case, ONE))
     stuck, right, *again = findings(found, "check")
     assert "result" in right
@@ -206,7 +205,7 @@ def test_no_time_left(run: Run) -> None:
 
 
 def test_what_is_missing() -> None:
-    case = Case(BOTH, "float32", T=4, B=2, I=3, H=6)
+    case = BenchCase(BOTH, "float32", T=4, B=2, I=3, H=6)
     empty = torch.zeros(2 + 8 + 2, 16, dtype=torch.bool)
     empty[-2:] = True  # the other direction's initial states
     empty[:, 6:] = True  # padding
@@ -224,7 +223,7 @@ def test_what_is_missing() -> None:
 
 def test_what_is_missing_of_rows_in_an_order_of_their_own() -> None:
     """Of sequences of different lengths: padded, each has a row for each of T steps."""
-    case = Case(BOTH, "float32", T=5, B=3, I=3, H=4, layout="lengths")
+    case = BenchCase(BOTH, "float32", T=5, B=3, I=3, H=4, layout="lengths")
     empty = torch.zeros(15 + 9, 16, dtype=torch.bool)
     empty[3 + 14, 1:3] = True
     assert hang.missing_of_lane(empty, case, "forward", 0, None) == {

@@ -13,12 +13,12 @@ from typing import ClassVar
 
 import pytest
 
-from bench import cases, gpu, measure, results, watchdog
-from bench.cases import Block, Case, Grid
+from bench import cases, gpu, journal, measure, results, watchdog
+from bench.cases import BenchCase, Block, Grid
 from bench.watchdog import CannotStart, Crew, OutOfBudget, Watchdog
 
-CASE = Case("inference", "float32", T=2, B=2, I=3, H=4)
-OTHER = Case("inference", "float32", T=3, B=2, I=3, H=4)
+CASE = BenchCase("inference", "float32", T=2, B=2, I=3, H=4)
+OTHER = BenchCase("inference", "float32", T=3, B=2, I=3, H=4)
 
 # Stands in for the peers in the children, which import it first.
 PLUGIN = """
@@ -92,7 +92,7 @@ def with_systems(monkeypatch, *names: str, found=(CASE, OTHER)) -> None:
     monkeypatch.setitem(cases.GRIDS, "smoke", Grid("a test's", (Block(found, names),)))
 
 
-def rows_of(session: gpu.Session) -> dict[tuple[Case, str], cases.Row]:
+def rows_of(session: gpu.Session) -> dict[tuple[BenchCase, str], cases.Row]:
     rows = results.Results.read(session.results_file).rows
     found = {(results.case_of(row), row["system"]): row for row in rows}
     assert len(found) == len(rows)
@@ -185,7 +185,7 @@ def in_memory(session, origin="x") -> gpu.Session:
 
 
 def test_a_system_that_keeps_crashing_is_given_up_but_never_ours(session, monkeypatch) -> None:
-    several = tuple(Case("inference", "float32", T=length, B=1, I=1, H=1) for length in range(1, 6))
+    several = tuple(BenchCase("inference", "float32", T=length, B=1, I=1, H=1) for length in range(1, 6))
     with_systems(monkeypatch, "lstm_triton", "nn.LSTM", "flashrnn-cuda", found=several)
 
     def answers(case, names):
@@ -320,7 +320,7 @@ def test_a_crew_stops_in_time_and_ends_who_is_in_the_middle_of_something(session
 def test_cases_are_compiled_before_they_are_measured_except_where_the_first_call_counts(session, monkeypatch) -> None:
     one = in_memory(session())
     one.compilers = 2
-    compiled: list[Case] = []
+    compiled: list[BenchCase] = []
     fake_crew = types.SimpleNamespace(compile=lambda wanted, seconds: compiled.extend(wanted))
     monkeypatch.setattr(gpu, "Crew", lambda watchdog, size: fake_crew)
     compiled_first: list[bool] = []
@@ -403,7 +403,7 @@ def test_the_gpu_tests_survive_a_test_that_crashes_or_hangs(session, tmp_path, w
     one.run_tests()
 
     def outcomes() -> dict[str, str]:
-        found = gpu.outcomes_of(gpu.read_journal(one.journal))
+        found = journal.outcomes_of(journal.read(one.journal))
         return {test.split("::")[1]: outcome for test, outcome in found.items()}
 
     expected = {
@@ -416,7 +416,7 @@ def test_the_gpu_tests_survive_a_test_that_crashes_or_hangs(session, tmp_path, w
     }
     assert outcomes() == expected
     assert one.failures == 3
-    assert any("assert 1 == 2" in entry.get("message", "") for entry in gpu.read_journal(one.journal))
+    assert any("assert 1 == 2" in entry.get("message", "") for entry in journal.read(one.journal))
     # The next call has nothing to do; with --retry it runs what failed.
     size = one.journal.stat().st_size
     one.run_tests()
@@ -430,8 +430,8 @@ def test_the_gpu_tests_survive_a_test_that_crashes_or_hangs(session, tmp_path, w
 def test_tests_that_cannot_even_be_collected_are_a_failure(session, tmp_path, capsys) -> None:
     one = in_memory(session(tests=str(tmp_path / "nowhere")))
     one.run_tests()
-    entries = gpu.read_journal(one.journal)
-    assert gpu.outcomes_of(entries) == {}
+    entries = journal.read(one.journal)
+    assert journal.outcomes_of(entries) == {}
     assert not any("end" in entry for entry in entries)  # the next call tries again
     assert one.failures == 1
     assert "pytest did not run" in capsys.readouterr().out
@@ -439,11 +439,11 @@ def test_tests_that_cannot_even_be_collected_are_a_failure(session, tmp_path, ca
 
 def test_a_journal_cut_short_is_read_as_far_as_it_goes(tmp_path) -> None:
     path = tmp_path / "journal"
-    gpu.append(path, {"test": "one", "outcome": "passed"})
+    journal.append(path, {"test": "one", "outcome": "passed"})
     with path.open("a") as file:
         file.write('{"test": "two", "outc')
-    gpu.append(path, {"test": "three", "outcome": "failed"})
-    assert gpu.outcomes_of(gpu.read_journal(path)) == {"one": "passed", "three": "failed"}
+    journal.append(path, {"test": "three", "outcome": "failed"})
+    assert journal.outcomes_of(journal.read(path)) == {"one": "passed", "three": "failed"}
 
 
 @pytest.mark.interpreted

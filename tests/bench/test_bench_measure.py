@@ -17,12 +17,12 @@ import torch
 from torch.nn import functional as F
 
 from bench import devices, floor, measure, systems
-from bench.cases import FLOOR, GRIDS, SYSTEMS, Block, Case, Grid
+from bench.cases import FLOOR, GRIDS, SYSTEMS, BenchCase, Block, Grid
 from bench.results import ROOT
 from lstm_triton.reference import lstm_layer
 from tests.support.launches import Launches, recorded_launches
 
-CASE = Case("forward+backward", "float32", T=5, B=3, I=4, H=6)
+CASE = BenchCase("forward+backward", "float32", T=5, B=3, I=4, H=6)
 TIMED = Grid("a test's", (Block((CASE,)),))
 CPU = devices.Cpu()
 
@@ -365,7 +365,7 @@ def test_the_compiled_step_loop_computes_an_lstm(monkeypatch, change: dict) -> N
 
 
 def test_work_counts_products_and_bytes() -> None:
-    case = Case("inference", "bfloat16", T=10, B=2, I=3, H=4)
+    case = BenchCase("inference", "bfloat16", T=10, B=2, I=3, H=4)
     weights = 16 * (3 + 4)
     assert floor.work(case) == (2 * 20 * weights, 2 * (20 * (3 + 4) + weights))
     flop, moved = floor.work(case)
@@ -500,7 +500,7 @@ def test_the_reference_is_the_formula() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["forward+backward", "inference"])
 def test_a_gpu_gives_times_memory_and_a_floor(mode: str) -> None:
-    case = Case(mode, "bfloat16", T=64, B=16, I=256, H=256)
+    case = BenchCase(mode, "bfloat16", T=64, B=16, I=256, H=256)
     rows = measured(["lstm_triton", "nn.LSTM", FLOOR], case, device=devices.open_device("cuda"))
     assert {row["status"] for row in rows.values()} == {"ok"}
     assert rows["lstm_triton"]["message"] == ""  # the kernels, not the fallback

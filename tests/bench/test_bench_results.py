@@ -6,17 +6,17 @@ from dataclasses import replace
 import pytest
 
 from bench import cases, measure, results
-from bench.cases import Case
+from bench.cases import BenchCase
 
 ORIGIN = dict.fromkeys(results.PROVENANCE_KEYS, "x")
-CASE = Case("forward+backward", "float32", T=4, B=2, I=3, H=5)
+CASE = BenchCase("forward+backward", "float32", T=4, B=2, I=3, H=5)
 
 
-def row(system: str = "nn.LSTM", case: Case = CASE, **changes: object) -> cases.Row:
+def row(system: str = "nn.LSTM", case: BenchCase = CASE, **changes: object) -> cases.Row:
     return measure.new_row("smoke", case, system, "ok", "") | changes
 
 
-def cases_of(name: str) -> list[Case]:
+def cases_of(name: str) -> list[BenchCase]:
     return [case for case, _ in cases.GRIDS[name]]
 
 
@@ -30,7 +30,7 @@ def test_a_row_has_the_keys_of_the_schema_and_gives_its_case_back() -> None:
 
 def test_headline_starts_with_flashrnns_case_and_sweeps_batch_and_length() -> None:
     found = cases_of("headline")
-    assert found[0] == Case("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
+    assert found[0] == BenchCase("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
     assert {case.H for case in found} == {768}
     assert {case.B for case in found if case.T == 1024} == {2, 8, 16, 32, 64, 128, 256}
     assert {case.T for case in found if case.B == 16} == {256, 512, 1024, 2048}
@@ -61,7 +61,7 @@ def test_stacks_and_latency_have_their_kinds_of_cases() -> None:
 
 @pytest.mark.parametrize("name", cases.GRIDS)
 def test_every_grid_has_us_and_the_baseline_side_by_side_and_a_rehearsal(name: str) -> None:
-    seen: set[tuple[Case, str]] = set()
+    seen: set[tuple[BenchCase, str]] = set()
     for case, systems in cases.GRIDS[name]:
         pairs = {(case, system) for system in systems}
         assert not pairs & seen
@@ -76,7 +76,7 @@ def test_every_grid_has_us_and_the_baseline_side_by_side_and_a_rehearsal(name: s
 
 def test_a_case_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="no such case"):
-        Case("backward", "float32", T=1, B=1, I=1, H=1)
+        BenchCase("backward", "float32", T=1, B=1, I=1, H=1)
     with pytest.raises(ValueError, match="no such case"):
         replace(CASE, layout="resets", bidirectional=True)
 

@@ -9,7 +9,7 @@ import torch
 import lstm_triton
 from bench import measure, results
 from bench import routes as bench_routes
-from bench.cases import Case
+from bench.cases import BenchCase
 from lstm_triton import routes, routing, target
 from lstm_triton.checks import call_of_module as call_of
 from lstm_triton.routes import Measured
@@ -111,7 +111,7 @@ def test_auto_takes_the_faster_path(measured: None, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_table_comes_from_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def rows(case: Case, ours: float, theirs: float) -> list[dict[str, object]]:
+    def rows(case: BenchCase, ours: float, theirs: float) -> list[dict[str, object]]:
         found = []
         for system, time in (("lstm_triton", ours), ("nn.LSTM", theirs)):
             row = measure.new_row("full", case, system, "ok", "")
@@ -119,13 +119,13 @@ def test_the_table_comes_from_results(tmp_path: Path, capsys: pytest.CaptureFixt
             found.append(row)
         return found
 
-    short = Case("forward+backward", "float16", T=256, B=16, I=512, H=512)
-    long = Case("forward+backward", "float16", T=1024, B=16, I=512, H=512)
+    short = BenchCase("forward+backward", "float16", T=256, B=16, I=512, H=512)
+    long = BenchCase("forward+backward", "float16", T=1024, B=16, I=512, H=512)
     origin = {**dict.fromkeys(results.PROVENANCE_KEYS, ""), "gpu": "NVIDIA Test 9000"}
     found = results.Results(origin)
     found.add(rows(short, 30.0, 10.0) + rows(long, 15.0, 10.0))
-    found.add(rows(Case("inference", "bfloat16", T=256, B=1, I=64, H=64), 5.0, 10.0))
-    found.add(rows(Case("inference", "bfloat16", T=256, B=1, I=64, H=64, layers=2), 50.0, 10.0))
+    found.add(rows(BenchCase("inference", "bfloat16", T=256, B=1, I=64, H=64), 5.0, 10.0))
+    found.add(rows(BenchCase("inference", "bfloat16", T=256, B=1, I=64, H=64, layers=2), 50.0, 10.0))
     found.write(tmp_path / "results.json")
     target = tmp_path / "table.json"
     assert bench_routes.main(["--results", str(tmp_path / "results.json"), "--out", str(target)]) == 0

@@ -24,15 +24,15 @@ from triton.runtime import driver
 import lstm_triton
 from bench import cache, hits, measure
 from bench.__main__ import main
-from bench.cases import Case
+from bench.cases import BenchCase
 from bench.devices import tf32
 from bench.overhead import pretended_gpu
 from bench.resources import DTYPES
 from lstm_triton.scan import launch as scan_launch
 
 CASES = (
-    Case("forward+backward", "float16", T=7, B=3, I=24, H=64),
-    Case("inference", "tf32", T=1, B=5, I=9, H=9),
+    BenchCase("forward+backward", "float16", T=7, B=3, I=24, H=64),
+    BenchCase("inference", "tf32", T=1, B=5, I=9, H=9),
 )
 
 
@@ -47,7 +47,7 @@ def real_launches() -> Iterator[None]:
             yield
 
 
-def run(case: Case) -> None:
+def run(case: BenchCase) -> None:
     """What a user's program does."""
     dtype, allows_tf32 = DTYPES[case.dtype]
     with tf32(allows_tf32), torch.set_grad_enabled(case.backward):
