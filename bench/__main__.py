@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-START = time.monotonic()  # before the imports that take seconds: they count towards a budget
+START = time.monotonic()  # before the imports: they take seconds, which count towards a budget
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("contact", "run", "gpu", "cache", "tune", "report", "status")
@@ -232,7 +232,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
         from .report import report
 
         return report(arguments.results, arguments.out or arguments.results, arguments.readme)
-    from .status import status
+    from .report import status
 
     return status(arguments.results)
 

@@ -1,13 +1,17 @@
 """`python -m bench cache`: compile, without a GPU, what a GPU machine will look up in Triton's cache.
 
-Compiling is most of what a first run on a GPU does, and GPU time is dearer than CPU time. Triton's cache knows a kernel
-by a key that depends on the kernel's source, its constants and options, and on Triton itself, but not on a GPU, a
-driver or PyTorch. So the cache can be filled on any machine and carried.
+A first run on a GPU spends most of its time compiling, and GPU time costs more than CPU time. Triton's cache finds a
+kernel by a key. The key depends on the kernel's source, constants and options, and on Triton itself. It does not depend
+on a GPU, a driver or PyTorch. So the cache can be filled on any machine, and copied.
 
-Three things have to agree on both machines: the version of Triton; that of Python, unless `--libtriton` names the
-library of the other Python's wheel, which is part of the key; and the path of the cache folder, since Triton writes
-absolute paths into its files. Plans are chosen for the GPUs of bench.resources: one with fewer multiprocessors launches
-other kernels. tests/test_bench_cache.py shows that what is packed here is found by a real launch.
+Both machines need
+- one version of Triton.
+- one version of Python, since Triton's compiled library is part of the key. `--libtriton` names the library of the
+  wheel for another Python.
+- one path of the cache folder, since Triton writes absolute paths into its files.
+
+Plans are chosen for the GPUs of bench.resources. A GPU with fewer multiprocessors launches other kernels.
+tests/bench/test_bench_cache.py shows that a real launch finds the kernels that are packed here.
 """
 
 from __future__ import annotations
@@ -27,49 +31,50 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.machinery import FileFinder
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from . import cases, contact, gpu, measure, results
+from . import cases, contact_cases, gpu, measure, results
 from .devices import Cpu
 
-GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_pytorch.py")
+GPU_TESTS = ("tests/gpu/test_gpu.py", "tests/gpu/test_gpu_pytorch.py")
 NEEDED = (".json", ".cubin")  # of the files that Triton writes for a kernel
-GROUP = "__grp__"  # begins the name of the file in which Triton lists the others
+GROUP = "__grp__"  # with this begins the name of the file in which Triton lists the other files
 
 
-def cases_of(stage: gpu.Stage) -> list[cases.Case]:
+def cases_of(stage: gpu.Stage) -> list[cases.BenchCase]:
     """The cases of a stage of `bench gpu` in which the kernels take part."""
     work = cases.work_list(stage.grid, blocks=stage.blocks)
     return [case for case, systems in work if cases.OURS in stage.systems(systems)]
 
 
-# What each stage launches. Besides there is the stage "tests": compile_tests.
-STAGES: dict[str, Iterable[cases.Case]] = {
-    "contact": contact.CASES,
+# The cases that each stage launches. There is also the stage "tests": see compile_tests.
+STAGES: dict[str, Iterable[cases.BenchCase]] = {
+    "contact": contact_cases.CASES,
     **{name: found for name, stage in gpu.GRID_STAGES.items() if (found := cases_of(stage))},
 }
-# What a stage launches besides its cases, on a given device.
-BESIDES: dict[str, Callable[[Cpu], None]] = {"contact": contact.launch_besides}
+# Launch on a device what a stage launches besides its cases.
+BESIDES: dict[str, Callable[[Cpu], None]] = {"contact": contact_cases.launch_besides}
 TESTS = "tests"
 
 
 class CannotFill(Exception):
-    """The cache cannot be filled; the message is one line."""
+    """The cache cannot be filled. The message is one line."""
 
 
 class Pretended(Cpu):
-    """The CPU, taken for a GPU by everything that chooses what to launch."""
+    """The CPU, but everything that chooses what to launch takes it for a GPU."""
 
     name = "cuda"
 
 
 @functools.cache
 def triton_key(libtriton: Path) -> str:
-    """What Triton's cache keys say of Triton, where the compiled library is another one (triton.runtime.cache)."""
+    """The part of Triton's cache keys for Triton itself with another compiled library (see triton.runtime.cache)."""
     import triton
     from triton.runtime import cache
 
@@ -80,15 +85,19 @@ def triton_key(libtriton: Path) -> str:
 
     def modules(part: str) -> Iterator[str]:
         for each in pkgutil.walk_packages([str(root / part)], prefix=f"triton.{part}."):
-            yield hash_of(each.module_finder.find_spec(each.name).origin)  # type: ignore[call-arg,union-attr,arg-type]
+            assert isinstance(each.module_finder, FileFinder)
+            spec = each.module_finder.find_spec(each.name)
+            assert spec is not None
+            assert spec.origin is not None
+            yield hash_of(spec.origin)
 
     hashes = [hash_of(cache.__file__), *modules("compiler"), *modules("backends"), hash_of(libtriton)]
-    return triton.__version__ + "-".join([*hashes, *modules("language")])
+    return f"{triton.__version__}{'-'.join([*hashes, *modules('language')])}"
 
 
 @dataclass
 class Compiled:
-    """Triton's hashes of kernels, and a line for each that did not compile."""
+    """Triton's hashes of the kernels that were compiled, and a line for each kernel that was not."""
 
     hashes: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
@@ -100,7 +109,7 @@ class Compiled:
 
 @contextmanager
 def compiling(arch: str, libtriton: str | Path | None) -> Iterator[Compiled]:
-    """Kernels that CPU tensors launch are compiled for the architecture into Triton's cache. Yields which."""
+    """Compile kernels that CPU tensors launch for an architecture, into Triton's cache. Yields what was compiled."""
     import triton.compiler
     from triton.runtime import cache
 
@@ -136,20 +145,20 @@ def compiling(arch: str, libtriton: str | Path | None) -> Iterator[Compiled]:
         yield compiled
 
 
-def compile_cases(wanted: Iterable[cases.Case], arch: str, libtriton: Path | None) -> int:
-    """Compile what the cases launch. Returns how many errors there were; each is printed."""
+def compile_cases(wanted: Iterable[cases.BenchCase], arch: str, libtriton: Path | None) -> int:
+    """Compile what the cases launch. Prints each error, and returns the number of errors."""
     return compile_launched(
         lambda device: [case for case in wanted if not measure.compile_kernels(case, device)], arch, libtriton
     )
 
 
 def compile_besides(stage: str, arch: str, libtriton: Path | None) -> int:
-    """Compile what a stage launches besides its cases. Returns how many errors there were."""
+    """Compile what a stage launches besides its cases. Returns the number of errors."""
     return compile_launched(BESIDES[stage], arch, libtriton)
 
 
-def compile_launched(launch: Callable[[Cpu], list[cases.Case] | None], arch: str, libtriton: Path | None) -> int:
-    """Compile whatever a function launches on a device. It returns what failed."""
+def compile_launched(launch: Callable[[Cpu], list[cases.BenchCase] | None], arch: str, libtriton: Path | None) -> int:
+    """Compile what a function launches, which returns the cases that failed. Returns the number of errors."""
     torch.set_num_threads(1)
     with compiling(arch, libtriton) as compiled:
         errors = [f"fails: {case}" for case in launch(Pretended()) or ()]
@@ -160,7 +169,7 @@ def compile_launched(launch: Callable[[Cpu], list[cases.Case] | None], arch: str
 
 
 def fill(stages: Iterable[str], arch: str, libtriton: Path | None, jobs: int) -> int:
-    """Compile what stages launch, in several processes. Returns how many errors there were."""
+    """Compile what stages launch, in several processes. Returns the number of errors."""
     wanted = [case for name in stages for case in STAGES[name]]
     different = {replace(case, T=min(2, case.T)): None for case in wanted}  # measure.compile_kernels goes no further
     with ProcessPoolExecutor(jobs) as pool:
@@ -183,7 +192,7 @@ def compile_tests(arch: str, libtriton: Path | None, jobs: int, *more: str) -> i
 
 
 def pack(folder: Path, target: Path) -> None:
-    """The cache folder as a .tar.xz with absolute names, of only what a hit needs."""
+    """Pack the files of the cache folder that Triton needs into a .tar.xz with absolute names."""
     with tarfile.open(target, "w:xz") as archive:
         for path in sorted(folder.rglob("*")):
             if path.name.endswith(NEEDED):
@@ -196,19 +205,19 @@ def pack(folder: Path, target: Path) -> None:
 
 
 def without_unneeded(group: bytes) -> bytes:
-    """Triton's list of a kernel's files, less those that are not packed: Triton 3.9 takes none if one is missing."""
+    """Triton's list of a kernel's files, without files that are not packed. Triton 3.9 wants all that are listed."""
     listed = json.loads(group)
     listed["child_paths"] = {name: path for name, path in listed["child_paths"].items() if name.endswith(NEEDED)}
     return json.dumps(listed).encode()
 
 
 def processor_seconds() -> float:
-    """Of this process, and of those started by it that are over."""
+    """Processor time of this process, and of the processes that it started and that are over."""
     return sum(os.times()[:4])
 
 
 def cache_folder() -> Path:
-    """Triton's, which the user has to name. Raises CannotFill where it cannot be filled."""
+    """Triton's cache folder, which the user has to name. Raises CannotFill where it cannot be filled."""
     folder = os.environ.get("TRITON_CACHE_DIR")
     if folder is None or not Path(folder).is_absolute():
         raise CannotFill("TRITON_CACHE_DIR must name a folder by its whole path, the same as on the other machine")

@@ -1,6 +1,6 @@
-"""What is measured: cases, and the named grids they come in, as data.
+"""What is measured: cases, and grids of cases, as data.
 
-T steps, B batch rows, I input_size, H hidden_size, as in the results' rows.
+T steps, B batch rows, I input_size and H hidden_size, as in the rows of a results file.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 Row = dict[str, Any]  # of a results file: see results.ROW_KEYS
 
 MODES = ("forward", "forward+backward", "inference")
-DTYPES = ("float32", "tf32", "float16", "bfloat16")  # tf32: float32 tensors, products in TF32
-# lengths: padded, with the length of every row; resets: every row starts anew now and then.
+DTYPES = ("float32", "tf32", "float16", "bfloat16")  # tf32: tensors in float32, products in TF32
+# lengths: padded sequences, with the length of every row. resets: every row is reset now and then.
 LAYOUTS = ("dense", "packed", "lengths", "resets")
 
 OURS = "lstm_triton"
@@ -25,7 +25,9 @@ MAIN = (OURS, BASELINE, FLOOR)
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
+    """A layer or a stack of layers, and what is done with it. str() is its name in everything that is printed."""
+
     mode: str
     dtype: str
     T: int
@@ -36,7 +38,7 @@ class Case:
     bidirectional: bool = False
     layout: str = "dense"
     proj_size: int = 0
-    memory: str = "full"  # of lstm_triton.LSTM
+    memory: Literal["full", "low"] = "full"  # of lstm_triton.LSTM
 
     def __post_init__(self) -> None:
         if self.mode not in MODES or self.dtype not in DTYPES or self.layout not in LAYOUTS:
@@ -68,7 +70,7 @@ class Case:
 
     @property
     def lengths(self) -> list[int]:
-        """Steps of every batch row: all T, or, packed and padded, from a quarter of T to T in no order."""
+        """The steps of every batch row: T, or, if packed or padded, between a quarter of T and T, unsorted."""
         if self.layout in ("dense", "resets"):
             return [self.T] * self.B
         shortest = max(1, self.T // 4)
@@ -76,24 +78,24 @@ class Case:
         return spread[1::2] + spread[::2]
 
 
-CASE_FIELDS = tuple(Case.__dataclass_fields__)
+CASE_FIELDS = tuple(BenchCase.__dataclass_fields__)
 
 
-def as_dict(case: Case) -> Row:
-    """The case as a row's keys; proj_size and memory only where they are not the default."""
+def as_dict(case: BenchCase) -> Row:
+    """The case as keys of a row. proj_size and memory are left out where they have their defaults."""
     defaults = {"proj_size": 0, "memory": "full"}
     return {name: value for name, value in asdict(case).items() if name not in defaults or value != defaults[name]}
 
 
-def from_dict(fields: Row) -> Case:
-    return Case(**{name: fields[name] for name in CASE_FIELDS if name in fields})
+def from_dict(fields: Row) -> BenchCase:
+    return BenchCase(**{name: fields[name] for name in CASE_FIELDS if name in fields})
 
 
 @dataclass(frozen=True)
 class Block:
-    """Cases that the same systems take part in."""
+    """Cases, and the systems that take part in all of them."""
 
-    cases: tuple[Case, ...]
+    cases: tuple[BenchCase, ...]
     systems: tuple[str, ...] = MAIN
 
 
@@ -101,12 +103,12 @@ class Block:
 class Grid:
     about: str
     blocks: tuple[Block, ...]
-    timed: bool = True  # False: values only
-    first_call: bool = False  # start from an empty kernel cache and report how long the first call takes
+    timed: bool = True  # False: values are checked, and nothing is timed
+    first_call: bool = False  # start with an empty kernel cache, and report how long the first call takes
 
-    def __iter__(self) -> Iterator[tuple[Case, tuple[str, ...]]]:
-        """(case, systems) in order of importance; a case comes again only for systems that it did not come for."""
-        seen: set[tuple[Case, str]] = set()
+    def __iter__(self) -> Iterator[tuple[BenchCase, tuple[str, ...]]]:
+        """(case, systems), the most important first. A case comes again only for systems that are new to it."""
+        seen: set[tuple[BenchCase, str]] = set()
         for block in self.blocks:
             for case in block.cases:
                 if names := tuple(name for name in block.systems if (case, name) not in seen):
@@ -114,13 +116,13 @@ class Grid:
                     yield case, names
 
 
-def product_of(**axes: Iterable[Any]) -> tuple[Case, ...]:
-    """All combinations, the last axis changing fastest; I is H where it is not given."""
+def product_of(**axes: Iterable[Any]) -> tuple[BenchCase, ...]:
+    """All combinations of the axes. The last axis changes fastest. I is H where it is not given."""
     combinations = (dict(zip(axes, values, strict=True)) for values in product(*axes.values()))
-    return tuple(Case(**{"I": fields["H"], **fields}) for fields in combinations)
+    return tuple(BenchCase(**{"I": fields["H"], **fields}) for fields in combinations)
 
 
-def variations(base: Case, modes: Iterable[str], dtypes: Iterable[str], *changes: Row) -> tuple[Case, ...]:
+def variations(base: BenchCase, modes: Iterable[str], dtypes: Iterable[str], *changes: Row) -> tuple[BenchCase, ...]:
     return tuple(
         replace(base, mode=mode, dtype=dtype, **change) for change in changes for mode, dtype in product(modes, dtypes)
     )
@@ -128,8 +130,8 @@ def variations(base: Case, modes: Iterable[str], dtypes: Iterable[str], *changes
 
 TRAINING = ("forward+backward", "forward")
 FAST_DTYPES = ("bfloat16", "float16", "tf32")
-TINY = Case("forward+backward", "float32", T=6, B=3, I=8, H=8)
-FLASHRNN_CASE = Case("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
+TINY = BenchCase("forward+backward", "float32", T=6, B=3, I=8, H=8)
+FLASHRNN_CASE = BenchCase("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
 FLASHRNN_SWEEPS = variations(
     FLASHRNN_CASE,
     TRAINING,
@@ -138,7 +140,7 @@ FLASHRNN_SWEEPS = variations(
     *({"B": batch} for batch in (64, 256, 2, 128, 32, 8)),
 )
 HIDDEN_SIZES = (512, 1024, 256, 768, 128, 2048, 64, 1536, 160)
-STACK = Case("forward+backward", "bfloat16", T=512, B=32, I=512, H=512)
+STACK = BenchCase("forward+backward", "bfloat16", T=512, B=32, I=512, H=512)
 
 GRIDS = {
     "smoke": Grid(
@@ -184,7 +186,7 @@ GRIDS = {
         (
             Block(variations(FLASHRNN_CASE, MODES[1::-1] + MODES[2:], (*FAST_DTYPES, "float32"), {}), SYSTEMS),
             Block(FLASHRNN_SWEEPS),
-            Block(FLASHRNN_SWEEPS, SYSTEMS[3:6]),  # last: some of them compile for minutes
+            Block(FLASHRNN_SWEEPS, SYSTEMS[3:6]),  # last, since some peers compile for minutes
         ),
     ),
     "latency": Grid(
@@ -243,8 +245,8 @@ GRIDS = {
 }
 
 
-def shrunk(case: Case) -> Case:
-    """The case with every size cut down to what an interpreter does in a second."""
+def shrunk(case: BenchCase) -> BenchCase:
+    """The case with sizes so small that the interpreter needs about a second."""
     return replace(
         case,
         T=min(case.T, 3),
@@ -257,7 +259,7 @@ def shrunk(case: Case) -> Case:
 
 
 def rehearsal(grid: Grid) -> Grid:
-    """The grid with every case shrunk, a few cases of each block."""
+    """The grid with a few cases of each block, all of them shrunk."""
     blocks = []
     for block in grid.blocks:
         small = tuple(dict.fromkeys(shrunk(case) for case in block.cases))
@@ -266,11 +268,11 @@ def rehearsal(grid: Grid) -> Grid:
 
 
 class UnknownName(Exception):
-    """A grid or system that does not exist; the message is one line."""
+    """There is no such grid or system. The message is one line."""
 
 
 def systems_named(names: str | None) -> tuple[str, ...] | None:
-    """From a list with commas; None where none was given."""
+    """The systems in a list with commas. None where no list was given."""
     if names is None:
         return None
     chosen = tuple(names.split(","))
@@ -281,8 +283,13 @@ def systems_named(names: str | None) -> tuple[str, ...] | None:
 
 def work_list(
     grid_name: str, systems: str | None = None, rehearse: bool = False, blocks: int | None = None
-) -> list[tuple[Case, tuple[str, ...]]]:
-    """(case, systems) of a grid, or of its first blocks, in order. rehearse: tiny sizes, for the interpreter."""
+) -> list[tuple[BenchCase, tuple[str, ...]]]:
+    """(case, systems) of a grid in order.
+
+    Args:
+        blocks: only the first ones are taken; None: all.
+        rehearse: take small sizes, for the interpreter.
+    """
     if grid_name not in GRIDS:
         raise UnknownName(f"unknown grid {grid_name!r}: choose from {', '.join(GRIDS)}")
     chosen = systems_named(systems)

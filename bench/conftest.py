@@ -1,4 +1,4 @@
-"""Options of `pytest bench/`, and the measuring of a case that its tests share."""
+"""Options of `pytest bench/`, and the measuring of a case for all tests of this case."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def device(request: pytest.FixtureRequest) -> devices.Cpu:
 
 @pytest.fixture(scope="module")
 def measured(request: pytest.FixtureRequest, device: devices.Cpu) -> dict[str, measure.Measured]:
-    """Every system of one case, measured in turns when the first of the case's tests asks."""
+    """The systems of one case. They are measured in turns, for the first test of the case."""
     case, names = request.param
     option = request.config.getoption
     grid_name = option("--bench-grid")

@@ -1,19 +1,25 @@
 """`python -m bench contact`: the first command for any GPU. Is everything right, how fast is it, and, if not, why not?
 
-Within minutes, what is worth most first: what the machine is; some layers, forward and backward apart, every error
-beside nn.LSTM's; the layers that failed once more with other plans, to see what the fault depends on; times of this
-library, of nn.LSTM and of the exchange alone; what the planner's estimates rest on; the tests marked gpu.
+It takes minutes. In this order it finds out:
+- what the machine is;
+- whether layers are right, forward and backward apart, with every error beside nn.LSTM's;
+- what a fault depends on: layers that failed run once more, also with other plans;
+- what the planner's estimates rest on;
+- times of this library, of nn.LSTM and of the exchange alone;
+- whether the tests marked gpu pass.
 
-Nothing runs on the device in this process. Children do the work (bench.contact_worker, bench.worker), and one that
-crashes or hangs becomes a line that says so. The folder gets contact.jsonl, a line for every finding as soon as it is
-known; contact.txt, the lines that are printed; contact.log, what the children print; and the journal of the tests.
+Nothing runs on the device in this process. Children do the work (bench.contact_worker, bench.worker). If a child
+crashes or hangs, a line says so. The folder gets
+- contact.jsonl, with a line for every finding as soon as it is known;
+- contact.txt, with everything that is printed;
+- contact.log, with everything that the children print;
+- the journal of the tests.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import os
 import shutil
 import subprocess
@@ -23,70 +29,31 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from . import cases, devices, measure, results
-from .cases import BASELINE, FLOOR, OURS, Case
-from .contact_report import TimeRow, is_right, table, title, verdict_of
-from .contact_worker import plans_to_try
-from .gpu import COMPILING, Session, append, ending_children
+from . import cases, devices, journal, measure, results
+from .cases import BASELINE, FLOOR, OURS, BenchCase
+from .contact_cases import CANDIDATES, CHECKS, HOST, TIMED
+from .contact_report import TimeRow, is_right, time_table, verdict_of
+from .gpu import COMPILING, Session, ending_children
 from .hang import HANG
-from .plans import MODES
+from .plans import SCAN_MODES
 from .results import JsonObject
 from .watchdog import Crew, OutOfBudget, Watchdog, ending
 
-BOTH = "forward+backward"
-DTYPES = ("float16", "bfloat16", "tf32", "float32")
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "compute_mode")
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--print-limit", "20")
 
-
-def layer(dtype: str, T: int, B: int, I: int, H: int, **more: object) -> Case:  # noqa: E741
-    return Case(BOTH, dtype, T=T, B=B, I=I, H=H, **more)  # type: ignore[arg-type]
-
-
-# In order: one program; some; the headline; odd sizes; several tiles; asynchronous tensor cores; streamed weights;
-# lengths and resets; a chain; both directions; full precision with several tiles.
-CHECKS = (
-    *(layer(dtype, 8, 3, 8, 8) for dtype in DTYPES),
-    *(layer(dtype, 8, 3, 16, 64) for dtype in DTYPES),
-    *(layer(dtype, 16, 16, 768, 768) for dtype in DTYPES),
-    *(layer(dtype, 12, 17, 33, 131) for dtype in ("float16", "tf32")),
-    *(layer(dtype, 16, 64, 256, 1024) for dtype in ("bfloat16", "tf32")),
-    layer("float16", 12, 256, 256, 768),
-    *(layer(dtype, 8, 16, 64, 2048) for dtype in ("float16", "tf32")),
-    layer("bfloat16", 6, 16, 64, 4096),
-    *(layer(dtype, 16, 16, 64, 256, layout="lengths") for dtype in ("float16", "tf32")),
-    layer("float16", 16, 16, 64, 256, layout="resets"),
-    layer("bfloat16", 16, 32, 128, 512, layers=4),
-    layer("bfloat16", 16, 32, 128, 512, bidirectional=True),
-    layer("float32", 16, 64, 96, 512),
-)
-HEADLINE = layer("float16", 1024, 16, 768, 768)
-# The headline; then lengths of time, whose differences tell what a step costs and whether it matters that rows come
-# from memory; then the map over H and B, on whose borders nn.LSTM may get ahead; then a call that is all overhead.
-TIMED = (
-    *(replace(HEADLINE, dtype=dtype, mode=mode) for dtype in DTYPES for mode in ("forward", BOTH)),
-    *(replace(HEADLINE, T=steps, mode="forward") for steps in (128, 256, 2048)),
-    *(
-        replace(HEADLINE, T=256, H=hidden, I=hidden, B=batch)
-        for batch, hidden in itertools.product((16, 1, 64, 256), (256, 64, 1024, 512, 128, 2048))
-    ),
-    replace(HEADLINE, T=2, B=1, H=512, I=512, mode="inference"),
-)
-HOST = layer("float16", 16, 16, 256, 256)
-CASES = (*CHECKS, *TIMED, HOST)
 REHEARSED = 7  # cases of each step in a rehearsal
-COLD = 4  # layers, after which it shows whether a kernel cache was carried here
-MOST_FAILURES = 4  # layers, after which no more are tried: something is wrong from the ground up
-EXPLAINED = 2  # of the layers that failed, so many are tried with other plans
-CANDIDATES = 8  # the planner's best plans, its own among them, that are timed for each scan
-LEAST_FOR_TIMES = 0.5  # part of the budget that is left for times and tests, whatever fails
-FOR_TESTS = 0.3  # part of the budget that is left for tests
-LEAST_FOR_TESTS = 20.0  # seconds: with fewer none would end
-SLOWER = 4  # how many times slower everything may be under a sanitizer
+COLD = 4  # after so many layers one knows whether Triton's cache has the kernels
+MOST_FAILURES = 4  # after so many failed layers no more are tried: something is wrong from the ground up
+EXPLAINED = 2  # so many of the layers that failed are tried with other plans
+LEAST_FOR_TIMES = 0.5  # this part of the budget is left for times and tests, whatever fails
+FOR_TESTS = 0.3  # this part of the budget is left for tests
+LEAST_FOR_TESTS = 20.0  # seconds; in less time no test would end
+SLOWER = 4  # under a sanitizer everything may be so many times slower
 
 
 def asked(*command: str) -> str:
-    """What a command prints; nothing where there is no such command."""
+    """What a command prints. Nothing where the command is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -94,30 +61,16 @@ def asked(*command: str) -> str:
     return ""
 
 
-def launch_besides(device: devices.Cpu) -> None:
-    """Launch what this command launches besides its cases, for the sake of Triton's cache (bench.cache)."""
-    from lstm_triton.scan import planner
-
-    from . import handoff
-
-    handoff.times(device)
-    for kind, mode in MODES.items():
-        case = replace(HEADLINE, mode=mode)
-        for _, plan in plans_to_try(case, device, kind, CANDIDATES):
-            with planner.forced(planner.Plan(**plan), kind):
-                measure.compile_kernels(case, device)
-
-
 @dataclass
 class Contact:
     """One call of the command.
 
     Attributes:
-        seconds: of timing for each system and case.
-        silent: seconds without a sign of life before a child is killed, compiling included.
+        seconds: how long to time each system in each case.
+        silent: seconds for which a child may be silent, also while it compiles.
         plugin: a module that every child imports first.
         tests: what pytest -m gpu is run on; None: no tests.
-        processes: that compile ahead where the kernel cache is empty, and that run tests.
+        processes: so many compile ahead where the kernel cache is empty, and so many run tests.
     """
 
     out: Path
@@ -131,12 +84,12 @@ class Contact:
     processes: int = 1
     # What was found.
     right: int = 0
-    failed_layers: list[Case] = field(default_factory=list)
-    failed: list[tuple[str, JsonObject]] = field(default_factory=list)  # what, layers or others, and how it failed
+    failed_layers: list[BenchCase] = field(default_factory=list)
+    failed: list[tuple[str, JsonObject]] = field(default_factory=list)  # what failed, and how
     times: list[TimeRow] = field(default_factory=list)
-    answers: dict[str, str] = field(default_factory=dict)  # what was asked, and what came out
+    answers: dict[str, str] = field(default_factory=dict)  # question -> answer
     skipped: list[str] = field(default_factory=list)
-    kernels: tuple[int, int] = (0, 0)  # of the layers' kernels: found in Triton's cache, and compiled
+    kernels: tuple[int, int] = (0, 0)  # of the layers: found in Triton's cache, and compiled
 
     def __post_init__(self) -> None:
         self.checking, self.timing = self.watchdog("bench.contact_worker"), self.watchdog("bench.worker")
@@ -152,7 +105,9 @@ class Contact:
     # Findings
 
     def write(self, step: str, **finding: object) -> None:
-        append(self.out / "contact.jsonl", {"s": round(time.monotonic() - self.start, 1), "step": step, **finding})
+        journal.append(
+            self.out / "contact.jsonl", {"s": round(time.monotonic() - self.start, 1), "step": step, **finding}
+        )
 
     def tell(self, line: str) -> None:
         print(line, flush=True)
@@ -167,7 +122,7 @@ class Contact:
             self.skipped.append(what)
 
     def has_time(self, part: float, what: str) -> bool:
-        """Whether more than a part of the budget is left. If not, `what` is not done."""
+        """Whether more than a part of the budget is left. If not, `what` is noted as not done."""
         there = self.deadline - time.monotonic() > part * (self.deadline - self.start)
         if not there:
             self.skip(what)
@@ -193,7 +148,7 @@ class Contact:
                 watchdog.stop()
             return {**answer, "in": phase}
 
-    def check(self, watchdog: Watchdog, case: Case, change: str | None, patience: float = HANG) -> JsonObject:
+    def check(self, watchdog: Watchdog, case: BenchCase, change: str | None, patience: float = HANG) -> JsonObject:
         question = {"check": cases.as_dict(case), "change": change, "patience": patience}
         outcome = self.ask(watchdog, question)
         self.write("check", case=question["check"], change=change, under=watchdog.under, **outcome)
@@ -202,7 +157,7 @@ class Contact:
     # Steps
 
     def environment(self) -> None:
-        """What the machine is: versions from a child, clocks and compute mode from the driver's own tool."""
+        """What the machine is: versions from a child, clocks and compute mode from nvidia-smi."""
         self.checking.started()
         assert self.checking.origin is not None
         found = self.checking.origin
@@ -228,11 +183,11 @@ class Contact:
                 outcome = self.check(self.checking, case, None)
                 found, compiled = outcome.get("kernels", (0, 0))
                 self.kernels = self.kernels[0] + found, self.kernels[1] + compiled
-                self.say(f"{title(case)}: {verdict_of(outcome)}")
+                self.say(f"{case}: {verdict_of(outcome)}")
                 if is_right(outcome):
                     self.right += 1
                 else:
-                    self.failed.append((title(case), outcome))
+                    self.failed.append((str(case), outcome))
                     self.failed_layers.append(case)
                 if len(self.failed_layers) == MOST_FAILURES:
                     self.say(f"{MOST_FAILURES} layers failed: no more are tried")
@@ -241,8 +196,8 @@ class Contact:
             self.answers["kernel cache"] = "of these layers' kernels {} found, {} compiled".format(*self.kernels)
             self.say(f"kernel cache: {self.answers['kernel cache']}")
 
-    def compile(self, wanted: Sequence[Case], systems: tuple[str, ...]) -> None:
-        """Compile side by side what the cases launch: no cache was carried here."""
+    def compile(self, wanted: Sequence[BenchCase], systems: tuple[str, ...]) -> None:
+        """Compile what the cases launch in processes side by side, since Triton's cache does not have it."""
         if self.processes == 1:
             return
         crew = Crew(self.timing, self.processes)
@@ -252,7 +207,7 @@ class Contact:
             crew.stop()
 
     def explain_failures(self) -> None:
-        """The first failures again, each in a child of its own: as they are, with other plans, under a sanitizer."""
+        """Run layers that failed again: as they are, with other plans, under a sanitizer. Each run has a new child."""
         what = "some of what the failures depend on"
         for case in self.failed_layers[:EXPLAINED]:
             changes = self.ask(self.checking, {"changes": cases.as_dict(case)}).get("result", ())
@@ -262,19 +217,19 @@ class Contact:
                     return
                 with ending(self.watchdog("bench.contact_worker")) as watchdog:
                     outcome = self.check(watchdog, case, change)
-                self.say(f"  {title(case)}, {change or 'once more, alone'}: {verdict_of(outcome)}")
+                self.say(f"  {case}, {change or 'once more, alone'}: {verdict_of(outcome)}")
             if self.on_gpu and shutil.which(SANITIZER[0]) and self.has_time(LEAST_FOR_TIMES, what):
                 short = replace(case, T=min(case.T, 2))
                 with ending(self.watchdog("bench.contact_worker", SANITIZER, SLOWER * self.silent)) as watchdog:
                     outcome = self.check(watchdog, short, None, SLOWER * SLOWER * HANG)
-                self.say(f"  {title(short)}, under {SANITIZER[0]}: {verdict_of(outcome)}; see contact.log")
+                self.say(f"  {short}, under {SANITIZER[0]}: {verdict_of(outcome)}; see contact.log")
 
     def ask_questions(self) -> None:
-        """What the planner's estimates rest on: the hand-off between multiprocessors; what a call costs the host."""
+        """Ask what the planner's estimates rest on: the time of a hand-off, and the host's time for a call."""
         [host] = self.sizes((HOST,))
         for step, what, question in (
             ("handoff", "from one multiprocessor to another", {"handoff": None}),
-            ("host", f"microseconds of the host, {title(host)}", {"host": cases.as_dict(host)}),
+            ("host", f"microseconds of the host, {host}", {"host": cases.as_dict(host)}),
         ):
             outcome = self.ask(self.checking, question)
             self.write(step, **outcome)
@@ -286,9 +241,9 @@ class Contact:
             self.say(f"{what}: {text}")
 
     def time_layers(self) -> None:
-        """lstm_triton, nn.LSTM and the exchange alone in turns; the headline with other plans, too."""
+        """Time lstm_triton, nn.LSTM and the exchange alone in turns. The headline is timed with other plans, too."""
         headline, *_ = timed = self.sizes(TIMED)
-        plans = self.plans_of(headline)
+        plans = self.other_plans(headline)
         self.checking.stop()  # two children would hold memory that neither uses
         if self.kernels[1] > self.kernels[0]:
             self.compile(timed, (OURS, FLOOR))
@@ -301,33 +256,34 @@ class Contact:
                 self.time_layer(case)
         self.timing.stop()
 
-    def plans_of(self, case: Case) -> list[tuple[str, str, JsonObject]]:
-        """(mode, label, {"kind", "plan"}): what is measured beside the planner's choices for a layer."""
+    def other_plans(self, case: BenchCase) -> list[tuple[str, str, JsonObject]]:
+        """(mode, label, {"kind", "plan"}) of the plans that are measured beside the planner's own."""
         found = []
-        for kind, mode in MODES.items():
+        for kind, mode in SCAN_MODES.items():
             outcome = self.ask(self.checking, {"plans": cases.as_dict(case), "kind": kind, "most": CANDIDATES})
             self.write("plans", case=cases.as_dict(case), kind=kind, **outcome)
             for label, plan in outcome.get("result", ()):
                 found.append((mode, f", {kind} {label}", {"kind": kind, "plan": plan}))
         return found
 
-    def time_layer(self, case: Case, forced: JsonObject | None = None, label: str = "") -> None:
+    def time_layer(self, case: BenchCase, forced: JsonObject | None = None, label: str = "") -> None:
         rows, failure = self.timing.measure("contact", case, (OURS, BASELINE, FLOOR), self.seconds, forced)
         self.write("times", case=cases.as_dict(case), rows=rows, failure=failure, forced=forced)
         found = {row["system"]: row for row in rows if row["status"] != "missing"}
-        name = f"{title(case)} {case.mode}{label}"
+        name = f"{case}{label}"
         why = failure or next((row for row in found.values() if row["status"] != "ok"), None)
         if why is not None:
             self.say(f"{name}: FAILED: {why['system']}: {why['message']}")
-            if forced is None and why["system"] not in (BASELINE, FLOOR):  # other plans need not be possible
+            if forced is None and why["system"] not in (BASELINE, FLOOR):  # other plans may be impossible
                 self.failed.append((name, {"error": why["message"]}))
         if OURS in found and found[OURS]["status"] == "ok":
-            row = TimeRow(name, *(found.get(system, {}).get("median_us") for system in (OURS, BASELINE, FLOOR)))
+            theirs, exchange = (found.get(system, {}).get("median_us") for system in (BASELINE, FLOOR))
+            row = TimeRow(name, found[OURS]["median_us"], theirs, exchange)
             self.times.append(row)
             self.say(str(row))
 
     def run_tests(self) -> None:
-        """`pytest -m gpu` as `bench gpu` runs it."""
+        """Run `pytest -m gpu` as `bench gpu` does."""
         if self.tests is None:
             return
         if self.deadline - time.monotonic() < LEAST_FOR_TESTS or self.checking.origin is None:
@@ -350,8 +306,8 @@ class Contact:
         if failures or session.failures:
             self.failed.append(("tests marked gpu", {"error": text or "pytest did not run: see contact.log"}))
 
-    def sizes(self, found: tuple[Case, ...]) -> tuple[Case, ...]:
-        """The cases; in a rehearsal some small ones, without those that need a GPU's units."""
+    def sizes(self, found: tuple[BenchCase, ...]) -> tuple[BenchCase, ...]:
+        """The cases. In a rehearsal some of them, shrunk, and without TF32, which a CPU does not have."""
         if self.on_gpu:
             return found
         small = (cases.shrunk(case) for case in found if case.dtype != "tf32")
@@ -364,8 +320,8 @@ class Contact:
         self.timing.kill()
 
     def summary(self) -> None:
-        """What matters, last."""
-        for line in ("", *table(self.times), *(f"{what}: {text}" for what, text in self.answers.items())):
+        """Print what matters most at the end."""
+        for line in ("", *time_table(self.times), *(f"{what}: {text}" for what, text in self.answers.items())):
             self.tell(line)
         self.tell(f"layers: {self.right} right, {len(self.failed_layers)} failed")
         for what, outcome in self.failed:
@@ -399,7 +355,7 @@ def contact(run: Contact) -> int:
                 step()
             except OutOfBudget:
                 run.skip(name)
-            except Exception as error:  # of one step, which must not cost the others
+            except Exception as error:  # a step that fails must not prevent the others
                 run.write("broken", what=name, error=traceback.format_exc())
                 run.say(f"{name}: this step failed: {measure.one_line(error)}")
                 run.failed.append((name, {"error": measure.one_line(error)}))

@@ -1,15 +1,14 @@
-"""What `python -m bench contact` found, in words."""
+"""Puts into words what `python -m bench contact` found."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from .cases import Case
 from .results import JsonObject
 
 
 class TimeRow(NamedTuple):
-    """Microseconds of one case; None where a system does not take part."""
+    """Microseconds of one case. None where a system does not take part."""
 
     name: str
     ours: float
@@ -25,7 +24,7 @@ class TimeRow(NamedTuple):
         return f"{self.name}: {', '.join(parts)}"
 
 
-def table(rows: list[TimeRow]) -> list[str]:
+def time_table(rows: list[TimeRow]) -> list[str]:
     """The lines of a table of times."""
     if not rows:
         return []
@@ -38,23 +37,15 @@ def table(rows: list[TimeRow]) -> list[str]:
     return lines
 
 
-def title(case: Case) -> str:
-    """A case without its mode."""
-    more = [f"{case.layers} layers"] if case.layers > 1 else []
-    more += ["both directions"] if case.bidirectional else []
-    more += [case.layout] if case.layout != "dense" else []
-    return " ".join([case.dtype, f"T={case.T} B={case.B} I={case.I} H={case.H}", *more])
-
-
 def is_right(outcome: JsonObject) -> bool:
-    """Whether a check came to an end, with right values."""
+    """Whether a check came to its end with right values."""
     if "result" not in outcome:
         return False
     return not any("wrong" in row for kind in ("forward", "backward") for row in outcome["result"][kind])
 
 
 def verdict_of(outcome: JsonObject) -> str:
-    """What a check came to."""
+    """The outcome of a check."""
     where = f" in {outcome['in']}" if outcome.get("in") else ""
     for name, text in (("timeout", "NO ANSWER"), ("crash", "CRASHED"), ("error", "FAILED")):
         if name in outcome:
@@ -66,14 +57,14 @@ def verdict_of(outcome: JsonObject) -> str:
     parts = []
     for kind in ("forward", "backward"):
         rows = outcome["result"][kind]
-        worst = max(rows, key=ratio)
-        parts.append(f"{kind} {worst['error']:.1e}, {ratio(worst):.2f} x nn.LSTM's")
+        worst = max(rows, key=error_ratio)
+        parts.append(f"{kind} {worst['error']:.1e}, {error_ratio(worst):.2f} x nn.LSTM's")
         parts += [f"WRONG {row['name']}: {wrong_in_words(row['wrong'])}" for row in rows if "wrong" in row]
     return "; ".join(parts)
 
 
-def ratio(row: JsonObject) -> float:
-    """An error divided by nn.LSTM's."""
+def error_ratio(row: JsonObject) -> float:
+    """An error divided by the error of nn.LSTM."""
     if not row["error"] >= 0:
         return float("inf")
     return float(row["error"] / max(row["nn.LSTM"], 1e-12))
@@ -92,7 +83,7 @@ def wrong_in_words(wrong: JsonObject) -> str:
 
 
 def missing_in_words(missing: JsonObject | str) -> str:
-    """What the programs of a scan that does not end wait for."""
+    """What programs wait for, in a scan that does not end."""
     if isinstance(missing, str):
         return missing
     rows = f"{missing['rows_missing']} of {missing['of_rows']} rows"
@@ -105,5 +96,5 @@ def missing_in_words(missing: JsonObject | str) -> str:
 
 
 def ranges(spans: list[list[int]]) -> str:
-    """Runs of numbers, given by their first and last."""
+    """Runs of numbers, each given as [first, last]."""
     return ", ".join(f"{first} to {last}" if first < last else f"{first}" for first, last in spans)

@@ -1,17 +1,17 @@
-"""The child process of `python -m bench contact`: checks one layer at a time, and says where it goes wrong.
+"""The child process of `python -m bench contact`: checks one layer at a time, and tells where it goes wrong.
 
     python -m bench.contact_worker DEVICE [PLUGIN], one JSON object a line
 
 In:   {"check": case, "change": null or one of CHANGES, "patience": seconds that a kernel may take}
-      {"changes": case}, those that change anything; {"plans": case, "kind", "most"}, what to time beside the planner's
+      {"changes": case}, which changes apply; {"plans": case, "kind", "most"}, plans to time beside the planner's
       {"handoff": null} (bench.handoff); {"host": case}, times of the host
 Out:  {"ready": provenance}             once
-      {"phase": text}                   before anything that may crash or never come back
-      {"hang": {"in", "missing"}}       the last words: a kernel does not end (bench.hang)
+      {"phase": text}                   before anything that may crash or never end
+      {"hang": {"in", "missing"}}       a kernel does not end (bench.hang), and the process ends
       {"error": text, "lost": bool}     an answer; if "lost", the device is gone and the process ends
-      {"result": ..., "kernels"}        an answer; how many kernels Triton found in its cache, and compiled
+      {"result": ..., "kernels"}        an answer; the numbers of kernels that Triton found in its cache and compiled
 
-Forward and backward are looked at one after the other, so that each can be told to be right.
+Forward and backward are checked one after the other, so that a fault has its place.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ import torch
 from torch import Tensor, nn
 
 from . import cases, hits, measure, results, worker
-from .cases import Case
+from .cases import BenchCase
 from .devices import Cpu, tf32
 from .hang import Missing, Watch, spans
-from .plans import MODES, candidates_of, launches_of
+from .plans import candidates_of, first_plans, plans_to_try
+from .problem import Problem, Runner
 from .results import JsonObject
-from .systems import Problem, Runner, as_users_write_it, baseline, ours
+from .systems import as_users_write_it, baseline, ours
 from .worker import Say
 
 if TYPE_CHECKING:
     from lstm_triton.scan.planner import Kind, Plan
 
-# What to change in a layer's plans when it fails: which of these helps tells what the fault depends on.
+# Changes to the plans of a layer that failed. The changes that help tell what the fault depends on.
 CHANGES: dict[str, JsonObject] = {
     "all threads wait together": {"thread_elements": 0},
     "no packed sentinels": {"packed": False},
@@ -56,33 +57,28 @@ CHANGES: dict[str, JsonObject] = {
 
 
 class Inapplicable(Exception):
-    """A change that changes nothing of a layer's plans, or that no plan allows."""
+    """A change does not apply: the plans are like this already, or no plan can be."""
 
 
 # Plans
 
 
-def plans_of(case: Case, device: Cpu) -> dict[Kind, Plan]:
-    """The planner's choice for the first launch of each scan."""
-    return {kind: launches_of(kind, case, device)[0].plan for kind in MODES}
-
-
-def changed_plans(case: Case, device: Cpu, change: str) -> dict[Kind, Plan]:
-    """The plans with a change, of those scans in which it changes anything.
+def changed_plans(case: BenchCase, device: Cpu, change: str) -> dict[Kind, Plan]:
+    """The changed plans of a layer, for the scans to which the change applies.
 
     Raises:
-        Inapplicable: there are none.
+        Inapplicable: the change applies to no scan.
     """
     from lstm_triton.target import Device
 
     wanted = CHANGES[change]
     found: dict[Kind, Plan] = {}
-    for kind, plan in plans_of(case, device).items():
+    for kind, plan in first_plans(case, device).items():
         if change == "not cooperative":
             if plan.slices > 1 or plan.chained:
                 found[kind] = plan
         elif any(getattr(plan, name) != value for name, value in wanted.items()):
-            if "slices" in wanted or "split_k" in wanted:  # other sizes follow from these
+            if "slices" in wanted or "split_k" in wanted:  # other sizes follow from these sizes
                 others = candidates_of(kind, case, Device.of(device.torch_device), plan.lanes, plan.chained)
                 others = [each for each in others if all(getattr(each, name) == to for name, to in wanted.items())]
             else:
@@ -94,7 +90,7 @@ def changed_plans(case: Case, device: Cpu, change: str) -> dict[Kind, Plan]:
     return found
 
 
-def applicable_changes(case: Case, device: Cpu) -> list[str]:
+def applicable_changes(case: BenchCase, device: Cpu) -> list[str]:
     found = []
     for change in CHANGES:
         with contextlib.suppress(Inapplicable):
@@ -104,7 +100,7 @@ def applicable_changes(case: Case, device: Cpu) -> list[str]:
 
 
 @contextlib.contextmanager
-def with_change(case: Case, device: Cpu, change: str | None) -> Iterator[None]:
+def with_change(case: BenchCase, device: Cpu, change: str | None) -> Iterator[None]:
     from lstm_triton.scan import launch, planner
 
     with ExitStack() as stack:
@@ -113,7 +109,10 @@ def with_change(case: Case, device: Cpu, change: str | None) -> Iterator[None]:
                 stack.enter_context(planner.forced(plan, kind))
         if change == "not cooperative":
             options = launch.launch_options
-            alone = lambda plan: {**options(plan), "launch_cooperative_grid": False}  # noqa: E731
+
+            def alone(plan: Plan) -> dict[str, Any]:
+                return {**options(plan), "launch_cooperative_grid": False}
+
             stack.enter_context(mock.patch.object(launch, "launch_options", alone))
         yield
 
@@ -123,7 +122,7 @@ def with_change(case: Case, device: Cpu, change: str | None) -> Iterator[None]:
 
 def compare(names: Sequence[str], mine: Sequence[Tensor], theirs: Sequence[Tensor], right: Sequence[Tensor],
             dtype: str) -> list[JsonObject]:  # fmt: skip
-    """A row for each tensor: both errors against float64, and where a wrong one begins to be wrong."""
+    """A row for each tensor: both errors against float64, and for a wrong tensor where it is wrong."""
     rows = []
     for name, one, other, exact in zip(names, mine, theirs, right, strict=True):
         error, their_error = (measure.distance([each], [exact]) for each in (one, other))
@@ -135,7 +134,7 @@ def compare(names: Sequence[str], mine: Sequence[Tensor], theirs: Sequence[Tenso
 
 
 def located(one: Tensor, other: Tensor, exact: Tensor) -> JsonObject:
-    """Where a wrong tensor is far off: how many elements, the first index of dimension 0, rows and columns there."""
+    """Where a tensor is far off: the number of elements, the first index of dimension 0, rows and columns there."""
     off = (one.double() - exact).abs()
     off = off.masked_fill(off.isnan(), float("inf"))
     limit = 20 * float((other.double() - exact).abs().nan_to_num().max()) + 1e-3 * float(exact.abs().max())
@@ -152,8 +151,8 @@ def located(one: Tensor, other: Tensor, exact: Tensor) -> JsonObject:
     return found
 
 
-def check(case: Case, change: str | None, watch: Watch, say: Say) -> JsonObject:
-    """Forward, then backward: every value beside nn.LSTM's and float64's."""
+def check(case: BenchCase, change: str | None, watch: Watch, say: Say) -> JsonObject:
+    """Compare all values with float64's, beside nn.LSTM's: of forward, then of backward."""
     import lstm_triton
 
     device = watch.device
@@ -185,11 +184,13 @@ def check(case: Case, change: str | None, watch: Watch, say: Say) -> JsonObject:
     with ExitStack() as stack:
         say(phase="plans")
         stack.enter_context(with_change(case, device, change))
-        runner, plans = ours(problem)[0], plans_of(case, device)
+        runner, plans = ours(problem)[0], first_plans(case, device)
         if runner.label:
             raise RuntimeError(runner.label)
+        [module] = runner.modules
+        assert isinstance(module, lstm_triton.LSTM)
         with lstm_triton.backend("triton"):
-            scans = lstm_triton.explain(runner.modules[0], problem.shape_input(leaf)).scans
+            scans = lstm_triton.explain(module, problem.shape_input(leaf)).scans
         found["plans"] = [f"{scan.kind}: {scan.plan}" for scan in scans]
         say(phase="forward")
         with watch.over("forward", case, plans):
@@ -207,8 +208,8 @@ def check(case: Case, change: str | None, watch: Watch, say: Say) -> JsonObject:
 # Times of the host
 
 
-def host_times(case: Case, device: Cpu) -> JsonObject:
-    """Microseconds that the host takes to ask for a call: the median of some calls that nothing is waited for in."""
+def host_times(case: BenchCase, device: Cpu) -> JsonObject:
+    """Microseconds of the host for a call: the median of some calls, which do not wait for the device."""
     problem = Problem(case, device)
     found: JsonObject = {}
     for name, runner in (("lstm_triton", ours(problem)[0]), ("nn.LSTM", baseline(problem)[0])):
@@ -224,22 +225,6 @@ def host_times(case: Case, device: Cpu) -> JsonObject:
                 device.synchronize()
             found[f"{name} {part}"] = round(statistics.median(times), 1)
     return found
-
-
-def short(plan: Plan) -> str:
-    sizes = f"{plan.block_batch} x {plan.block_hidden}, {plan.programs} programs"
-    return sizes + (", input fused" if plan.fuse_input else "")
-
-
-def plans_to_try(case: Case, device: Cpu, kind: Kind, most: int) -> list[tuple[str, JsonObject]]:
-    """Labels and plans: the planner's with the portable wait, the planner's without a hold, the next candidates."""
-    from lstm_triton.target import Device
-
-    found = candidates_of(kind, case, Device.of(device.torch_device))[:most]
-    named = {"portable wait": dataclasses.replace(found[0], thread_elements=0)}
-    named["no hold"] = dataclasses.replace(found[0], hold=0)
-    named |= {short(plan): plan for plan in found[1:]}
-    return [(label, dataclasses.asdict(plan)) for label, plan in named.items() if plan != found[0]]
 
 
 def answer(question: JsonObject, watch: Watch, say: Say) -> Any:
@@ -287,6 +272,6 @@ def work(device_name: str, plugin: str = "") -> int:
 
 
 if __name__ == "__main__":
-    from bench import contact_worker  # as plugins know it, which may change it
+    from bench import contact_worker  # the module that plugins import, and may change
 
     sys.exit(contact_worker.work(*sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Where a case runs, and how time and memory are read there: a GPU, a CPU, or the kernels interpreted on a CPU."""
+"""Where a case runs, and how time and memory are read: a GPU, a CPU, or kernels that are interpreted on a CPU."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ import torch
 
 Call = Callable[[], object]
 
-# GPUs keep the clock they are found with; the host gets at most this far ahead of them (see Cuda.time).
+# A GPU keeps the clock that it has. The host gets ahead of it by at most this time (see Cuda.time).
 LONGEST_SPIN_US = 5_000
 
 
 class UnusableDevice(Exception):
-    """The device asked for is not there; the message is one line."""
+    """The device is not there. The message is one line."""
 
 
 class Cpu:
     name = "cpu"
     gpu = "none: CPU"  # the provenance's `gpu`
     torch_device = torch.device("cpu")
-    rounds = (5, 200)  # at least, at most: how often each system is timed
+    rounds = (5, 200)  # how often each system is timed: at least, at most
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """What must be on while kernels run, forward and backward."""
+        """Kernels run inside of this, forward and backward."""
         yield
 
     def synchronize(self) -> None:
-        """Wait until everything asked for is done."""
+        """Wait until the device has done all its work."""
 
     def alive(self) -> bool:
         """Whether the device still works after an error."""
         return True
 
     def evict(self) -> None:
-        """Drive earlier inputs out of the cache."""
+        """Remove earlier inputs from the cache."""
 
     def wall_time(self, call: Call) -> float:
-        """Microseconds from asking until everything is done, the call's overhead included."""
+        """Microseconds from the start of the call until the device has done all its work: with the call's overhead."""
         self.synchronize()
         start = time.perf_counter()
         call()
@@ -51,11 +51,11 @@ class Cpu:
         return (time.perf_counter() - start) * 1e6
 
     def time(self, call: Call, host_us: float = 0.0) -> float:
-        """Microseconds that the device works on the call. host_us: about how long the host needs to ask for it."""
+        """Microseconds that the device works on the call. host_us: about how long the host needs to launch the work."""
         return self.wall_time(call)
 
     def memory(self, forward: Call, whole: Call) -> tuple[int | None, int | None]:
-        """Bytes that `forward` leaves allocated while its result lives; the most that `whole` has at a time."""
+        """Bytes that stay allocated while the result of `forward` lives, and the peak of `whole`."""
         return None, None
 
     def driver(self) -> str | None:
@@ -63,7 +63,7 @@ class Cpu:
 
 
 class Interpreter(Cpu):
-    """The kernels, interpreted on a CPU: right values, meaningless times."""
+    """A CPU that interprets the kernels. Values are right, times mean nothing."""
 
     name = "interpreter"
     gpu = "none: interpreter"
@@ -125,8 +125,8 @@ class Cuda(Cpu):
         return float(start.elapsed_time(end) * 1e3)
 
     def time(self, call: Call, host_us: float = 0.0) -> float:
-        # The device spins until the host has asked for the work, so that launch gaps do not count: in a training loop,
-        # too, the host is ahead of the device.
+        # The device spins until the host has launched the work. So gaps between launches do not count: in a training
+        # loop the host is ahead of the device, too.
         torch.cuda._sleep(int(min(host_us, LONGEST_SPIN_US) * self.cycles_per_us))
         return self._between_events(call)
 
@@ -152,7 +152,7 @@ class Cuda(Cpu):
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Let float32 products run in TF32, or not: cuDNN's and those of matmul."""
+    """Whether float32 products of cuDNN and of matmul may run in TF32."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
@@ -169,7 +169,7 @@ def default_device() -> str:
 
 
 def require(name: str) -> None:
-    """Raise UnusableDevice unless the device is there. Starts nothing on a GPU."""
+    """Raise UnusableDevice unless the device is there. Nothing is started on a GPU."""
     if name not in DEVICES:
         raise UnusableDevice(f"unknown device {name!r}: choose from {', '.join(DEVICES)}")
     if name == "cuda" and not torch.cuda.is_available():

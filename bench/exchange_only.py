@@ -5,7 +5,6 @@ publications of state; the same loads of a step's own tiles and, where forward s
 read, nothing is computed.
 """
 
-# mypy: ignore-errors
 import triton
 import triton.language as tl
 

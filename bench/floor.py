@@ -1,8 +1,10 @@
-"""The floor under a case's time: what the device must do at least, each part measured in the same run.
+"""The floor under a case's time: the least that the device has to do. Each part is measured in the same run.
 
-A scan cannot be faster than handing h_t around T times (`exchange`: the scans' grids, loads, polls and stores without
-their arithmetic), than its products at the rate of a large matrix product, or than moving its tensors at the rate of a
-copy. The floor is the largest of the three.
+A scan needs at least the time of
+- its exchange: h_t is handed around T times. `exchange` launches the scans without their arithmetic.
+- its products, at the rate of a large matrix product.
+- moving its tensors, at the rate of a copy.
+The floor is the largest of the three.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cases import BenchCase
 from .devices import Call, Cpu, tf32
-from .plans import launches_of
-from .systems import TORCH_DTYPES, Outputs, Problem, Runner
+from .plans import planned_launches
+from .problem import TORCH_DTYPES, Outputs, Problem, Runner
 
 if TYPE_CHECKING:
     from lstm_triton.scan.planner import Kind
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def product_rate(device: Cpu, dtype: str) -> float:
-    """FLOP per microsecond of a large square matrix product on random data, in the case's dtype (and TF32 as set)."""
+    """FLOP per microsecond of a large square product of random matrices. Whether TF32 is used is set outside."""
     size = 8192 if device.name == "cuda" else 256
     left, right = (torch.randn(size, size, device=device.torch_device, dtype=TORCH_DTYPES[dtype]) for _ in range(2))
     return 2 * size**3 / _median_us(device, lambda: left @ right)
@@ -33,7 +35,7 @@ def product_rate(device: Cpu, dtype: str) -> float:
 
 @functools.cache
 def copy_rate(device: Cpu) -> float:
-    """Bytes per microsecond, read plus written, of a copy far larger than the cache."""
+    """Bytes read and written per microsecond by a copy that is far larger than the cache."""
     size = 2**30 if device.name == "cuda" else 2**24
     source = torch.ones(size, dtype=torch.int8, device=device.torch_device)
     target = torch.empty_like(source)
@@ -45,8 +47,8 @@ def _median_us(device: Cpu, call: Call) -> float:
     return statistics.median(device.time(call) for _ in range(5))
 
 
-def work(case: Case) -> tuple[int, int]:
-    """(FLOP, bytes) that a case takes at least: its products, and every tensor read or written once."""
+def work(case: BenchCase) -> tuple[int, int]:
+    """The least (FLOP, bytes) of a case: its products, and every tensor read or written once."""
     directions = 2 if case.bidirectional else 1
     rows = sum(case.lengths)
     weights = products = 0
@@ -56,20 +58,20 @@ def work(case: Case) -> tuple[int, int]:
         weights += layer_weights
         products += 2 * rows * layer_weights
     numbers = rows * (case.I + directions * case.output_size) + weights
-    # Backward: a product for the input's gradient and one for the weights', as large as forward's each.
+    # Backward has two products for each of forward's: for the gradients of the input and of the weights.
     times = 3 if case.backward else 1
     return times * products, times * numbers * TORCH_DTYPES[case.dtype].itemsize
 
 
-def lower_bound(case: Case, device: Cpu, exchange_us: float | None) -> float:
-    """The floor of a case in microseconds. exchange_us: what the exchange-only kernel took, where it ran."""
+def lower_bound(case: BenchCase, device: Cpu, exchange_us: float | None) -> float:
+    """The floor of a case in microseconds. exchange_us: the time of the exchange alone, where it was measured."""
     flop, moved = work(case)
     bounds = flop / product_rate(device, case.dtype), moved / copy_rate(device), exchange_us or 0.0
     return round(max(bounds), 3)
 
 
 def rates(device: Cpu) -> dict[str, object]:
-    """The two rates, for a results file's provenance."""
+    """Both rates, for the provenance in a results file."""
     tera = {}
     for dtype in TORCH_DTYPES:
         if dtype == "tf32" and device.name != "cuda":
@@ -80,7 +82,7 @@ def rates(device: Cpu) -> dict[str, object]:
 
 
 def exchange_runner(problem: Problem) -> Runner:
-    """The exchange-only kernel, launched as lstm_triton launches its scans."""
+    """The exchange alone, launched as lstm_triton launches its scans."""
 
     def call(leaf: Tensor) -> Outputs:
         exchange(problem, "forward")
@@ -92,7 +94,7 @@ def exchange_runner(problem: Problem) -> Runner:
 
 
 def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
-    """A scan's launches, with its buffers and plans. Returns the states, in which every program has published."""
+    """Launch the exchange of a scan, with the scan's plans. Returns the states that the programs have published."""
     from lstm_triton.scan import buffers, launch, planner
 
     from .exchange_only import exchange_scan
@@ -102,7 +104,7 @@ def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
     stride = planner.state_stride(case.H)
     copies = 1 if kind == "forward" else 4
     states = []
-    for planned in launches_of(kind, case, problem.device):
+    for planned in planned_launches(kind, case, problem.device):
         plan = planned.plan
         input_size = case.I if planned.first < directions else directions * case.H
         like = torch.empty(case.T, case.B, input_size, dtype=problem.dtype, device=device)

@@ -1,7 +1,7 @@
-"""`python -m bench gpu`: everything that needs a GPU, most important first, within a budget; the next call goes on.
+"""`python -m bench gpu`: everything that needs a GPU, most important first, within a budget. The next call goes on.
 
-Nothing runs on the device in this process. Tests and cases run in child processes under a watchdog; one that crashes,
-hangs or loses the device becomes a line or a row that says so, and a new child goes on with the rest.
+Nothing runs on the device in this process. Tests and cases run in child processes under a watchdog. If a child crashes,
+hangs or loses the device, a line or a row says so, and a new child does the rest.
 
 The folder gets results.json (bench.results), gpu-tests.jsonl (bench.journal) and gpu.log (what the children print).
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import cases, devices, measure, results
+from . import cases, devices, journal, measure, results
 from .cases import Row
 from .results import JsonObject
 from .run import empty_kernel_caches
@@ -32,27 +31,32 @@ from .watchdog import START_TIMEOUT, Crew, OutOfBudget, Watchdog, describe_exit,
 
 @dataclass(frozen=True)
 class Stage:
-    """What is measured together: a grid's first blocks, or all of them."""
+    """What is measured together.
+
+    Attributes:
+        blocks: only the first blocks of the grid; None: all of them.
+        peers: whether only systems that may be missing take part, or only those of cases.MAIN; None: all.
+    """
 
     grid: str
     blocks: int | None = None
-    peers: bool | None = None  # whether for the systems that may be missing, or for those that never are; None: for all
+    peers: bool | None = None
 
     def systems(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(name for name in names if self.peers is None or (name not in cases.MAIN) == self.peers)
 
 
-# What is worth most when only minutes are left comes first. Peers, some of which compile for minutes, come last.
+# First comes what is worth most when only minutes are left. Peers come late, since some of them compile for minutes.
 GRID_STAGES = {name: Stage(name) for name in cases.GRIDS} | {
     "headline": Stage("headline", peers=False),
     "common": Stage("full", blocks=1),
     "peers": Stage("headline", peers=True),
 }
 STAGES = ("headline", "common", "stacks", "accuracy", "tests", "latency", "peers", "full")
-CHUNK = 24  # cases whose kernels are compiled before the first of them is measured
-COMPILING = 0.3  # of the time left, at most, for that
-PATIENCE = 3  # how many times longer a test may take than all of them may be silent
-STRIKES = 3  # crashes and time-outs after which a system other than ours and nn.LSTM is not run any more
+CHUNK = 24  # the kernels of so many cases are compiled before the first of these cases is measured
+COMPILING = 0.3  # at most this part of the time left is for compiling ahead
+PATIENCE = 3  # a test may take so many times longer than all tests together may be silent
+STRIKES = 3  # after so many crashes and time-outs a peer is not run any more
 
 
 def print_now(line: str) -> None:
@@ -65,15 +69,15 @@ class Session:
 
     out: Path
     watchdog: Watchdog
-    seconds: float  # of timing per system and case
+    seconds: float  # for timing each system in each case
     tests: str  # what pytest -m gpu is run on
     retry: bool = False
     start: float = field(default_factory=time.monotonic)
     found: results.Results = field(default_factory=lambda: results.Results({}))
     strikes: Counter[str] = field(default_factory=Counter)
     failures: int = 0
-    compilers: int = 0  # children that compile ahead, side by side
-    test_workers: int = 1  # processes that run tests side by side
+    compilers: int = 0  # so many children compile ahead, side by side
+    test_workers: int = 1  # so many processes run tests side by side
     crew: Crew | None = None
     tell: Callable[[str], None] = print_now  # gets every line
 
@@ -94,7 +98,7 @@ class Session:
         self.watchdog.kill()
 
     def resume(self, folder: Path) -> None:
-        """Go on from what an earlier call left in another folder, where this one's is empty."""
+        """Copy what an earlier call left in another folder, if this call's folder has no such files."""
         if not folder.is_dir():
             raise results.ResultsError(f"cannot resume from {folder}: no such folder")
         results.require_writable(self.out)
@@ -103,7 +107,7 @@ class Session:
                 shutil.copy(folder / name, self.out / name)
 
     def open_results(self, origin: JsonObject) -> results.Results:
-        """Rows of the same kernels and machine are kept; a file of others is moved aside, not lost."""
+        """The rows so far of these kernels and this machine. A file with other rows is moved aside, not lost."""
         if not self.results_file.exists():
             return results.Results(origin)
         found = results.Results.read(self.results_file)
@@ -140,16 +144,16 @@ class Session:
                     self.run_case(grid_name, case, todo)
             self.watchdog.stop()  # the next stage starts with free memory
 
-    def compile(self, work: list[tuple[cases.Case, list[str]]]) -> None:
-        """Compile, side by side, what these cases launch."""
+    def compile(self, work: list[tuple[cases.BenchCase, list[str]]]) -> None:
+        """Compile what these cases launch, in several children side by side."""
         wanted = {case: todo for case, todo in work if cases.OURS in todo}
         if self.compilers == 0 or not wanted:
             return
         self.crew = self.crew or Crew(self.watchdog, self.compilers)
         self.crew.compile(wanted, COMPILING * self.watchdog.time_left())
 
-    def todo(self, grid_name: str, case: cases.Case, names: tuple[str, ...]) -> list[str]:
-        """The systems without a row yet. lstm_triton, nn.LSTM and the floor are only measured side by side."""
+    def todo(self, grid_name: str, case: cases.BenchCase, names: tuple[str, ...]) -> list[str]:
+        """The systems without a row. Those of cases.MAIN are measured together, or none of them is."""
         rows = {
             row["system"]: row for row in self.found.rows if row["grid"] == grid_name and results.case_of(row) == case
         }
@@ -163,8 +167,8 @@ class Session:
         together = not all(there(name) for name in names if name in cases.MAIN)
         return [name for name in names if (together if name in cases.MAIN else not there(name))]
 
-    def run_case(self, grid_name: str, case: cases.Case, names: list[str]) -> None:
-        """Rows for all these systems: each turn of the loop gets them, or loses a system to a crash or a time-out."""
+    def run_case(self, grid_name: str, case: cases.BenchCase, names: list[str]) -> None:
+        """Make a row for each system. A turn of the loop gets rows, or loses a system by a crash or a time-out."""
         rows: list[Row] = []
 
         def fail(systems: list[str], status: str, message: str) -> None:
@@ -176,7 +180,7 @@ class Session:
             measured, failure = self.watchdog.measure(grid_name, case, todo, self.seconds)
             rows += measured
             if failure is not None:
-                # Whatever needs the reference, or nn.LSTM's error as a yardstick, falls with it.
+                # Without the reference, or without nn.LSTM's error, no system of the case can be judged.
                 guilty = [failure["system"]] if failure["system"] in todo else todo
                 fail(guilty, failure["status"], f"{failure['message']}, in {failure['phase']} of {failure['system']}")
                 self.strikes.update(guilty)
@@ -186,10 +190,10 @@ class Session:
     # Tests
 
     def run_tests(self) -> None:
-        """`pytest -m gpu`, again and again without what is done, until it comes to its end."""
+        """Run `pytest -m gpu` until it reaches its end, each time without the tests that are over."""
         self.watchdog.stop()
         header = {key: self.found.provenance[key] for key in ("kernel_hash", "gpu")}
-        entries = read_journal(self.journal)
+        entries = journal.read(self.journal)
         if entries and entries[0] != header:
             move_aside(self.journal, str(entries[0].get("kernel_hash")))
             entries = []
@@ -197,10 +201,10 @@ class Session:
             entries = [entry for entry in entries if entry.get("outcome") in ("passed", "skipped")]
             self.journal.unlink(missing_ok=True)
             for entry in [header, *entries] if entries else []:
-                append(self.journal, entry)
+                journal.append(self.journal, entry)
         if not entries:
-            append(self.journal, header)
-        while not any("end" in entry for entry in read_journal(self.journal)):
+            journal.append(self.journal, header)
+        while not any("end" in entry for entry in journal.read(self.journal)):
             if not self.run_remaining_tests():
                 break
         outcomes = self.test_outcomes()
@@ -208,13 +212,13 @@ class Session:
         self.say(f"gpu tests: {', '.join(f'{number} {outcome}' for outcome, number in outcomes.items()) or 'none'}")
 
     def test_outcomes(self) -> Counter[str]:
-        """How many of the tests that are over came to what."""
-        return Counter(outcomes_of(read_journal(self.journal)).values())
+        """Outcome -> number of tests, of the tests that are over."""
+        return Counter(journal.outcomes_of(journal.read(self.journal)).values())
 
     def run_remaining_tests(self) -> bool:
-        """Whether pytest did run them: what goes wrong before its first test would do so again."""
+        """Run the tests that are not over. False if pytest failed before its first test: it would fail again."""
         skip = self.out / ".gpu-tests-done"
-        over = outcomes_of(read_journal(self.journal))
+        over = journal.outcomes_of(journal.read(self.journal))
         skip.write_text("\n".join(over), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", self.tests, "-m", "gpu", "-q", "-p", "no:cacheprovider"]
         command += [f"--rootdir={results.ROOT}", f"--config-file={results.ROOT / 'pyproject.toml'}"]
@@ -222,9 +226,9 @@ class Session:
         if self.test_workers > 1 and importlib.util.find_spec("xdist") is not None:
             command += ["-n", str(self.test_workers)]
             if importlib.util.find_spec("pytest_timeout") is not None:
-                # A test that hangs while others run. A signal would not interrupt a call of CUDA.
+                # For a test that hangs while others run. A signal would not interrupt a call of CUDA.
                 command += [f"--timeout={PATIENCE * self.watchdog.timeout:.0f}", "--timeout-method=thread"]
-        # Workers that each take all cores get into each other's way.
+        # Workers slow each other down if each of them takes all cores.
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.test_workers)), **os.environ}
         with self.watchdog.log.open("ab") as log:
             process = subprocess.Popen(
@@ -232,7 +236,8 @@ class Session:
                 start_new_session=True,
             )  # fmt: skip
         size, changed = self.journal.stat().st_size, time.monotonic()
-        patience = max(START_TIMEOUT, self.watchdog.timeout)  # until it has begun: its workers import everything first
+        # Before the first test workers import everything, and are silent.
+        patience = max(START_TIMEOUT, self.watchdog.timeout)
         outcome = ""
         try:
             while process.poll() is None:
@@ -247,16 +252,16 @@ class Session:
         finally:
             end(process)
             skip.unlink(missing_ok=True)
-        entries = read_journal(self.journal)
+        entries = journal.read(self.journal)
         running = [entry["test"] for entry in entries if entry.get("outcome") == "started"]
-        unfinished = [test for test in running if test not in outcomes_of(entries)]
+        unfinished = [test for test in running if test not in journal.outcomes_of(entries)]
         message = f"silent for {patience:.0f} s" if outcome else describe_exit(process.returncode)
         for test in unfinished:
-            append(self.journal, {"test": test, "outcome": outcome or "crashed", "message": message})
+            journal.append(self.journal, {"test": test, "outcome": outcome or "crashed", "message": message})
             self.say(f"gpu test {test}: {outcome or 'crashed'} ({message})")
         lost = bool(entries) and "lost" in entries[-1]
         # After the loss of a worker pytest may stay although all tests are over.
-        stays = outcome == "timeout" and len(outcomes_of(entries)) > len(over)
+        stays = outcome == "timeout" and len(journal.outcomes_of(entries)) > len(over)
         if unfinished or lost or stays:
             return True
         if process.returncode not in (0, 1, 5):  # 0: all passed, 1: some failed, 5: none left
@@ -265,40 +270,18 @@ class Session:
             for line in self.watchdog.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:]:
                 self.say(f"    {line}")
             return False
-        append(self.journal, {"end": True})
+        journal.append(self.journal, {"end": True})
         return True
 
 
 def move_aside(path: Path, kernel_hash: str) -> None:
-    """Keep a file of other kernels under a name of its own."""
+    """Rename a file of other kernels, so that it is kept."""
     target = path.with_name(f"{path.stem}-{kernel_hash}{path.suffix}")
     number = 1
     while target.exists():
         number += 1
         target = path.with_name(f"{path.stem}-{kernel_hash}-{number}{path.suffix}")
     path.rename(target)
-
-
-def append(path: Path, entry: JsonObject) -> None:
-    cut_short = path.exists() and not path.read_bytes().endswith(b"\n")  # by the end of a child while it wrote
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut_short + json.dumps(entry) + "\n")
-
-
-def read_journal(path: Path) -> list[JsonObject]:
-    """The entries so far; a line that a killed process left unfinished counts for nothing."""
-    if not path.exists():
-        return []
-    entries = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return [entry for entry in entries if isinstance(entry, dict)]
-
-
-def outcomes_of(entries: list[JsonObject]) -> dict[str, str]:
-    """Test -> outcome, of the tests that are over."""
-    return {entry["test"]: entry["outcome"] for entry in entries if entry.get("outcome", "started") != "started"}
 
 
 def summary(rows: list[Row]) -> str:
@@ -315,7 +298,7 @@ def summary(rows: list[Row]) -> str:
 
 @contextlib.contextmanager
 def ending_children(stop: Callable[[], None]) -> Iterator[None]:
-    """No child outlives this process, however it ends. stop: ends them."""
+    """No child outlives this process, even if the process is terminated. stop: ends the children."""
 
     def leave(signum: int, frame: object) -> None:
         raise SystemExit(128 + signum)

@@ -1,8 +1,8 @@
-"""A kernel that does not end: how that is noticed, and what its programs have not published.
+"""Notices a kernel that does not end, and finds what its programs have not published.
 
-A kernel that does not end keeps the multiprocessors busy, but not what copies memory. So the exchange buffers are
-copied on a second stream while the kernel runs. Where a buffer still holds the sentinel, a program has not published:
-this tells the step, the rows, the units and the programs that the other programs wait for.
+Such a kernel keeps the multiprocessors busy, but memory can still be copied. So the exchange buffers are copied on a
+second stream while the kernel runs. Where a buffer still holds the sentinel, a program has not published. This tells
+the step, the rows, the units and the programs that the other programs wait for.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cases import BenchCase
 from .devices import Cpu
 from .results import JsonObject
 
 if TYPE_CHECKING:
     from lstm_triton.scan.planner import Kind, Plan
 
-HANG = 4.0  # seconds after which a kernel that takes milliseconds hangs
-COPY = 3.0  # seconds for copying what it has published
-MOST_BYTES = 1 << 26  # of a buffer, that are looked at
-INTERVAL = 0.05  # seconds between two looks at what was launched
+HANG = 4.0  # seconds; a kernel takes milliseconds, and after this time it hangs
+COPY = 3.0  # seconds; copying a buffer takes less
+MOST_BYTES = 1 << 26  # so many bytes of a buffer are looked at
+INTERVAL = 0.05  # seconds between two looks at the launches
 
 Missing = JsonObject | str
 
 
 class Watch:
-    """Watches what is launched inside `over`.
+    """Watches the kernels that are launched inside `over`.
 
     Attributes:
-        hangs: called with what is missing when a kernel does not end; on a GPU in a thread of its own, as the process's
-            other threads may wait for the kernel. It should not return.
+        hangs: is called with what is missing when a kernel does not end, and should not return. On a GPU it is called
+            in a thread of its own, as the other threads of the process may wait for the kernel.
         patience: seconds that a kernel may take.
     """
 
@@ -45,9 +45,9 @@ class Watch:
         self.device, self.hangs, self.patience = device, hangs, patience
         self.buffers: list[Tensor] = []
         self.launched: list[tuple[torch.cuda.Event, float]] = []
-        self.over_what: tuple[str, Case, dict[Kind, Plan]] | None = None
+        self.over_what: tuple[str, BenchCase, dict[Kind, Plan]] | None = None
         if device.torch_device.type == "cuda":
-            # Made, and used, beforehand: the driver may wait for a kernel that never ends before it makes them.
+            # Made and used now: later the driver may wait for a kernel that never ends before it makes them.
             self.host = torch.empty(MOST_BYTES, dtype=torch.uint8, pin_memory=True)
             self.stream = torch.cuda.Stream()
             with torch.cuda.stream(self.stream):
@@ -56,8 +56,8 @@ class Watch:
             threading.Thread(target=self._look, daemon=True).start()
 
     @contextlib.contextmanager
-    def over(self, phase: str, case: Case, plans: dict[Kind, Plan]) -> Iterator[None]:
-        """Until all that is asked for inside has ended."""
+    def over(self, phase: str, case: BenchCase, plans: dict[Kind, Plan]) -> Iterator[None]:
+        """Watch until everything that is launched inside has ended."""
         from lstm_triton import target
         from lstm_triton.interpreter import Deadlock
         from lstm_triton.scan import buffers
@@ -80,30 +80,30 @@ class Watch:
         try:
             with (
                 mock.patch.object(buffers, "sentinels", recorded_buffer),
-                target.after_every_launch(recorded_launch),
+                target.watched_launches(after=recorded_launch),
             ):
                 yield
             self.device.synchronize()  # raises where a kernel crashed
         except Exception as error:
-            if Deadlock in (type(error), type(error.__cause__)):  # Triton's interpreter wraps what a kernel raises
+            if Deadlock in (type(error), type(error.__cause__)):  # Triton's interpreter may wrap an error
                 self.hangs(phase, self.missing(case, plans))
             raise
         finally:
             self.over_what = None
 
     def _look(self) -> None:
-        """Report a launch that does not end. Runs in a thread of its own."""
+        """Find launches that do not end. Runs in a thread of its own."""
         while True:
             time.sleep(INTERVAL)
             over_what, launched = self.over_what, self.launched[:]
-            with contextlib.suppress(RuntimeError):  # a kernel has crashed: the other threads raise that
+            with contextlib.suppress(RuntimeError):  # a kernel has crashed, and the other threads raise the error
                 late = [event for event, since in launched if time.monotonic() - since > self.patience]
                 if over_what is not None and not all(event.query() for event in late):
                     phase, case, plans = over_what
                     self.hangs(phase, self.missing(case, plans))
 
-    def missing(self, case: Case, plans: dict[Kind, Plan]) -> list[Missing]:
-        """Of every lane that is not complete: which step, rows, units and programs its peers wait for."""
+    def missing(self, case: BenchCase, plans: dict[Kind, Plan]) -> list[Missing]:
+        """For every lane that is not complete: the step, rows, units and programs that the others wait for."""
         if not self.buffers:
             return ["no exchange buffer was made"]
         found: list[Missing] = []
@@ -120,7 +120,7 @@ class Watch:
         return found or ["everything was published"]
 
     def seen(self, buffer: Tensor) -> Tensor | None:
-        """A buffer's first lanes on the host, as they are while kernels run; None where even a copy does not end."""
+        """Copy a buffer's first lanes to the host while kernels run. None where even the copy does not end."""
         raw = buffer.view(torch.int32 if buffer.element_size() == 4 else torch.int16)
         if raw.device.type != "cuda":
             return raw.clone()
@@ -136,27 +136,27 @@ class Watch:
         return host.clone()
 
 
-def missing_of_lane(empty: Tensor, case: Case, kind: Kind, lane: int, plan: Plan | None) -> JsonObject | None:
-    """What a lane has not published, as its buffer shows it; None where nothing is missing.
+def missing_of_lane(empty: Tensor, case: BenchCase, kind: Kind, lane: int, plan: Plan | None) -> JsonObject | None:
+    """What a lane has not published. None where nothing is missing.
 
     Args:
-        empty: (state rows, columns), where the sentinel is.
+        empty: (state rows, columns) of the lane's buffer, True where the sentinel is.
     """
     width = 1 if kind == "forward" else 4  # columns of a unit
     ragged = case.layout != "dense"
-    # Besides those of the steps: initial states, and those to reset to (lstm_triton/scan/buffers.py, Layout).
+    # The buffer has B rows of initial states for each direction of time; if ragged, B more for states to reset to.
     rows = empty.shape[0] - (3 if ragged else 2) * case.B
     empty = empty[case.B : case.B + rows, : width * case.H].unflatten(1, (case.H, width)).any(2)
     if not empty.any():
         return None
     report: JsonObject = {"scan": kind, "lane": lane, "rows_missing": int(empty.any(1).sum()), "of_rows": rows}
-    if ragged:  # rows are in an order of their own
+    if ragged:  # rows are not in the order of steps
         row = int(empty.any(1).nonzero()[0])
         return {**report, "first_row": row, "units": spans(empty[row])}
     steps = empty.view(case.T, case.B, case.H)
     incomplete = steps.flatten(1).any(1)
     late = incomplete.nonzero().flatten()
-    # The step after the last complete one, in whichever order steps are taken.
+    # The first step that is not complete, in the order in which the scan takes steps.
     ascending = not bool(incomplete[0]) or (bool(incomplete[-1]) and kind == "forward")
     step = int(late[0] if ascending else late[-1])
     report |= {"step": step, "rows": spans(steps[step].any(1)), "units": spans(steps[step].any(0))}
@@ -166,7 +166,7 @@ def missing_of_lane(empty: Tensor, case: Case, kind: Kind, lane: int, plan: Plan
 
 
 def programs_of(empty: Tensor, plan: Plan, lane: int) -> list[int]:
-    """The programs that own what is missing (B, H) of a step, a dozen at most."""
+    """The programs that own the missing elements (B, H) of a step, at most a dozen."""
     found = set()
     for row, unit in empty.nonzero().tolist():
         group = row // plan.block_batch % plan.groups
@@ -175,7 +175,7 @@ def programs_of(empty: Tensor, plan: Plan, lane: int) -> list[int]:
 
 
 def spans(mask: Tensor) -> list[list[int]]:
-    """[first, last] of the runs of True, a dozen at most."""
+    """[first, last] of the runs of True, at most a dozen."""
     found: list[list[int]] = []
     for place in mask.nonzero().flatten().tolist():
         if found and found[-1][1] == place - 1:

@@ -1,10 +1,10 @@
-"""Whether Triton finds kernels in its cache or compiles them: what a cache that was carried here is worth (cache.py).
+"""Counts kernels that Triton finds in its cache, and kernels that it compiles. So a filled cache shows its worth.
 
     with hits.counting() as kernels:
         ...
     print(kernels)  # kernel cache: 7 found, 0 compiled
 
-Triton has told of its look-ups since version 3.4.
+Triton tells of its look-ups since version 3.4.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from unittest import mock
 
 @dataclass
 class Hits:
-    """Names of kernels that this process loaded, in the order in which they were first launched."""
+    """The names of kernels that this process loaded, in the order of their first launches."""
 
     found: list[str] = field(default_factory=list)
     compiled: list[str] = field(default_factory=list)
@@ -29,9 +29,9 @@ class Hits:
 
 @contextmanager
 def counting() -> Iterator[Hits]:
-    """Count the kernels that Triton loads until the block ends, this library's and all others.
+    """Count all kernels that Triton loads until the block ends.
 
-    Each counts once: a process keeps what it has loaded, and does not look for it again.
+    A kernel counts once: the process keeps it, and Triton does not look for it again.
     """
     from triton import knobs
 

@@ -1,17 +1,22 @@
-"""A pytest plugin (-p bench.journal --journal FILE): every test leaves a line when it starts and one when it is over.
+"""A journal of tests: each test has a line when it starts and a line when it is over.
 
-So a run that is killed can be told from one that ended, the test that hung or crashed has a name, and the next run
-goes on after it.
+A plugin of pytest writes the journal: -p bench.journal --journal FILE. So a run that was killed differs from a run that
+ended, the test that hung or crashed has a name, and the next run begins after this test.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
+from .results import JsonObject
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,12 +32,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     if (path := config.getoption("--journal")) is not None:
-        # With workers (pytest-xdist) one process writes what all of them report.
+        # With pytest-xdist one process writes what all workers report.
         config.pluginmanager.register(Worker() if hasattr(config, "workerinput") else Journal(path))
 
 
 class Worker:
-    """A process that runs some of the tests, and ends itself when it has lost the device."""
+    """In a process that runs some of the tests: ends the process when it has lost the device."""
 
     def __init__(self) -> None:
         self.failed = False
@@ -47,6 +52,8 @@ class Worker:
 
 
 class Journal:
+    """In the process that reports: writes the journal."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.outcomes: dict[str, tuple[str, str]] = {}
@@ -66,7 +73,7 @@ class Journal:
             found = report.outcome, message[-2000:] + printed
             if self.outcomes.setdefault(report.nodeid, found)[0] != "failed":  # the first failure is the cause
                 self.outcomes[report.nodeid] = found
-        if report.when == "???":  # a worker has ended in this test, which nobody else will say is over
+        if str(report.when) == "???":  # pytest-xdist's: a worker has ended in this test, and nothing else will tell
             outcome, message = self.outcomes[report.nodeid]
             self.write(
                 test=report.nodeid, outcome="crashed" if "crashed while" in message else outcome, message=message
@@ -76,12 +83,13 @@ class Journal:
         outcome, message = self.outcomes.get(nodeid, ("failed", "no report"))
         self.write(test=nodeid, outcome=outcome, message=message)
         if outcome == "failed" and device_lost():
-            # Every later test of this process would fail for nothing.
+            # Every later test of this process would fail, too.
             self.write(lost=nodeid)
             os._exit(3)
 
 
 def device_lost() -> bool:
+    """Whether this process has used a GPU that does not answer any more."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
@@ -90,3 +98,29 @@ def device_lost() -> bool:
     except RuntimeError:
         return True
     return False
+
+
+# The journal as a file
+
+
+def append(path: Path, entry: JsonObject) -> None:
+    """Add an entry, in a line of its own."""
+    cut_short = path.exists() and not path.read_bytes().endswith(b"\n")  # a child ended while it wrote
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * cut_short + json.dumps(entry) + "\n")
+
+
+def read(path: Path) -> list[JsonObject]:
+    """The entries so far. Lines that a killed process left unfinished are ignored."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def outcomes_of(entries: list[JsonObject]) -> dict[str, str]:
+    """Test -> outcome, of the tests that are over."""
+    return {entry["test"]: entry["outcome"] for entry in entries if entry.get("outcome", "started") != "started"}

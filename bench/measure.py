@@ -1,4 +1,4 @@
-"""One case, all its systems in one process: values against float64, then memory, then times, the systems in turns."""
+"""Measures all systems of a case in one process: values against float64, memory, and times, the systems in turns."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .cases import BASELINE, FLOOR, OURS, Case, Grid, Row, as_dict
+from .cases import BASELINE, FLOOR, OURS, BenchCase, Grid, Row, as_dict
 from .devices import Cpu, tf32
 from .floor import lower_bound
-from .systems import REGISTRY, Outputs, Problem, Runner, System, as_users_write_it
+from .problem import Outputs, Problem, Runner
+from .systems import REGISTRY, System, as_users_write_it
 
-# A system is wrong if its error is above both twice nn.LSTM's in the same dtype and, where nn.LSTM happens to be nearly
-# exact, this many units of the dtype's rounding.
+# A system is wrong if its error is above FACTOR times the error of nn.LSTM in the same dtype. Where nn.LSTM happens to
+# be nearly exact, an error of so many ROUNDINGS of the dtype is right, too.
 FACTOR, ROUNDINGS = 2, 4
 ROUNDING = {"float32": 2**-23, "tf32": 2**-10, "float16": 2**-10, "bfloat16": 2**-7}
 
-UNBUILT = Runner(lambda leaf: (leaf, leaf, leaf), [])  # of a system that fails before it can be called
+UNBUILT = Runner(lambda leaf: (leaf, leaf, leaf), [])  # stands for a system until it is built
 
-INPUTS = 4  # sets of inputs, in turn
+INPUTS = 4  # calls take so many inputs in turn
 
-Progress = Callable[[str, str], None]  # (phase, system): called before anything that may not come back
+Progress = Callable[[str, str], None]  # (phase, system): called before anything that may never end
 
 
 class DeviceLost(Exception):
-    """The device answers nothing any more: the process has to end. Holds the rows of the case so far."""
+    """The device does not answer any more, and the process has to end. `rows`: those of the case so far."""
 
     def __init__(self, rows: list[Row]) -> None:
         super().__init__("the device does not answer any more")
@@ -40,7 +41,7 @@ class DeviceLost(Exception):
 
 @dataclass
 class Entry:
-    """A runner on its way through the phases."""
+    """A runner, and what was found about it so far."""
 
     system: System
     runner: Runner
@@ -60,21 +61,21 @@ class Entry:
 
 @dataclass
 class Measured:
-    """The row of one system, with every time that was read (microseconds)."""
+    """The row of one system. samples: every time that was read, in microseconds."""
 
     row: Row
     samples: list[float] = field(default_factory=list)
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, in a line that a table can hold."""
+    """An error in one line, for a table."""
     text = str(error).strip()
     first = text.splitlines()[0] if text else ""
     return f"{type(error).__name__}: {first}"[:300]
 
 
 def compute(runner: Runner, leaf: Tensor, mode: str, cotangents: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs, states and, with cotangents, the gradients of the input and of every weight, all in nn.LSTM's layout."""
+    """Outputs and states in nn.LSTM's layout. With cotangents also the gradients of the input and of every weight."""
     for module in runner.modules:
         module.train(mode != "inference")
     with torch.inference_mode(mode == "inference"):
@@ -88,7 +89,7 @@ def compute(runner: Runner, leaf: Tensor, mode: str, cotangents: Sequence[Tensor
 
 
 def distance(values: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """The largest relative error ||value - reference|| / ||reference|| among the tensors; NaN if any is."""
+    """The largest relative error ||value - reference|| / ||reference|| of a tensor. NaN if any of them is NaN."""
     worst = 0.0
     for value, right in zip(values, reference, strict=True):
         if value.shape != right.shape:
@@ -102,12 +103,12 @@ def distance(values: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
 
 
 def allowed(their_error: float, dtype: str) -> float:
-    """The largest error that is right, where nn.LSTM makes this one."""
+    """The largest error that is right. their_error: the error of nn.LSTM."""
     return max(ROUNDINGS * ROUNDING[dtype], FACTOR * their_error)
 
 
 def check_values(problem: Problem, entries: list[Entry], progress: Progress) -> None:
-    """Fill in every entry's error against nn.LSTM in float64, and call the wrong ones wrong."""
+    """Find every entry's error against nn.LSTM in float64, and which entries are wrong."""
     case, device = problem.case, problem.device
     leaf = problem.new_leaf()
     progress("values", "reference")
@@ -123,7 +124,7 @@ def check_values(problem: Problem, entries: list[Entry], progress: Progress) -> 
         cotangents = [cotangent.to(problem.dtype).double() for cotangent in cotangents]
         reference = compute(exact_runner, leaf.double(), case.mode, cotangents)
     limit = allowed(0.0, case.dtype)
-    # nn.LSTM comes first: its error is the yardstick for the others.
+    # nn.LSTM comes first, since its error decides which errors of the others are right.
     for entry in sorted(entries, key=lambda entry: entry.system.name != BASELINE):
         if not (entry.runner.checked and entry.runner.compared):
             continue
@@ -144,12 +145,12 @@ def check_values(problem: Problem, entries: list[Entry], progress: Progress) -> 
 
 
 class _Dead(Exception):
-    """Internal: the device was found dead while a system ran."""
+    """The device was lost while a system ran."""
 
 
 @contextlib.contextmanager
 def guarded(entry: Entry, device: Cpu) -> Iterator[None]:
-    """A system's error is its own row's failure, unless it took the device with it."""
+    """An error inside is the failure of this system only, unless the device was lost with it."""
     try:
         yield
     except Exception as error:
@@ -166,7 +167,7 @@ def guarded(entry: Entry, device: Cpu) -> Iterator[None]:
 def timed_call(
     problem: Problem, runner: Runner, inputs: list[Tensor]
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """(forward, whole mode) as functions without arguments that take the next input at each call."""
+    """(forward, all that the mode asks for) as functions without arguments. Each call takes the next input."""
     case = problem.case
     turn = 0
 
@@ -181,7 +182,7 @@ def timed_call(
 
     if not case.backward or not runner.checked:
         return forward, forward
-    # In the output's own layout, which for a batch-first system is a transposed one.
+    # The cotangent has the layout of the output. A batch-first system has a transposed one.
     cotangent = torch.randn_like(runner.call(inputs[0])[0])
 
     def forward_backward() -> object:
@@ -235,8 +236,8 @@ def measure_times(problem: Problem, entries: list[Entry], seconds: float, wall: 
         order = order[1:] + order[:1]
 
 
-def finish_row(grid_name: str, grid: Grid, case: Case, name: str, entries: list[Entry]) -> Measured:
-    """The row of one system: its fastest right variant, the others in the message."""
+def finish_row(grid_name: str, grid: Grid, case: BenchCase, name: str, entries: list[Entry]) -> Measured:
+    """The row of one system: of its fastest right variant. The message has the other variants."""
     median = {id(entry): statistics.median(entry.samples) if entry.samples else math.inf for entry in entries}
     best = min(entries, key=lambda entry: (not entry.runner.compared, not entry.good, median[id(entry)]))
     status = "error" if best.failure else "wrong" if best.wrong else "ok"
@@ -262,15 +263,19 @@ def quantiles(samples: list[float]) -> tuple[float, ...]:
     return tuple(round(value, 3) for value in torch.tensor(samples, dtype=torch.float64).quantile(levels).tolist())
 
 
-def new_row(grid_name: str, case: Case, system: str, status: str, message: str) -> Row:
+def new_row(grid_name: str, case: BenchCase, system: str, status: str, message: str) -> Row:
     figures = dict.fromkeys(("median_us", "p20_us", "p80_us", "kept_bytes", "peak_bytes", "error", "floor_us"))
     return {"grid": grid_name, "system": system, **as_dict(case), "status": status, "message": message, **figures}
 
 
-def compile_kernels(case: Case, device: Cpu, systems: Collection[str] = (OURS, FLOOR)) -> bool:
-    """Run what a case launches once, two steps long: the kernels are the same for every T but 1. False if it fails.
+def compile_kernels(case: BenchCase, device: Cpu, systems: Collection[str] = (OURS, FLOOR)) -> bool:
+    """Compile what a case launches: run two steps of it, since the kernels are the same for every T but 1.
 
-    systems: others than lstm_triton and the exchange alone launch none of these kernels.
+    Args:
+        systems: only lstm_triton and the exchange alone launch kernels of this library.
+
+    Returns:
+        Whether the case runs.
     """
     case = replace(case, T=min(2, case.T))
     try:
@@ -282,7 +287,7 @@ def compile_kernels(case: Case, device: Cpu, systems: Collection[str] = (OURS, F
                         _, whole = timed_call(problem, runner, [problem.new_leaf().requires_grad_(runner.checked)])
                         whole()
             device.synchronize()
-    except Exception:  # the case itself will tell
+    except Exception:  # measuring the case will tell why
         return False
     return True
 
@@ -290,15 +295,22 @@ def compile_kernels(case: Case, device: Cpu, systems: Collection[str] = (OURS, F
 def measure(
     grid_name: str,
     grid: Grid,
-    case: Case,
+    case: BenchCase,
     systems: Sequence[str],
     device: Cpu,
     seconds: float = 0.3,
     progress: Progress = lambda phase, system: None,
 ) -> list[Measured]:
-    """All rows of a case, in the order of `systems`. seconds: how long to time each system.
+    """All rows of a case, in the order of `systems`.
 
-    Raises DeviceLost when a system takes the device with it; every other failure is the status of a row.
+    Every failure but the loss of the device is the status of a row.
+
+    Args:
+        seconds: how long to time each system.
+        progress: is told what comes next.
+
+    Raises:
+        DeviceLost: a system made the device unusable.
     """
     why = {name: REGISTRY[name].why_missing(case, device) for name in systems}
     done = {name: Measured(new_row(grid_name, case, name, "missing", reason)) for name, reason in why.items() if reason}
@@ -313,7 +325,7 @@ def measure(
     with device.active(), tf32(case.dtype == "tf32"):
         try:
             problem = Problem(case, device)
-            # The yardstick is needed even where nobody asked for its row.
+            # nn.LSTM's error is needed even where its row is not asked for.
             for name in dict.fromkeys([*present, BASELINE]):
                 progress("build", name)
                 unbuilt = Entry(REGISTRY[name], UNBUILT)
@@ -330,7 +342,7 @@ def measure(
             broken = [name for name in present if any(entry.failure for entry in entries.get(name, []))]
             lost = [finish_row(grid_name, grid, case, name, entries[name]).row for name in broken]
             raise DeviceLost(lost) from dead
-        except Exception as error:  # of the reference itself: nobody's values can be judged
+        except Exception as error:  # without a reference no values can be judged
             message = f"no float64 reference: {one_line(error)}"
             if not device.alive():
                 raise DeviceLost([new_row(grid_name, case, name, "error", message) for name in present]) from error

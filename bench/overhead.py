@@ -1,17 +1,17 @@
 """`python -m bench.overhead`: what a call costs the host, without a GPU.
 
-For calls of the module that are all overhead, since there is next to nothing to compute:
+The calls have next to nothing to compute, so that all is overhead. For each call it tells:
 
     operators     PyTorch's operators that launch something on a GPU
-    launches      of this library's kernels
-    functions     Python's and C's functions that are called
-    microseconds  of processor time, of Python and of PyTorch's operators on tiny CPU tensors, Triton's own way to a
-                  launch included; the least of many calls
-    nn.LSTM       microseconds of the same call of nn.LSTM up to `torch._VF.lstm`, which is not called
+    launches      launches of this library's kernels
+    functions     calls of functions of Python and C
+    microseconds  processor time of Python, of PyTorch's operators on tiny CPU tensors and of Triton's launches; the
+                  least of many calls
+    nn.LSTM       microseconds of such a call of nn.LSTM, without `torch._VF.lstm`
 
-A pretended GPU makes that possible: CPU tensors take the kernels' path with the plans of a GPU of sm_90, nothing is
-compiled, and the driver, which would launch, is left out. `--compilations H` tells instead how many kernels a layer
-would compile for all batch sizes up to 256.
+This needs no GPU, as one is pretended: CPU tensors take the kernels' path with the plans of a GPU of sm_90. Nothing is
+compiled, and the driver, which would launch, is left out. With `--compilations H` it tells instead how many kernels a
+layer would compile for all batch sizes up to 256.
 """
 
 import argparse
@@ -33,15 +33,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
 from lstm_triton.scan import backward, cell, forward
-from lstm_triton.target import Device, Gpus, Launched, after_every_launch, recorded_launches, running_on
+from lstm_triton.target import Device, Gpus, Launched, recorded_launches, running_on, watched_launches
 
 from .resources import DEVICES, DTYPES
 
-SIZE = 32  # I and H: small matrix products, but more than one program
+SIZE = 32  # I and H: small products, but more than one program
 
 
 @dataclass(frozen=True)
-class Case:
+class CallCase:
+    """A call of the module whose cost is counted."""
+
     name: str
     time_steps: int
     batch_size: int
@@ -50,21 +52,22 @@ class Case:
     states: bool = False  # whether initial states are given
 
 
-CASES = (
-    Case("one step", 1, 1),
-    Case("one step, with states", 1, 1, states=True),
-    Case("one step, 2 layers, both directions", 1, 1, options={"num_layers": 2, "bidirectional": True}),
-    Case("one step, training", 1, 1, trains=True),
-    Case("inference", 16, 16),
-    Case("inference, with states", 16, 16, states=True),
-    Case("training", 16, 16, trains=True),
-    Case("inference, 2 layers, both directions", 16, 16, options={"num_layers": 2, "bidirectional": True}),
-    Case("training, 2 layers, both directions", 16, 16, trains=True, options={"num_layers": 2, "bidirectional": True}),
+TWO_LAYERS_BOTH_DIRECTIONS = {"num_layers": 2, "bidirectional": True}
+CALLS = (
+    CallCase("one step", 1, 1),
+    CallCase("one step, with states", 1, 1, states=True),
+    CallCase("one step, 2 layers, both directions", 1, 1, options=TWO_LAYERS_BOTH_DIRECTIONS),
+    CallCase("one step, training", 1, 1, trains=True),
+    CallCase("inference", 16, 16),
+    CallCase("inference, with states", 16, 16, states=True),
+    CallCase("training", 16, 16, trains=True),
+    CallCase("inference, 2 layers, both directions", 16, 16, options=TWO_LAYERS_BOTH_DIRECTIONS),
+    CallCase("training, 2 layers, both directions", 16, 16, trains=True, options=TWO_LAYERS_BOTH_DIRECTIONS),
 )
 
 
 class Compilations:
-    """Stands for Triton's compiler: counts, and hands out kernels that do nothing."""
+    """Replaces Triton's compiler: counts the kernels, and returns kernels that do nothing."""
 
     def __init__(self) -> None:
         self.of_kernels: Counter[str] = Counter()
@@ -80,7 +83,7 @@ class Compilations:
 
 
 class Driver:
-    """Stands for Triton's driver of a GPU."""
+    """Replaces Triton's driver of a GPU."""
 
     def __init__(self, arch: str = "sm_90") -> None:
         self.capability = DEVICES[arch].capability
@@ -99,7 +102,7 @@ class Driver:
 
 @contextmanager
 def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None) -> Iterator[Compilations]:
-    """Let CPU tensors take the kernels' path, as far as the driver, with kernels that do nothing."""
+    """Let CPU tensors take the kernels' path up to the driver, with kernels that do nothing."""
     import triton.compiler
     from triton.runtime import driver
 
@@ -140,10 +143,10 @@ def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None)
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that would launch something on a GPU, also those within this library's own."""
+    """Counts the operators that would launch something on a GPU, also inside of this library's operators."""
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         own = (forward.scan_forward, backward.scan_backward, cell.single_step, cell.cell_forward, cell.cell_backward)
         self.own = {operator._qualname: operator._init_fn for operator in own}
         self.counted: Counter[str] = Counter()
@@ -161,7 +164,7 @@ class Operators(TorchDispatchMode):
         return results
 
 
-def call_of(case: Case, module_type: type[nn.RNNBase], dtype: torch.dtype) -> Callable[[], None]:
+def call_of(case: CallCase, module_type: Callable[..., nn.RNNBase], dtype: torch.dtype) -> Callable[[], None]:
     module = module_type(SIZE, SIZE, dtype=dtype, **case.options)
     input = torch.randn(case.time_steps, case.batch_size, SIZE, dtype=dtype)
     lanes = module.num_layers * (2 if module.bidirectional else 1)
@@ -194,7 +197,7 @@ def least_microseconds(call: Callable[[], None], seconds: float) -> float:
 
 
 def functions(call: Callable[[], None]) -> int:
-    """How many functions of Python and C it calls, in this thread."""
+    """How many functions of Python and C are called in this thread."""
     count = 0
 
     def profile(frame: Any, event: str, argument: Any) -> None:
@@ -209,8 +212,8 @@ def functions(call: Callable[[], None]) -> int:
     return count
 
 
-def stock_microseconds(case: Case, dtype: torch.dtype, seconds: float) -> float | None:
-    """Of nn.LSTM without what it calls; only where no gradients are asked for, since those are the callee's."""
+def stock_microseconds(case: CallCase, dtype: torch.dtype, seconds: float) -> float | None:
+    """Microseconds of nn.LSTM without `torch._VF.lstm`. None for training, which needs this function's results."""
     if case.trains:
         return None
     results: Any = None
@@ -231,7 +234,7 @@ def stock_microseconds(case: Case, dtype: torch.dtype, seconds: float) -> float 
         return least_microseconds(call, seconds)
 
 
-def report(case: Case, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
+def row_of(case: CallCase, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     with pretended_gpu():
         call = call_of(case, lstm_triton.LSTM, dtype)
         for _ in range(3):
@@ -249,10 +252,10 @@ def report(case: Case, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
 
 
 def compilations(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
-    """How many kernels a layer compiles for all that it may meet, and how many sets of constants its plans have.
+    """How many kernels a layer compiles for many inputs, and how many sets of constants its plans have.
 
-    All batch sizes up to 256, and for some of them several numbers of steps, with inputs that lie in memory in many
-    ways, in training, inference and step by step.
+    The inputs have all batch sizes up to 256. For some batch sizes there are inputs with several numbers of steps and
+    many layouts in memory. The layer runs in training, in inference and step by step.
     """
     module = lstm_triton.LSTM(hidden, hidden, dtype=dtype)
     constants: dict[str, set[str]] = {}
@@ -263,7 +266,7 @@ def compilations(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
             chosen = [launched.arguments[each.name] for each in parameters if each.is_constexpr]
             constants.setdefault(launched.name, set()).add(str((chosen, launched.options)))
 
-        with after_every_launch(collect):
+        with watched_launches(after=collect):
             for batch_size in range(1, 257):
                 some = batch_size in (1, 2, 3, 15, 16, 17, 64, 130)
                 for input in _inputs(hidden, batch_size, dtype) if some else [torch.empty(2, batch_size, hidden)]:
@@ -277,7 +280,7 @@ def compilations(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
 
 
 def _inputs(size: int, batch_size: int, dtype: torch.dtype) -> list[Tensor]:
-    """One size in many places: steps, strides, and where in memory."""
+    """Inputs of one batch size, with several numbers of steps, strides and places in memory."""
     stream = torch.empty(12, batch_size, size + 8, dtype=dtype)
     whole = stream[..., :size].contiguous()
     return [
@@ -312,13 +315,13 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels are launched in another way")
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)  # what kernels that do nothing leave unwritten may be anything
+    torch.set_flush_denormal(True)  # kernels that do nothing leave any numbers in memory
     dtype, _ = DTYPES[chosen.dtype]
     if chosen.compilations:
         found = {hidden: compilations(hidden, dtype) for hidden in chosen.compilations}
         print(json.dumps(found) if chosen.json else "\n".join(f"H = {hidden}: {found[hidden]}" for hidden in found))
         return 0
-    rows = [report(case, dtype, chosen.seconds) for case in CASES]
+    rows = [row_of(case, dtype, chosen.seconds) for case in CALLS]
     print(json.dumps(rows, indent=1) if chosen.json else _table(rows))
     return 0
 

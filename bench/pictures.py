@@ -1,10 +1,11 @@
-"""The report's pictures. Each is about cases that differ only in what it shows: the largest set of such cases."""
+"""The pictures of the report. A picture shows the largest set of cases that differ only in what the picture shows."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from . import cases
-from .cases import BASELINE, FLOOR, MODES, OURS, Row
+from .cases import BASELINE, MODES, OURS
+from .machine import Machine, Rows, time_of, timed_systems
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from .report import Machine
 
 STYLE = {
     OURS: ("#1b6ca8", "o", "-"),
@@ -43,11 +43,11 @@ SETTINGS: dict[Any, Any] = {
     "figure.dpi": 110,
 }
 
-Rows = dict[cases.Case, dict[str, Row]]  # case -> system -> row
+Points = tuple[list[int], list[float]]  # sizes, and a figure for each
 
 
 def plain(machine: Machine) -> Rows:
-    """Timed cases of one dense layer in one direction, I = H where there are such: what the pictures are about."""
+    """The cases that pictures show: timed ones of a dense layer in one direction, those with I = H if there are any."""
     chosen: Rows = {}
     for (grid, case), rows in machine.rows_by_case().items():
         timed = grid not in cases.GRIDS or cases.GRIDS[grid].timed
@@ -58,8 +58,8 @@ def plain(machine: Machine) -> Rows:
     return square or chosen
 
 
-def fullest(rows: Rows, fixed: Callable[[cases.Case], tuple[int, ...]]) -> Rows:
-    """Of the sets of cases that agree in `fixed`, the one with the most cases (the largest if several)."""
+def fullest(rows: Rows, fixed: Callable[[cases.BenchCase], tuple[int, ...]]) -> Rows:
+    """Among the sets of cases that agree in `fixed`, the one with the most cases; of equal ones the larger."""
     sets: dict[tuple[int, ...], Rows] = defaultdict(dict)
     for case, systems in rows.items():
         sets[fixed(case)][case] = systems
@@ -69,7 +69,7 @@ def fullest(rows: Rows, fixed: Callable[[cases.Case], tuple[int, ...]]) -> Rows:
 def panels(
     machine: Machine, title: str, rows: Rows, modes: list[str], dtypes: list[str]
 ) -> tuple[Figure, Iterator[tuple[Axes, Rows]]]:
-    """A figure with a panel for each mode (down) and dtype (across), and (panel, its rows) for each."""
+    """A figure with a panel for each mode (down) and dtype (across), and (panel, rows) of each panel."""
     figure = Figure(figsize=(PANEL[0] * max(2, len(dtypes)), PANEL[1] * len(modes) + 0.9), layout="constrained")
     grid = figure.subplots(len(modes), len(dtypes), squeeze=False, sharey="row")
     name = f"{title}: {machine.name}"
@@ -89,11 +89,14 @@ def panels(
     return figure, each()
 
 
-def present(rows: Rows, shown: Callable[[cases.Case], object]) -> tuple[list[str], list[str]]:
-    """The modes (training first) and dtypes worth a panel: more than one point, and a quarter of the fullest's."""
+def present(rows: Rows, shown: Callable[[cases.BenchCase], object]) -> tuple[list[str], list[str]]:
+    """The modes (training first) and dtypes that get panels.
+
+    A panel has more than one point, and more than a quarter of the points that the fullest has.
+    """
     points = {case: shown(case) for case in rows}
 
-    def worth(names: tuple[str, ...], name_of: Callable[[cases.Case], str]) -> list[str]:
+    def worth(names: tuple[str, ...], name_of: Callable[[cases.BenchCase], str]) -> list[str]:
         counts = {name: len({points[case] for case in rows if name_of(case) == name}) for name in names}
         most = max(counts.values())
         return [name for name in names if 4 * counts[name] > most and (counts[name] > 1 or most == 1)]
@@ -101,11 +104,6 @@ def present(rows: Rows, shown: Callable[[cases.Case], object]) -> tuple[list[str
     return worth((MODES[1], MODES[0], MODES[2]), lambda case: case.mode)[:2], worth(
         cases.DTYPES, lambda case: case.dtype
     )
-
-
-def time_of(systems: dict[str, Row], name: str) -> float | None:
-    row = systems.get(name)
-    return row["median_us"] if row is not None and row["status"] == "ok" else None
 
 
 def draw_speedup(machine: Machine) -> Figure | None:
@@ -152,35 +150,95 @@ def draw_speedup(machine: Machine) -> Figure | None:
     return figure
 
 
-def draw_lines(
-    axes: Axes,
-    rows: Rows,
-    x: Callable[[cases.Case], int],
-    figures: dict[str, Callable[[cases.Case, Row], float | None]],
-) -> None:
-    """A line for each of `figures`: (system, or "floor") -> what its row says of a case."""
-    ticks: set[int] = set()
-    for name, value in figures.items():
+@dataclass(frozen=True)
+class LinePicture:
+    """Lines over one size of the cases: one line for each system, and one for the floor.
+
+    Attributes:
+        title: names in braces the sizes in which all cases agree.
+        agree: these sizes, fields of BenchCase.
+        over: the size on the x axis, a field of BenchCase.
+        x_label: the label of the x axis.
+        y_label: the label of the y axis.
+        unit: the figures of a case are divided by it.
+        solid: the key of a row whose figures are the system's solid line.
+        dotted: the key of a row whose figures are the system's dotted line.
+        floor: the key of a row of lstm_triton whose figures are the line of the floor.
+        modes: only cases in these modes are shown.
+    """
+
+    title: str
+    agree: tuple[str, ...]
+    over: str
+    x_label: str
+    y_label: str
+    unit: Callable[[cases.BenchCase], float]
+    solid: str
+    dotted: str | None = None
+    floor: str | None = None
+    modes: tuple[str, ...] = MODES
+
+    def size(self, case: cases.BenchCase) -> int:
+        return int(getattr(case, self.over))
+
+    def draw(self, machine: Machine) -> Figure | None:
+        """The figure. None where nothing was measured."""
+        rows = {case: systems for case, systems in plain(machine).items() if case.mode in self.modes}
+        rows = {
+            case: systems
+            for case, systems in rows.items()
+            if any(row[self.solid] is not None for row in systems.values())
+        }
+        rows = fullest(rows, lambda case: tuple(getattr(case, name) for name in self.agree))
+        systems = timed_systems(rows)
+        if not systems:
+            return None
+        modes, dtypes = present(rows, self.size)
+        title = self.title.format_map(asdict(next(iter(rows))))
+        figure, each = panels(machine, title, rows, modes, dtypes)
+        for axes, shown in each:
+            ticks: set[int] = set()
+            for (sizes, figures), style in self.lines(shown, systems):
+                if sizes:
+                    axes.plot(sizes, figures, linewidth=1.6, **style)
+                    ticks.update(sizes)
+            scale_axes(axes, sorted(ticks))
+            axes.set(xlabel=self.x_label)
+        figure.supylabel(self.y_label, fontsize=10)
+        return with_legend(figure)
+
+    def lines(self, rows: Rows, systems: list[str]) -> Iterator[tuple[Points, dict[str, Any]]]:
+        """The points and the style of every line."""
+        if self.dotted is not None:
+            for name in systems:
+                yield self.points(rows, name, self.dotted), {"color": STYLE[name][0], "linestyle": ":"}
+        for name in systems:
+            yield self.points(rows, name, self.solid), style_of(name)
+        if self.floor is not None:
+            yield self.points(rows, OURS, self.floor, right_only=False), style_of("floor")
+
+    def points(self, rows: Rows, system: str, key: str, right_only: bool = True) -> Points:
+        """The points of a system's line. right_only: leave out cases in which the system is not right."""
         points = []
         for case, systems in rows.items():
-            row = systems.get(OURS if name == "floor" else name)
-            if row is not None and (row["status"] == "ok" or name == "floor") and (y := value(case, row)):
-                points.append((x(case), y))
-        if points:
-            colour, marker, line = STYLE[name]
-            axes.plot(
-                *zip(*sorted(points), strict=True),
-                line,
-                color=colour,
-                marker=marker,
-                markersize=4.5,
-                linewidth=1.6,
-                label=name,
-            )
-            ticks |= {point[0] for point in points}
+            row = systems.get(system)
+            if row is not None and row[key] and (row["status"] == "ok" or not right_only):
+                points.append((self.size(case), row[key] / self.unit(case)))
+        points.sort()
+        return [x for x, _ in points], [y for _, y in points]
+
+
+def style_of(name: str) -> dict[str, Any]:
+    """The style of a line that the legend names: a system or the floor."""
+    colour, marker, line = STYLE[name]
+    return {"color": colour, "marker": marker, "markersize": 4.5, "linestyle": line, "label": name}
+
+
+def scale_axes(axes: Axes, ticks: list[int]) -> None:
+    """Logarithmic axes, with a tick at each size that was measured."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)], rotation=45 if len(ticks) > 6 else 0)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
@@ -195,91 +253,26 @@ def with_legend(figure: Figure) -> Figure:
     return figure
 
 
-def timed(rows: Rows) -> list[str]:
-    """The systems that have a time anywhere."""
-    return [
-        name for name in cases.SYSTEMS if name != FLOOR and any(time_of(systems, name) for systems in rows.values())
-    ]
-
-
-def draw_steps(machine: Machine) -> Figure | None:
-    """Microseconds per step over the hidden size, with the floor."""
-    rows = fullest(plain(machine), lambda case: (case.T, case.B))
-    if not timed(rows):
-        return None
-    modes, dtypes = present(rows, lambda case: case.H)
-    first = next(iter(rows))
-    figure, each = panels(machine, f"Time per step over H, T={first.T}, B={first.B}", rows, modes, dtypes)
-    for axes, shown in each:
-        lines = {name: lambda case, row: row["median_us"] and row["median_us"] / case.T for name in timed(rows)}
-        draw_lines(
-            axes,
-            shown,
-            lambda case: case.H,
-            lines | {"floor": lambda case, row: row["floor_us"] and row["floor_us"] / case.T},
-        )
-        axes.set(xlabel="hidden size H")
-    figure.supylabel("us per step", fontsize=10)
-    return with_legend(figure)
-
-
-def draw_lengths(machine: Machine) -> Figure | None:
-    """Time over T."""
-    rows = fullest(plain(machine), lambda case: (case.H, case.B))
-    if not timed(rows):
-        return None
-    modes, dtypes = present(rows, lambda case: case.T)
-    first = next(iter(rows))
-    figure, each = panels(machine, f"Time over T, B={first.B}, H={first.H}", rows, modes, dtypes)
-    for axes, shown in each:
-        lines = {name: lambda case, row: row["median_us"] and row["median_us"] / 1e3 for name in timed(rows)}
-        draw_lines(
-            axes,
-            shown,
-            lambda case: case.T,
-            lines | {"floor": lambda case, row: row["floor_us"] and row["floor_us"] / 1e3},
-        )
-        axes.set(xlabel="steps T")
-    figure.supylabel("ms", fontsize=10)
-    return with_legend(figure)
-
-
-def draw_memory(machine: Machine) -> Figure | None:
-    """What stays allocated between forward and backward (solid), and the peak (dotted), over T."""
-    rows = {case: systems for case, systems in plain(machine).items() if case.backward}
-    rows = {
-        case: systems
-        for case, systems in rows.items()
-        if any(row["kept_bytes"] is not None for row in systems.values())
-    }
-    rows = fullest(rows, lambda case: (case.H, case.B))
-    if not rows:
-        return None
-    modes, dtypes = present(rows, lambda case: case.T)
-    first = next(iter(rows))
-    figure, each = panels(machine, f"Memory over T, B={first.B}, H={first.H} (dotted: peak)", rows, modes, dtypes)
-    for axes, shown in each:
-        lines = {name: lambda case, row: row["peak_bytes"] and row["peak_bytes"] / 2**20 for name in timed(rows)}
-        draw_lines(axes, shown, lambda case: case.T, lines)
-        for line in axes.lines:
-            line.set(linestyle=":", label="_nolegend_", markersize=0)
-        lines = {name: lambda case, row: row["kept_bytes"] and row["kept_bytes"] / 2**20 for name in timed(rows)}
-        draw_lines(axes, shown, lambda case: case.T, lines)
-        axes.set(xlabel="steps T")
-    figure.supylabel("MiB", fontsize=10)
-    return with_legend(figure)
-
-
-PICTURES = {
+PICTURES: dict[str, tuple[str, Callable[[Machine], Figure | None]]] = {
     "speed-up over nn.LSTM": ("speedup", draw_speedup),
-    "time per step over the hidden size": ("steps", draw_steps),
-    "time over the length": ("lengths", draw_lengths),
-    "memory over the length": ("memory", draw_memory),
-}
+    "time per step over the hidden size": ("steps", LinePicture(
+        "Time per step over H, T={T}, B={B}", agree=("T", "B"), over="H", x_label="hidden size H",
+        y_label="us per step", unit=lambda case: case.T, solid="median_us", floor="floor_us",
+    ).draw),
+    "time over the length": ("lengths", LinePicture(
+        "Time over T, B={B}, H={H}", agree=("H", "B"), over="T", x_label="steps T",
+        y_label="ms", unit=lambda case: 1e3, solid="median_us", floor="floor_us",
+    ).draw),
+    # What stays allocated between forward and backward, and the peak.
+    "memory over the length": ("memory", LinePicture(
+        "Memory over T, B={B}, H={H} (dotted: peak)", agree=("H", "B"), over="T", x_label="steps T",
+        y_label="MiB", unit=lambda case: 2**20, solid="kept_bytes", dotted="peak_bytes", modes=("forward+backward",),
+    ).draw),
+}  # fmt: skip
 
 
 def draw(machine: Machine, out: Path) -> dict[str, Path]:
-    """Title -> PNG file, for the pictures that there are figures for."""
+    """Draw the pictures for which there are figures. Returns title -> PNG file."""
     drawn = {}
     with mpl.rc_context(SETTINGS):
         for title, (name, function) in PICTURES.items():

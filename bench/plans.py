@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
-from .cases import Case
+from .cases import BenchCase
 from .devices import Cpu
-from .systems import TORCH_DTYPES
+from .problem import TORCH_DTYPES
+from .results import JsonObject
 
 if TYPE_CHECKING:
     from lstm_triton.scan.planner import Kind, Launch, Plan
     from lstm_triton.target import Device
 
-# What shows a scan's time; the rest of it is the same for all plans.
-MODES: dict[Kind, str] = {"forward": "forward", "backward": "forward+backward"}
+# The mode whose time shows the time of a scan. Everything else in this mode is the same for all plans.
+SCAN_MODES: dict[Kind, str] = {"forward": "forward", "backward": "forward+backward"}
 
 
-def launches_of(kind: Kind, case: Case, device: Cpu) -> tuple[Launch, ...]:
-    """A scan's launches, with the planner's choices."""
+def planned_launches(kind: Kind, case: BenchCase, device: Cpu) -> tuple[Launch, ...]:
+    """The launches of a scan, with the plans that the planner chooses."""
     from lstm_triton.scan import launch
 
     return launch.launches_of(
@@ -32,8 +34,8 @@ def launches_of(kind: Kind, case: Case, device: Cpu) -> tuple[Launch, ...]:
     )
 
 
-def candidates_of(kind: Kind, case: Case, device: Device, lanes: int = 1, chained: bool = False) -> list[Plan]:
-    """Every plan that fits the device for one launch of a scan, the one that promises most first."""
+def candidates_of(kind: Kind, case: BenchCase, device: Device, lanes: int = 1, chained: bool = False) -> list[Plan]:
+    """All plans that fit the device for one launch of a scan, the most promising first."""
     from lstm_triton.scan import planner
 
     return planner.candidates(
@@ -47,3 +49,27 @@ def candidates_of(kind: Kind, case: Case, device: Device, lanes: int = 1, chaine
         lanes=lanes,
         chained=chained,
     )
+
+
+def first_plans(case: BenchCase, device: Cpu) -> dict[Kind, Plan]:
+    """The plan that the planner chooses for the first launch of each scan."""
+    return {kind: planned_launches(kind, case, device)[0].plan for kind in SCAN_MODES}
+
+
+def label_of(plan: Plan) -> str:
+    sizes = f"{plan.block_batch} x {plan.block_hidden}, {plan.programs} programs"
+    return sizes + (", input fused" if plan.fuse_input else "")
+
+
+def plans_to_try(case: BenchCase, device: Cpu, kind: Kind, most: int) -> list[tuple[str, JsonObject]]:
+    """Plans to time beside the planner's own, with labels.
+
+    These are the planner's plan with the portable wait and without a hold, and the next candidates.
+    """
+    from lstm_triton.target import Device
+
+    found = candidates_of(kind, case, Device.of(device.torch_device))[:most]
+    named = {"portable wait": dataclasses.replace(found[0], thread_elements=0)}
+    named["no hold"] = dataclasses.replace(found[0], hold=0)
+    named |= {label_of(plan): plan for plan in found[1:]}
+    return [(label, dataclasses.asdict(plan)) for label, plan in named.items() if plan != found[0]]

@@ -1,11 +1,11 @@
-"""A plugin of pytest: the gpu tests on a pretended GPU, for the sake of the kernels that they launch.
+"""A plugin of pytest: runs the gpu tests on a pretended GPU, to compile the kernels that they launch.
 
-    python -m pytest tests/test_gpu.py tests/test_gpu_pytorch.py -m gpu -p bench.pretend -n 2
+    python -m pytest tests/gpu/test_gpu.py tests/gpu/test_gpu_pytorch.py -m gpu -p bench.pretend -n 2
 
-with `--arch` and `--libtriton` for another GPU and another Python than sm_90 and this one. Tensors are the CPU's, and
-kernels are compiled into Triton's cache but do nothing (bench.cache). Results are hence meaningless: most comparisons
-are left out, and a test that stops at what it found is an expected failure. Its name and the reason are in pytest's
-summary, as it may have had more to launch. A section of the summary counts the kernels.
+`--arch` names another GPU than sm_90, and `--libtriton` the library for another Python. Tensors are on the CPU. Kernels
+are compiled into Triton's cache and do nothing (bench.cache), so results mean nothing. Most comparisons are left out. A
+test that fails all the same is an expected failure. Pytest's summary has its name and the reason, since such a test may
+have had more to launch. A section of the summary counts the kernels.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch
 from . import cache, cases
 
 Patch = Callable[[object, str, object], None]
-LONG = 1000  # steps from which on nn.LSTM, which launches nothing of ours, is not worth its time on a CPU
-FOR_GPUS = (  # of torch.cuda: they do nothing, or hand out what does nothing
+LONG = 1000  # with so many steps nn.LSTM takes too long on a CPU, and it launches none of these kernels
+FOR_GPUS = (  # functions and classes of torch.cuda that are made to do nothing
     "CUDAGraph", "Stream", "current_stream", "graph", "reset_peak_memory_stats", "set_sync_debug_mode", "stream",
     "synchronize",
 )  # fmt: skip
 
 
 class Counted:
-    """What the test that is running has launched and compiled so far."""
+    """The launches and the compiled kernels of the running test so far."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -41,7 +41,7 @@ class Counted:
 
 
 COUNTED = Counted()
-FOUND: dict[str, cases.Row] = {}  # test -> launches, hashes and errors, of those that are over
+FOUND: dict[str, cases.Row] = {}  # test -> launches, hashes and errors, of the tests that are over
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,14 +51,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def memory() -> tuple[int, int]:
-    """For torch.cuda.mem_get_info: three times this machine's free memory and all, as little of it is ever touched."""
+    """For torch.cuda.mem_get_info: three times the free and the whole memory here, since little of it is ever used."""
     free, whole = (os.sysconf(pages) for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
     return 3 * free * os.sysconf("SC_PAGE_SIZE"), 3 * whole * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager
 def pretending(modules: Sequence[ModuleType], arch: str, libtriton: str | None) -> Iterator[Patch]:
-    """The tests of the modules run on CPU tensors, and compare nothing. Yields what replaces more while it lasts."""
+    """Let the tests of the modules run on CPU tensors and compare nothing. Yields a function that patches more."""
     from lstm_triton import interpreter, target
     from lstm_triton.scan import dropout, products
     from lstm_triton.scan.layers import scan_lane as scan_layer
@@ -89,9 +89,9 @@ def pretending(modules: Sequence[ModuleType], arch: str, libtriton: str | None) 
         def counted(launched: target.Launched) -> None:
             COUNTED.launches += 1
 
-        stack.enter_context(target.after_every_launch(counted))
+        stack.enter_context(target.watched_launches(after=counted))
         patch(products, "batched_matmul", batched_matmul)
-        patch(dropout, "dropout_scale", drawn_scale)  # a test judges how many are kept, and then goes on
+        patch(dropout, "dropout_scale", drawn_scale)  # a test checks how many are kept, and then goes on
         patch(interpreter, "interpret", lambda seed=0: nullcontext())
         for module in modules:
             patch(module, "DEVICE", "cpu")
@@ -102,7 +102,7 @@ def pretending(modules: Sequence[ModuleType], arch: str, libtriton: str | None) 
                 patch(module.Layer, "check", lambda layer: layer.run(scan_layer))
         patch(torch.testing, "assert_close", lambda *arguments, **options: None)
         patch(torch, "equal", lambda *tensors: True)
-        patch(torch, "use_deterministic_algorithms", lambda *arguments, **options: None)  # they would fill all memory
+        patch(torch, "use_deterministic_algorithms", lambda *arguments, **options: None)  # else they fill all memory
         patch(torch._VF, "lstm", short_lstm)
         for name in FOR_GPUS:
             patch(torch.cuda, name, mock.MagicMock())
@@ -115,13 +115,14 @@ def pretending(modules: Sequence[ModuleType], arch: str, libtriton: str | None) 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
-    """Of a process that runs tests itself: with pytest-xdist the first one has none."""
+    """Pretend in a process that runs tests. With pytest-xdist the first process runs none."""
     if not session.items:
         return (yield)
     torch.set_num_threads(1)
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # it lacks layers that autocast asks for
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # it lacks layers that autocast needs
     option = session.config.getoption
-    modules = list(dict.fromkeys(item.getparent(pytest.Module).obj for item in session.items))  # type: ignore[union-attr]
+    parents = (item.getparent(pytest.Module) for item in session.items)
+    modules = list(dict.fromkeys(parent.obj for parent in parents if parent is not None))
     if without := [module.__name__ for module in modules if not hasattr(module, "DEVICE")]:
         raise pytest.UsageError(f"no constant DEVICE, where the tests run, in {', '.join(without)}")
     [conftest] = (each for each in session.config.pluginmanager.get_plugins() if hasattr(each, "why_skipped"))

@@ -1,109 +1,25 @@
-"""`python -m bench report`: tables from results files, and the README's performance section. Measures nothing."""
+"""`python -m bench report` and `status`, from results files. Nothing is measured.
+
+report writes tables, pictures and the README's performance section. status tells what is not measured yet.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import os
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from . import cases, gpu, results
+from . import cases, journal, results
 from .cases import Row
-from .results import Results, ResultsError
+from .machine import Machine, load, speedup
+from .results import ResultsError
 from .run import MissingPackage
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMMAND = "python -m bench gpu --budget 600 --out DIR"
-
-
-@dataclass
-class Machine:
-    """What one results file says."""
-
-    path: Path
-    results: Results
-    slug: str  # names its pictures
-
-    @property
-    def on_gpu(self) -> bool:
-        return not str(self.results.provenance["gpu"]).startswith("none")
-
-    @property
-    def name(self) -> str:
-        return str(self.results.provenance["gpu"]).removeprefix("none: ")
-
-    @property
-    def current(self) -> bool:
-        return bool(self.results.provenance["kernel_hash"] == results.kernel_hash(self.results.provenance["gpu"]))
-
-    @property
-    def warning(self) -> str:
-        """What a reader must know before any figure."""
-        if not self.on_gpu:
-            return f"{self.name} figures: a check that everything runs, no statement about a GPU"
-        return "" if self.current else "Measured with other kernels than those in this checkout"
-
-    def rows_by_case(self, grid: str | None = None) -> dict[tuple[str, cases.Case], dict[str, Row]]:
-        """(grid, case) -> system -> row, in the file's order."""
-        table: dict[tuple[str, cases.Case], dict[str, Row]] = {}
-        for row in self.results.rows:
-            if grid in (None, row["grid"]):
-                table.setdefault((row["grid"], results.case_of(row)), {})[row["system"]] = row
-        return table
-
-    def comparisons(self) -> list[Comparison]:
-        """lstm_triton against nn.LSTM, wherever lstm_triton was to be timed."""
-        found = []
-        for (grid, case), rows in self.rows_by_case().items():
-            if cases.OURS in rows and rows[cases.OURS]["status"] != "missing":
-                if grid in cases.GRIDS and not cases.GRIDS[grid].timed and rows[cases.OURS]["status"] == "ok":
-                    continue
-                found.append(Comparison(grid, case, rows[cases.OURS], rows.get(cases.BASELINE)))
-        return found
-
-
-@dataclass
-class Comparison:
-    grid: str
-    case: cases.Case
-    ours: Row
-    baseline: Row | None
-
-    @property
-    def speedup(self) -> float | None:
-        return speedup(self.ours, self.baseline)
-
-    @property
-    def verdict(self) -> str:
-        """Times whose 20..80 % ranges overlap are no different."""
-        if self.ours["status"] != "ok":
-            return str(self.ours["status"])
-        if self.baseline is None or self.speedup is None:
-            return "not compared"
-        if self.ours["p80_us"] < self.baseline["p20_us"]:
-            return "faster"
-        return "slower" if self.ours["p20_us"] > self.baseline["p80_us"] else "no different"
-
-
-def speedup(row: Row | None, baseline: Row | None) -> float | None:
-    """How many times as fast as the baseline; None where one of them has no time."""
-    if row is None or baseline is None or not row["status"] == baseline["status"] == "ok":
-        return None
-    return baseline["median_us"] / row["median_us"] if row["median_us"] and baseline["median_us"] else None
-
-
-def load(folder: Path) -> list[Machine]:
-    """All results files in a folder and its folders. Raises ResultsError for one that cannot be read."""
-    if not folder.is_dir():
-        raise ResultsError(f"cannot read {folder}: no such folder")
-    machines = []
-    for path in sorted(folder.rglob("*.json")):
-        slug = re.sub(r"[^a-z0-9]+", "-", str(path.relative_to(folder).with_suffix("")).lower()).strip("-")
-        machines.append(Machine(path, Results.read(path), slug))
-    return machines
 
 
 # Figures as text
@@ -122,14 +38,14 @@ def mebibytes(value: int | None) -> str:
     return "" if value is None else f"{value / 2**20:.1f} MiB" if value >= 2**18 else f"{value / 2**10:.1f} KiB"
 
 
-def ratio(value: float | None) -> str:
-    """A speed-up; a loss is marked as plainly as a win."""
+def speedup_text(value: float | None) -> str:
+    """A speed-up. A loss is as easy to see as a win."""
     if value is None:
         return ""
     return f"**{value:.2f}x**" if value >= 1 else f"**{value:.2f}x (slower)**"
 
 
-def time_of(row: Row | None) -> str:
+def time_text(row: Row | None) -> str:
     if row is None:
         return ""
     if row["status"] != "ok":
@@ -139,7 +55,7 @@ def time_of(row: Row | None) -> str:
     return f"{microseconds(row['median_us'])} ({microseconds(row['p20_us'])} .. {microseconds(row['p80_us'])})"
 
 
-def error_of(row: Row | None) -> str:
+def error_text(row: Row | None) -> str:
     return "" if row is None or row["error"] is None else f"{row['error']:.1e}"
 
 
@@ -149,8 +65,8 @@ def fraction_of_floor(row: Row | None) -> str:
     return f"{100 * row['floor_us'] / row['median_us']:.0f} %"
 
 
-def table(head: list[str], lines: Iterable[list[str]]) -> str:
-    """Markdown, without the columns that are empty in every line."""
+def markdown_table(head: list[str], lines: Iterable[list[str]]) -> str:
+    """A table in Markdown, without columns that are empty in every line."""
     lines = list(lines)
     kept = [column for column in range(len(head)) if any(line[column] for line in lines)]
 
@@ -198,7 +114,7 @@ def verdicts(machine: Machine) -> str:
 
 
 def losses(machine: Machine) -> str:
-    """Every case in which lstm_triton is slower, wrong, or gives nothing, worst first."""
+    """All cases in which lstm_triton is slower, wrong, or gives nothing, the worst first."""
     bad = [
         comparison
         for comparison in machine.comparisons()
@@ -207,13 +123,12 @@ def losses(machine: Machine) -> str:
     if not bad:
         return "None."
     bad.sort(key=lambda comparison: comparison.speedup or 0.0)
-    return table(
-        ["grid", "case", "lstm_triton", "nn.LSTM", "speed-up", "message"],
-        (
-            [one.grid, str(one.case), time_of(one.ours), time_of(one.baseline), ratio(one.speedup), one.ours["message"]]
-            for one in bad
-        ),
-    )
+    head = ["grid", "case", "lstm_triton", "nn.LSTM", "speed-up", "message"]
+    lines = []
+    for one in bad:
+        times = [time_text(one.ours), time_text(one.baseline)]
+        lines.append([one.grid, str(one.case), *times, speedup_text(one.speedup), one.ours["message"]])
+    return markdown_table(head, lines)
 
 
 def grid_table(machine: Machine, grid: str) -> str:
@@ -226,22 +141,22 @@ def grid_table(machine: Machine, grid: str) -> str:
     lines = []
     for (_, case), rows in by_case.items():
         ours, baseline = rows.get(cases.OURS), rows.get(cases.BASELINE)
-        line = [case.shape, case.dtype, case.mode, time_of(ours), *(time_of(rows.get(name)) for name in peers)]
-        line += [ratio(speedup(ours, baseline)), fraction_of_floor(ours), error_of(ours), error_of(baseline)]
+        line = [case.shape, case.dtype, case.mode, time_text(ours), *(time_text(rows.get(name)) for name in peers)]
+        line += [speedup_text(speedup(ours, baseline)), fraction_of_floor(ours), error_text(ours), error_text(baseline)]
         for key in ("kept_bytes", "peak_bytes"):
             line += [mebibytes(None if row is None else row[key]) for row in (ours, baseline)]
         line.append("; ".join(f"{name}: {row['message']}" for name, row in rows.items() if row["message"]))
         lines.append(line)
-    return table(head, lines)
+    return markdown_table(head, lines)
 
 
 def test_outcomes(machine: Machine) -> str:
-    """What `pytest -m gpu` gave in the same call of `bench gpu`."""
-    entries = gpu.read_journal(machine.path.parent / "gpu-tests.jsonl")
+    """The outcomes of `pytest -m gpu`, of the call of `bench gpu` that wrote the results file."""
+    entries = journal.read(machine.path.parent / "gpu-tests.jsonl")
     header = {key: machine.results.provenance[key] for key in ("kernel_hash", "gpu")}
     if not entries or entries[0] != header:
         return ""
-    outcomes = list(gpu.outcomes_of(entries).values())
+    outcomes = list(journal.outcomes_of(entries).values())
     counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
     unfinished = "" if any("end" in entry for entry in entries) else " (not all were run)"
     return f"GPU tests: {counts or 'none'}{unfinished}."
@@ -291,7 +206,7 @@ def headline_table(machine: Machine) -> str:
     ]
     names = [name for name in names if name != cases.FLOOR]
 
-    def step(case: cases.Case, row: Row | None) -> str:
+    def step(case: cases.BenchCase, row: Row | None) -> str:
         if row is None:
             return ""
         return f"{row['median_us'] / case.T:.2f}" if row["status"] == "ok" else row["status"]
@@ -301,17 +216,20 @@ def headline_table(machine: Machine) -> str:
             case.dtype,
             case.mode,
             *(step(case, rows.get(name)) for name in names),
-            ratio(speedup(rows.get(cases.OURS), rows.get(cases.BASELINE))),
+            speedup_text(speedup(rows.get(cases.OURS), rows.get(cases.BASELINE))),
             fraction_of_floor(rows.get(cases.OURS)),
         ]
         for (_, case), rows in shown.items()
     ]
     head = ["dtype", "mode", *names, "lstm_triton against nn.LSTM", "of the floor"]
-    return table(head, lines) if lines else ""
+    return markdown_table(head, lines) if lines else ""
 
 
 def readme_section(machines: list[Machine], pictures: dict[Path, dict[str, Path]], out: Path, readme: Path) -> str:
-    """GPUs measured with these kernels, or a plain word that there are none; then what else there is, marked."""
+    """The README's section: GPUs measured with these kernels.
+
+    Where there are none, the section says so. Then it shows other machines, with a warning.
+    """
     link = os.path.relpath(out / "README.md", readme.resolve().parent)
     chosen = [machine for machine in machines if machine.on_gpu and machine.current]
     parts = []
@@ -331,7 +249,7 @@ def readme_section(machines: list[Machine], pictures: dict[Path, dict[str, Path]
 
 
 def fill_in(readme: Path, section: str) -> str:
-    """The file's text with the section between the markers. Raises ResultsError where there is no place for it."""
+    """The text of the file with the section between the markers. Raises ResultsError where there are no markers."""
     try:
         text = readme.read_text(encoding="utf-8")
     except OSError as error:
@@ -343,6 +261,7 @@ def fill_in(readme: Path, section: str) -> str:
 
 
 def report(folder: Path, out: Path, readme: Path, say: Callable[[str], None] = print) -> int:
+    """`python -m bench report`: write the report on a folder's results files, and the section in the README."""
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingPackage("report needs the package matplotlib: pip install '.[bench]'")
     from . import pictures
@@ -355,4 +274,40 @@ def report(folder: Path, out: Path, readme: Path, say: Callable[[str], None] = p
     results.write_atomically(readme, fill_in(readme, readme_section(machines, drawn, out.resolve(), readme)))
     count = sum(len(found) for found in drawn.values())
     say(f"{len(machines)} results files, {count} pictures: {out / 'README.md'}; section in {readme}")
+    return 0
+
+
+def status(folder: Path) -> int:
+    """`python -m bench status`: print which results are of these kernels, and what is not measured yet."""
+    machines = load(folder) if folder.is_dir() else []
+    for machine in machines:
+        origin = machine.results.provenance
+        fits = "these kernels" if machine.current else f"other kernels ({origin['kernel_hash']})"
+        counts = Counter(row["status"] for row in machine.results.rows)
+        statuses = ", ".join(f"{number} {name}" for name, number in counts.items()) or "no rows"
+        print(f"{machine.path.relative_to(folder)}: {machine.name}, {origin['date']}, {fits}: {statuses}")
+        if outcomes := test_outcomes(machine):
+            print(f"  {outcomes}")
+    if not machines:
+        print(f"no results files in {folder}")
+    current = [machine for machine in machines if machine.on_gpu and machine.current]
+    print("a GPU is needed for:")
+    needed = False
+    if not any("not all" not in outcomes for machine in current if (outcomes := test_outcomes(machine))):
+        needed = True
+        print("  tests: pytest -m gpu has not been run to its end with these kernels")
+    for name, grid in cases.GRIDS.items():
+        if name == "smoke":
+            continue
+        wanted = {case for case, _ in grid}
+        measured = {
+            case
+            for machine in current
+            for (_, case), rows in machine.rows_by_case(name).items()
+            if cases.OURS in rows and rows[cases.OURS]["status"] != "missing"
+        }
+        if absent := len(wanted - measured):
+            needed = True
+            print(f"  {name}: {absent} of {len(wanted)} cases are not measured with these kernels ({grid.about})")
+    print(f"  `{COMMAND}` does it" if needed else "  nothing")
     return 0

@@ -1,4 +1,4 @@
-"""Results files: one JSON object {"schema": 1, "provenance": {...}, "rows": [...]}, written whole or not at all."""
+"""Results files: one JSON object {"schema": 1, "provenance": {...}, "rows": [...]}. A file is written whole or not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from lstm_triton.scan.planner import table_path
 from lstm_triton.target import Device
 
-from .cases import Case, Row, from_dict
+from .cases import BenchCase, Row, from_dict
 
 JsonObject = dict[str, Any]
 
@@ -36,24 +36,24 @@ ROW_KEYS = (
 
 
 class ResultsError(Exception):
-    """A results file that cannot be read or written; the message is one line."""
+    """A file of results cannot be read or written. The message is one line."""
 
 
 def kernel_hash(gpu: str) -> str:
-    """Of the files that decide what runs on a GPU: kernels, launches, the planner, and its plans measured there."""
+    """A hash of the files that decide what runs on a GPU: kernels, launches, planner, and the plans measured there."""
     table = table_path(Device(gpu, arch="", multiprocessors=0, shared_bytes=0))
     digest = hashlib.sha256()
-    launching = (ROOT / "lstm_triton" / name for name in ("planner.py", "ops.py", "cell_ops.py", "low_memory.py"))
-    for path in [*sorted((ROOT / "kernels").glob("*.py")), *launching, table]:
-        if path.exists():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    library = ROOT / "lstm_triton"
+    deciding = [*sorted((ROOT / "kernels").glob("*.py")), *sorted((library / "scan").glob("*.py"))]
+    for path in [*deciding, library / "target.py", *([table] if table.exists() else [])]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "-dirty" where files differ from it; None without git.
+    """The commit of the checkout, with "-dirty" where files differ from it. None without git.
 
-    A copy without the folder .git can be told its commit by the variable LSTM_TRITON_COMMIT.
+    The variable LSTM_TRITON_COMMIT names the commit of a copy that has no folder .git.
     """
     if told := os.environ.get("LSTM_TRITON_COMMIT"):
         return told
@@ -94,16 +94,16 @@ def provenance(gpu: str, driver: str | None) -> JsonObject:
     }
 
 
-def case_of(row: Row) -> Case:
+def case_of(row: Row) -> BenchCase:
     return from_dict(row)
 
 
-def key_of(row: Row) -> tuple[str, Case, str]:
+def key_of(row: Row) -> tuple[str, BenchCase, str]:
     return row["grid"], from_dict(row), row["system"]
 
 
 def problem_with(content: object) -> str | None:
-    """Why this is not the content of a results file of this schema, in a few words, or None."""
+    """Why this is not the content of a results file, in a few words. None if it is."""
     if not isinstance(content, dict):
         return "not a JSON object"
     if content.get("schema") != SCHEMA:
@@ -145,13 +145,13 @@ class Results:
         return Results(content["provenance"], content["rows"])
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Rows of the same grid, case and system replace what was there."""
+        """Add rows. A row replaces an earlier one with its grid, case and system."""
         new = {key_of(row): row for row in rows}
         self.rows = [new.pop(key_of(row), row) for row in self.rows]
         self.rows += new.values()
 
     def belongs_with(self, other: JsonObject) -> bool:
-        """Whether rows measured under the other provenance may stand beside these."""
+        """Whether rows with the other provenance may be in one file with these."""
         return all(self.provenance[key] == other[key] for key in ("gpu", "torch", "triton", "kernel_hash"))
 
     def write(self, path: Path) -> None:
@@ -162,7 +162,7 @@ class Results:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader finds the old file or the new one, never a part; a failed write leaves the old one."""
+    """Write a file so that a reader finds the old one or the new one, and the old one where writing fails."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
@@ -182,7 +182,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Find out before the work that what comes of it can be written."""
+    """Raise ResultsError before any work is done, if its results could not be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -191,7 +191,7 @@ def require_writable(folder: Path) -> None:
 
 
 def open_for(path: Path, origin: JsonObject) -> Results:
-    """The results in a file, to add rows measured under this provenance; a new set where there is no file."""
+    """The results in a file, to which rows with this provenance can be added. New results where there is no file."""
     require_writable(path.parent)
     if not path.exists():
         return Results(origin)

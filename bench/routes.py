@@ -10,24 +10,25 @@ from pathlib import Path
 from lstm_triton.routes import SLOWER, table_path_of
 from lstm_triton.target import Device
 
-from . import report, results
+from . import results
+from .machine import Machine
 
-# Where inference itself was not measured, the forward pass of training stands for it, which does a little more.
-MODES = {"forward": "inference", "forward+backward": "training", "inference": "inference"}
+# Where inference was not measured, the forward pass of training stands for it. It does a little more.
+ROUTE_MODES = {"forward": "inference", "forward+backward": "training", "inference": "inference"}
 
 
-def measured(machine: report.Machine) -> list[list[object]]:
+def measured(machine: Machine) -> list[list[object]]:
     """[mode, dtype, H, B, time of the kernels / time of nn.LSTM] of single dense layers.
 
-    Of several numbers of steps, the most count.
+    If a layer was measured with several numbers of steps, the one with the most steps counts.
     """
     ratios: dict[tuple[str, str, int, int], tuple[bool, int, float]] = {}
     for comparison in machine.comparisons():
         case, faster = comparison.case, comparison.speedup
         single = case.layers == 1 and not case.bidirectional and case.layout == "dense" and not case.proj_size
-        if not single or case.mode not in MODES or case.memory != "full" or case.T == 1 or faster is None:
+        if not single or case.mode not in ROUTE_MODES or case.memory != "full" or case.T == 1 or faster is None:
             continue
-        key = (MODES[case.mode], case.dtype, case.H, case.B)
+        key = (ROUTE_MODES[case.mode], case.dtype, case.H, case.B)
         ratios[key] = max(ratios.get(key, (False, 0, 0.0)), (case.mode != "forward", case.T, round(1 / faster, 3)))
     return [[*key, ratio] for key, (_, _, ratio) in sorted(ratios.items())]
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True, help="a results file of bench gpu")
     parser.add_argument("--out", type=Path, help="the file to write; otherwise the one that the library reads")
     chosen = parser.parse_args(arguments)
-    machine = report.Machine(chosen.results, results.Results.read(chosen.results), slug="")
+    machine = Machine(chosen.results, results.Results.read(chosen.results), slug="")
     device = Device(machine.results.provenance["gpu"], arch="", multiprocessors=0, shared_bytes=0)
     path = chosen.out or table_path_of(device)
     rows = measured(machine)

@@ -1,4 +1,4 @@
-"""`python -m bench run`: one grid in this process, on pytest-benchmark, into a results file."""
+"""`python -m bench run`: measures one grid in this process with pytest-benchmark, and writes a results file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class MissingPackage(Exception):
-    """A package that a command needs; the message is one line."""
+    """A command needs a package that is not installed. The message is one line."""
 
 
 class RowCollector:
-    """A pytest plugin: takes the row that every test leaves, and saves it at once."""
+    """A plugin of pytest: saves the row of every test as soon as the test is over."""
 
     def __init__(self, found: results.Results, path: Path | None) -> None:
         self.found = found
@@ -32,7 +32,7 @@ class RowCollector:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found = dict(report.user_properties) if report.when == "call" else {}
-        new: list[Row] = [found["row"]] if "row" in found else []  # type: ignore[list-item]
+        new: list[Row] = [row] if isinstance(row := found.get("row"), dict) else []
         self.rows += new
         self.found.add(new)
         if new and self.path is not None:
@@ -41,7 +41,7 @@ class RowCollector:
 
 @contextlib.contextmanager
 def empty_kernel_caches() -> Iterator[None]:
-    """Compile everything anew, for processes and libraries that start inside."""
+    """Processes that start inside find empty kernel caches, and compile everything again."""
     names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
     before = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="bench-cache-", ignore_cleanup_errors=True) as folder:
@@ -60,7 +60,11 @@ def empty_kernel_caches() -> Iterator[None]:
 def run(
     grid_name: str, device_name: str, systems: str | None, out: Path | None, seconds: float, plugin: str | None = None
 ) -> int:
-    """Measure a grid, print pytest-benchmark's table. Returns 1 if a row of lstm_triton or nn.LSTM is not right."""
+    """Measure a grid and print the table of pytest-benchmark.
+
+    Returns:
+        1 if a row of lstm_triton or nn.LSTM is not right, else 0.
+    """
     for package in ("pytest", "pytest_benchmark"):
         if importlib.util.find_spec(package) is None:
             raise MissingPackage(f"run needs the package {package.replace('_', '-')}: pip install '.[bench]'")

@@ -1,6 +1,6 @@
 """What the machine code of a scan says, without a GPU: the cycles of a step, and whether the kernels can rely on it.
 
-They rest on facts that are left to the assembler (tests/test_sass.py):
+They rest on facts that are left to the assembler (tests/kernels/test_sass.py):
 
     reached_apart    what a warp does together after a wait, it does when all of its threads have met again
     requests, polls  what peers have written is loaded past the first-level cache, of which nobody tells that it is old

@@ -1,16 +1,15 @@
-"""Who takes part: one adapter per system, from a problem (a case with its weights) to functions that can be timed.
+"""Who takes part: for each system an adapter, which makes runners from a problem.
 
-Every adapter takes weights in nn.LSTM's own layout (gate order i, f, g, o) and gives gradients for them, so that all
-are compared with one reference. What a user of the system would do once (a layout, a cast) is done outside the timed
-call.
+Every adapter takes weights in nn.LSTM's layout (gate order i, f, g, o) and gives gradients for these weights. So all
+systems are compared with one reference. Work that a user of the system does once, such as a cast, is not timed.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,88 +17,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .cases import BASELINE, FLOOR, OURS, Case
+from .cases import BASELINE, FLOOR, OURS, BenchCase
 from .devices import Cpu
-
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-
-Outputs = tuple[Tensor, Tensor, Tensor]  # output (T, B, D * P), or its packed rows; h_n; c_n
-
-
-class Problem:
-    """A case with its weights: what every system is given."""
-
-    def __init__(self, case: Case, device: Cpu, seed: int = 0) -> None:
-        self.case = case
-        self.device = device
-        self.dtype = TORCH_DTYPES[case.dtype]
-        self.generator = torch.Generator(device.torch_device).manual_seed(seed)
-        torch.manual_seed(seed)
-        self.module = nn.LSTM(**self.constructor_arguments(), device=device.torch_device, dtype=self.dtype)
-        self.packing: PackedSequence | None = None
-        if case.layout == "packed":
-            padded = torch.zeros(case.T, case.B, 1, device=device.torch_device)
-            self.packing = pack_padded_sequence(padded, torch.tensor(case.lengths), enforce_sorted=False)
-        self.lengths: Tensor | None = None  # (B,), on the device, as a data loader's batch is
-        if case.layout == "lengths":
-            self.lengths = torch.tensor(case.lengths, device=device.torch_device)
-        self.resets: Tensor | None = None  # (T, B)
-        if case.layout == "resets":
-            shape = (case.T, case.B)
-            chance = torch.rand(shape, generator=self.generator, device=device.torch_device)
-            self.resets = chance < min(0.5, 4 / case.T)  # about four episodes a row
-
-    def constructor_arguments(self) -> dict[str, Any]:
-        return {
-            "input_size": self.case.I,
-            "hidden_size": self.case.H,
-            "num_layers": self.case.layers,
-            "bidirectional": self.case.bidirectional,
-            "proj_size": self.case.proj_size,
-        }
-
-    def new_leaf(self) -> Tensor:
-        """A fresh random input: (T, B, I), or the rows of a packed one."""
-        rows = (self.case.T, self.case.B) if self.packing is None else self.packing.data.shape[:1]
-        return torch.randn(
-            *rows, self.case.I, generator=self.generator, device=self.device.torch_device, dtype=self.dtype
-        )
-
-    def shape_input(self, leaf: Tensor) -> Tensor | PackedSequence:
-        """What a module takes."""
-        return leaf if self.packing is None else self.packing._replace(data=leaf)
-
-
-@dataclass
-class Runner:
-    """One way to run one system on one problem."""
-
-    call: Callable[[Tensor], Outputs]  # takes what `adapt` gives
-    parameters: Sequence[Tensor]  # in nn.LSTM's order and layout
-    adapt: Callable[[Tensor], Tensor] = lambda leaf: leaf  # to the system's own layout and dtype
-    label: str = ""  # which variant it is, or what is worth knowing about it: goes into the row's message
-    modules: list[nn.Module] = field(default_factory=list)  # put in training or evaluation mode
-    checked: bool = True  # False: it computes nothing that could be compared
-    compared: bool = True  # False: it computes something else, whose time goes into the message only
+from .floor import exchange_runner
+from .problem import Outputs, Problem, Runner, module_runner
 
 
 @dataclass(frozen=True)
 class System:
+    """A system that takes part in cases.
+
+    Attributes:
+        runners: make the ways in which the system computes a problem.
+        refuses: says why the system cannot run a case on a device; None where it can.
+        package: what has to be installed for the system.
+        patience: how many times longer than others the system may be silent. Some compile for minutes.
+    """
+
     name: str
     runners: Callable[[Problem], list[Runner]]
-    refuses: Callable[[Case, Cpu], str | None] = lambda case, device: None  # why it cannot run this case on this device
-    package: str | None = None  # what has to be installed for it
-    patience: float = 1.0  # how many times longer than others it may be silent: some compile for minutes
+    refuses: Callable[[BenchCase, Cpu], str | None] = lambda case, device: None
+    package: str | None = None
+    patience: float = 1.0
 
     def installed(self) -> bool:
         return self.package is None or importlib.util.find_spec(self.package) is not None
 
-    def why_missing(self, case: Case, device: Cpu) -> str | None:
+    def why_missing(self, case: BenchCase, device: Cpu) -> str | None:
         if case.dtype == "tf32" and device.name != "cuda":
             return "a CPU has no TF32"
         if reason := self.refuses(case, device):
@@ -107,20 +51,8 @@ class System:
         return None if self.installed() else f"the package {self.package} is not installed"
 
 
-def module_runner(
-    problem: Problem, module: Callable[..., Any], parameters: Sequence[Tensor], label: str = ""
-) -> Runner:
-    """A runner for anything that is called like nn.LSTM."""
-
-    def call(leaf: Tensor) -> Outputs:
-        output, (h_n, c_n) = module(problem.shape_input(leaf))
-        return (output.data if isinstance(output, PackedSequence) else output), h_n, c_n
-
-    return Runner(call, parameters, label=label, modules=[module] if isinstance(module, nn.Module) else [])
-
-
 def as_users_write_it(problem: Problem, module: nn.LSTM) -> Runner:
-    """A runner of nn.LSTM, with what its users write around it where it lacks something."""
+    """A runner of nn.LSTM. Where nn.LSTM lacks something, its users' own code is around it."""
     parameters = list(module.parameters())
     if problem.lengths is not None:
         lengths = problem.lengths
@@ -163,7 +95,7 @@ def ours(problem: Problem) -> list[Runner]:
     module.load_state_dict(problem.module.state_dict())
     input = problem.shape_input(problem.new_leaf())
     with problem.device.active():
-        # The kernels are measured also where "auto" would leave them alone, as they were slower when it was decided.
+        # The kernels are measured even where "auto" takes nn.LSTM, since nn.LSTM was faster in an earlier measurement.
         path = "triton"
         try:
             with lstm_triton.backend(path):
@@ -171,7 +103,7 @@ def ours(problem: Problem) -> list[Runner]:
         except RuntimeError:
             path = "auto"
             layers = lstm_triton.explain(module, input).layers
-    # No fallback may pass for a kernel.
+    # A time of the fallback must not be taken for a time of the kernels.
     label = "; ".join(dict.fromkeys(f"not the kernels: {layer.reason}" for layer in layers if layer.path != "triton"))
 
     def call(input: Tensor | PackedSequence, lengths: Tensor | None = None, resets: Tensor | None = None) -> Any:
@@ -182,13 +114,13 @@ def ours(problem: Problem) -> list[Runner]:
     runner = replace(module_runner(problem, as_given, list(module.parameters()), label), modules=[module])
     if problem.resets is None:
         return [runner]
-    # Beside it, the same without resets: another result, of which only the time is of interest.
+    # The layer without resets has another result. Only its time is of interest.
     plain = module_runner(problem, call, list(module.parameters()), "without resets")
     return [runner, replace(plain, compared=False)]
 
 
 def step_loop(problem: Problem) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor, Tensor]]]:
-    """What a user of torch.compile writes: one compiled step, called T times."""
+    """One compiled step that is called T times, as a user of torch.compile writes it."""
     module = problem.module
 
     def step(preact: Tensor, h: Tensor, c: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,8 +152,8 @@ def step_loop(problem: Problem) -> Callable[[Tensor], tuple[Tensor, tuple[Tensor
     return run
 
 
-def compiled(problem: Problem) -> list[Runner]:
-    torch.compiler.reset()  # the limit of compilations per function counts across cases
+def torch_compiled(problem: Problem) -> list[Runner]:
+    torch.compiler.reset()  # else the compilations of all cases count towards the limit for a function
     parameters = list(problem.module.parameters())
     runners = [module_runner(problem, torch.compile(problem.module), parameters, "torch.compile(nn.LSTM)")]
     if problem.case.layout == "dense" and not problem.case.proj_size:
@@ -229,12 +161,12 @@ def compiled(problem: Problem) -> list[Runner]:
     return runners
 
 
-def compiled_refuses(case: Case, device: Cpu) -> str | None:
+def torch_compiled_refuses(case: BenchCase, device: Cpu) -> str | None:
     return "has neither lengths nor resets" if case.layout in ("lengths", "resets") else None
 
 
-def one_dense_layer(case: Case, device: Cpu) -> str | None:
-    """Why a system whose kernels take one dense layer in one direction, on an NVIDIA GPU, cannot run this case."""
+def one_dense_layer(case: BenchCase, device: Cpu) -> str | None:
+    """Why not, for systems whose kernels take one dense layer in one direction on an NVIDIA GPU."""
     if device.name != "cuda" or torch.version.hip is not None:
         return "runs on NVIDIA GPUs only"
     if case.layers > 1 or case.bidirectional or case.layout != "dense" or case.proj_size:
@@ -245,12 +177,12 @@ def one_dense_layer(case: Case, device: Cpu) -> str | None:
 def flashrnn(backend: str) -> Callable[[Problem], list[Runner]]:
     """FlashRNN 1.0 (Poeppel, Beck, Hochreiter), with one head as wide as the layer.
 
-    flashrnn(Wx (B, T, 4, heads, D), R (4, heads, D, D_prev), b (4, heads, D)) gives all states (2, B, T, heads, D), h
-    first, and the last ones; gate order i, f, z, o, which is nn.LSTM's.
+    flashrnn(Wx (B, T, 4, heads, D), R (4, heads, D, D_prev), b (4, heads, D)) returns all states (2, B, T, heads, D),
+    h first, and the last states. The order of gates i, f, z, o is nn.LSTM's.
     """
 
     def runners(problem: Problem) -> list[Runner]:
-        from flashrnn import flashrnn as run  # type: ignore[import-not-found]
+        from flashrnn import flashrnn as run
 
         hidden_size = problem.case.H
         parameters = [parameter.detach().clone().requires_grad_() for parameter in problem.module.parameters()]
@@ -277,10 +209,10 @@ def flashrnn(backend: str) -> Callable[[Problem], list[Runner]]:
 def torchrl(problem: Problem) -> list[Runner]:
     """The kernels of TorchRL 0.14's LSTMModule(recurrent_backend="triton").
 
-    lstm_triton(x (B, T, I), hidden (B, T, H), cell (B, T, H), four weights, is_init (B, T)) gives all h, all c, h_n
-    and c_n. hidden and cell are what a reset at (b, t) sets; tensors are float32, compute_dtype is the products'.
+    lstm_triton(x (B, T, I), hidden (B, T, H), cell (B, T, H), four weights, is_init (B, T)) returns all h, all c, h_n
+    and c_n. A reset at (b, t) starts from hidden and cell there. Tensors are float32; products are in compute_dtype.
     """
-    from torchrl.modules.tensordict_module._rnn_triton import lstm_triton as run  # type: ignore[import-not-found]
+    from torchrl.modules.tensordict_module._rnn_triton import lstm_triton as run
 
     case = problem.case
     parameters = [parameter.detach().float().clone().requires_grad_() for parameter in problem.module.parameters()]
@@ -303,17 +235,15 @@ def torchrl(problem: Problem) -> list[Runner]:
     return [Runner(call, parameters, adapt=lambda leaf: leaf.float().transpose(0, 1).contiguous(), label=label)]
 
 
-def torchrl_refuses(case: Case, device: Cpu) -> str | None:
+def torchrl_refuses(case: BenchCase, device: Cpu) -> str | None:
     return "multiplies in float32 or bfloat16 only" if case.dtype == "float16" else one_dense_layer(case, device)
 
 
 def exchange_floor(problem: Problem) -> list[Runner]:
-    from .floor import exchange_runner
-
     return [exchange_runner(problem)]
 
 
-def floor_refuses(case: Case, device: Cpu) -> str | None:
+def floor_refuses(case: BenchCase, device: Cpu) -> str | None:
     if device.name == "cpu":
         return "nothing is exchanged on a CPU"
     if case.proj_size:
@@ -328,7 +258,7 @@ REGISTRY = {
     for system in (
         System(OURS, ours),
         System(BASELINE, baseline),
-        System("nn.LSTM+compile", compiled, compiled_refuses, patience=3),
+        System("nn.LSTM+compile", torch_compiled, torch_compiled_refuses, patience=3),
         System("flashrnn-triton", flashrnn("triton_fused"), one_dense_layer, "flashrnn"),
         System("flashrnn-cuda", flashrnn("cuda_fused"), one_dense_layer, "flashrnn", patience=4),
         System("torchrl-triton", torchrl, torchrl_refuses, "torchrl", patience=2),

@@ -1,4 +1,4 @@
-"""`pytest bench/ --benchmark-json=FILE`, and what `python -m bench run` drives: a test for each case and system."""
+"""A test for each case and system: `pytest bench/ --benchmark-json=FILE`. `python -m bench run` runs these tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench.results import case_of
 
 
 class DeviceClock:
-    """pytest-benchmark's timer: stands still but for the times read on the device, where the systems took turns."""
+    """The timer of pytest-benchmark. Only the times that were read on the device make it go on."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -46,6 +46,6 @@ def test_case(
         pytest.fail(f"{system} is {row['status']}: {row['message']}", pytrace=False)
     if samples:
         turns = iter(samples)
-        benchmark.pedantic(lambda: clock.advance(next(turns)), rounds=len(samples), iterations=1)  # type: ignore[no-untyped-call]
+        benchmark.pedantic(lambda: clock.advance(next(turns)), rounds=len(samples), iterations=1)
     else:  # a grid of values without times
         benchmark.skipped = True

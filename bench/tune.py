@@ -1,8 +1,8 @@
-"""`python -m bench tune`: measures the planner's candidates and writes the table it prefers to its formula.
+"""`python -m bench tune`: measures the planner's candidates, and writes a table of plans.
 
-A candidate that spills registers or does not fit the device's shared memory is out before anything runs
-(bench.resources). The others are measured on the whole layer, in a child process under a watchdog, and only if their
-values are right.
+The planner prefers a plan in the table to its formula. A candidate that spills registers or does not fit the shared
+memory is not run (bench.resources). The others are measured on the whole layer, in a child process under a watchdog.
+Only candidates with right values count.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from . import resources
-from .cases import OURS, Case
-from .plans import MODES, candidates_of
+from .cases import OURS, BenchCase
+from .plans import SCAN_MODES, candidates_of
+from .problem import TORCH_DTYPES
 from .report import microseconds
 from .results import JsonObject, ResultsError, require_writable, write_atomically
-from .systems import TORCH_DTYPES
 from .watchdog import OutOfBudget, Watchdog, ending
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ TIMED_STEPS = 256  # the best plan does not depend on T
 
 
 def read_table(path: Path) -> dict[str, JsonObject]:
-    """The table as it is; empty where there is none. Raises ResultsError for a file that is no table."""
+    """The table in a file. Empty where there is no file. Raises ResultsError for a file that is no table."""
     from lstm_triton.scan.planner import Plan
 
     if not path.exists():
@@ -51,12 +51,12 @@ def write_table(path: Path, table: dict[str, JsonObject]) -> None:
 
 
 def refusal(kind: Kind, device: Device, hidden_size: int, dtype: str, plan: Plan) -> str | None:
-    """Why a plan is not worth running: what the compiler says of it. None if nothing speaks against it."""
+    """Why a plan is not worth running, according to the compiler. None if it is."""
     if device.arch == "interpreter":
         return None
     try:
         needs = resources.resources(resources.compiled(kind, device.arch, hidden_size, TORCH_DTYPES[dtype], plan))
-    except Exception as error:  # a compiler may raise anything, and what it refuses is not worth running
+    except Exception as error:  # a compiler may raise anything
         return f"does not compile: {type(error).__name__}"
     if needs["spill_bytes"]:
         return f"spills {needs['spill_bytes']} bytes"
@@ -65,8 +65,8 @@ def refusal(kind: Kind, device: Device, hidden_size: int, dtype: str, plan: Plan
     return None
 
 
-def kept_candidates(kind: Kind, case: Case, device: Device, limit: int, say: Callable[[str], None]) -> list[Plan]:
-    """The `limit` most promising candidates that nothing speaks against."""
+def kept_candidates(kind: Kind, case: BenchCase, device: Device, limit: int, say: Callable[[str], None]) -> list[Plan]:
+    """The most promising candidates that are worth running, at most `limit`."""
     kept: list[Plan] = []
     for plan in candidates_of(kind, case, device):
         if len(kept) == limit:
@@ -79,9 +79,15 @@ def kept_candidates(kind: Kind, case: Case, device: Device, limit: int, say: Cal
 
 
 def tune_case(
-    kind: Kind, case: Case, device: Device, watchdog: Watchdog, limit: int, seconds: float, say: Callable[[str], None]
+    kind: Kind,
+    case: BenchCase,
+    device: Device,
+    watchdog: Watchdog,
+    limit: int,
+    seconds: float,
+    say: Callable[[str], None],
 ) -> Plan | None:
-    """The fastest of the candidates whose values are right."""
+    """The fastest candidate with right values. None where there is none."""
     best, best_us = None, float("inf")
     for plan in kept_candidates(kind, case, device, limit, say):
         rows, failure = watchdog.measure("tune", case, [OURS], seconds, {"kind": kind, "plan": asdict(plan)})
@@ -108,7 +114,7 @@ def tune(
     seconds: float = 0.2,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Tune both scans for every (hidden_size, batch_size) and dtype; what is found is in the table at once."""
+    """Tune both scans for every (hidden_size, batch_size) and dtype. A plan is in the table as soon as it is found."""
     from lstm_triton.scan import planner
 
     require_writable(path.parent)
@@ -119,7 +125,7 @@ def tune(
             for hidden_size, batch_size in sizes:
                 for dtype in dtypes:
                     for kind in get_args(planner.Kind):
-                        case = Case(MODES[kind], dtype, T=steps, B=batch_size, I=hidden_size, H=hidden_size)
+                        case = BenchCase(SCAN_MODES[kind], dtype, T=steps, B=batch_size, I=hidden_size, H=hidden_size)
                         key = planner.key(
                             kind, batch_size, hidden_size, hidden_size, TORCH_DTYPES[dtype], allow_tf32=dtype == "tf32"
                         )

@@ -1,4 +1,4 @@
-"""Measuring in child processes (bench.worker) that may crash, hang or lose the device and take nothing else along."""
+"""Measuring in child processes (bench.worker), which may crash, hang or lose the device without any other loss."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .cases import Row
 from .results import JsonObject
 from .systems import REGISTRY
 
-MARGIN = 3.0  # seconds of the budget kept for ending children
+MARGIN = 3.0  # seconds of the budget that are kept for ending children
 START_TIMEOUT = 120.0  # seconds until a child has loaded what it needs
 
 
 class OutOfBudget(Exception):
-    """The time is up; what was under way is left for the next call."""
+    """The time is up. Whatever was under way is left for the next call."""
 
 
 class CannotStart(Exception):
-    """No child can be started; the message is one line."""
+    """No child can be started. The message is one line."""
 
 
 def describe_exit(code: int | None) -> str:
@@ -41,7 +41,7 @@ def describe_exit(code: int | None) -> str:
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """Kill a child and its own children; a device that hangs can keep it from going, which is not waited for."""
+    """Kill a child and its own children. A device that hangs can keep a process alive: do not wait for its end."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -49,11 +49,11 @@ def end(process: subprocess.Popen[Any]) -> None:
 
 
 class Child:
-    """A worker and its answers.
+    """A worker process and its answers.
 
     Args:
-        module: what is run: bench.worker, or another that speaks as it does.
-        under: a command that runs it, such as compute-sanitizer.
+        module: what the process runs: bench.worker, or a module with its questions and answers.
+        under: a command that runs the process, such as compute-sanitizer.
     """
 
     def __init__(
@@ -79,36 +79,48 @@ class Child:
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
+        """Collect answers until the process ends. Runs in a thread of its own."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            with contextlib.suppress(ValueError):  # cut short by its end
+            with contextlib.suppress(ValueError):  # a line cut short by the end of the process
                 self.answers.put(json.loads(line))
         self.answers.put(None)
 
     def ask(self, **task: object) -> None:
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # then its end is the answer
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, which `answer` tells
             self.process.stdin.write(json.dumps(task) + "\n")
             self.process.stdin.flush()
 
     def answer(self, timeout: float) -> JsonObject | None:
-        """The next answer; None when the child has ended. Raises queue.Empty when it stays silent."""
+        """The next answer. None when the child has ended. Raises queue.Empty when it stays silent."""
         return self.answers.get(timeout=max(timeout, 0.01))
 
 
 @dataclass
 class Watchdog:
-    """A worker at a time, replaced when it ends or stays silent."""
+    """Has one child at a time, and replaces a child that ends or stays silent.
+
+    Attributes:
+        log: the file for everything that the children print.
+        deadline: time.monotonic() at which the time is up.
+        timeout: seconds for which a child may be silent.
+        plugin: a module that every child imports first.
+        module: what a child runs.
+        under: a command that runs the children.
+        child: the running child.
+        origin: the provenance from the first child, with the rates of the device as soon as they are measured.
+    """
 
     device_name: str
-    log: Path  # gets what the children print
-    deadline: float  # time.monotonic()
-    timeout: float  # seconds a child may be silent
+    log: Path
+    deadline: float
+    timeout: float
     plugin: str | None = None
     module: str = "bench.worker"
-    under: Sequence[str] = ()  # a command that runs the children
+    under: Sequence[str] = ()
     child: Child | None = None
-    origin: JsonObject | None = None  # the provenance that the first child gave, with the device's rates once measured
+    origin: JsonObject | None = None
 
     def time_left(self) -> float:
         left = self.deadline - time.monotonic()
@@ -117,7 +129,7 @@ class Watchdog:
         return left
 
     def started(self) -> Child:
-        """The running child, or a new one that is ready."""
+        """The running child, or a new child that is ready."""
         if self.child is not None and self.child.process.poll() is None:
             return self.child
         self.stop()
@@ -145,7 +157,7 @@ class Watchdog:
         """End the child, if there is one. Returns how it ended."""
         if self.child is None:
             return ""
-        # A sound child ends when there is nothing more to read; one that crashed has an exit code that says why.
+        # A sound child ends when it has nothing more to read. After a crash the exit code tells why.
         assert self.child.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self.child.process.stdin.close()
@@ -157,9 +169,9 @@ class Watchdog:
         return describe_exit(code)
 
     def answer(self, patience: float) -> JsonObject:
-        """The running child's next answer.
+        """The next answer of the running child.
 
-        {"failure": {"status", "message"}} where it stays silent or has ended: then there is no child any more.
+        {"failure": {"status", "message"}} where the child stays silent or has ended. Then there is no child any more.
         """
         assert self.child is not None
         try:
@@ -171,11 +183,18 @@ class Watchdog:
         return {"failure": {"status": "error", "message": self.stop()}} if answer is None else answer
 
     def measure(
-        self, grid_name: str, case: cases.Case, names: Sequence[str], seconds: float, forced: JsonObject | None = None
+        self,
+        grid_name: str,
+        case: cases.BenchCase,
+        names: Sequence[str],
+        seconds: float,
+        forced: JsonObject | None = None,
     ) -> tuple[list[Row], JsonObject | None]:
-        """The rows of a case, and what went wrong where that are not all: {"status", "message", "phase", "system"}.
+        """The rows of a case, or none and a failure: {"status", "message", "phase", "system"}.
 
-        forced: {"kind", "plan"}, a plan to use instead of the planner's.
+        Args:
+            seconds: how long to time each system.
+            forced: {"kind", "plan"}, a plan to use instead of the planner's.
         """
         doing = {"phase": "start", "system": "reference"}
         task = {"grid": grid_name, "case": cases.as_dict(case), "systems": list(names), "seconds": seconds}
@@ -196,7 +215,7 @@ class Watchdog:
 
 @contextlib.contextmanager
 def ending(watchdog: Watchdog) -> Iterator[Watchdog]:
-    """Its child ends with the block."""
+    """The child of the watchdog ends when the block ends."""
     try:
         yield watchdog
     finally:
@@ -204,17 +223,17 @@ def ending(watchdog: Watchdog) -> Iterator[Watchdog]:
 
 
 class Crew:
-    """Children that compile what cases launch, side by side: one that measures then finds it in Triton's cache."""
+    """Children that compile what cases launch, side by side. A child that measures finds it in Triton's cache."""
 
     def __init__(self, watchdog: Watchdog, size: int) -> None:
         self.timeout = watchdog.timeout
         self.starting = {Child(watchdog.device_name, watchdog.plugin, watchdog.log) for _ in range(size)}
         self.ready: set[Child] = set()
 
-    def compile(self, wanted: Mapping[cases.Case, Sequence[str]], seconds: float) -> None:
+    def compile(self, wanted: Mapping[cases.BenchCase, Sequence[str]], seconds: float) -> None:
         """Compile what systems launch in cases, for as many cases as the time allows.
 
-        A child that ends or stays silent is not replaced.
+        No child replaces one that ends or stays silent.
         """
         waiting = deque(wanted.items())
         until = time.monotonic() + seconds
@@ -238,7 +257,7 @@ class Crew:
                     self.starting.discard(child)
                     del busy[child]
                     end(child.process)
-        for child in busy.keys() - self.starting:  # in the middle of something that takes too long
+        for child in busy.keys() - self.starting:  # they are busy with something that takes too long
             end(child.process)
 
     def stop(self) -> None:

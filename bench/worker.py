@@ -1,11 +1,11 @@
-"""The child process of `python -m bench gpu` and `tune`: measures the cases it is sent and says what it is doing.
+"""The child process of `python -m bench gpu` and `tune`: measures cases, and tells what it does.
 
     python -m bench.worker DEVICE [PLUGIN], one JSON object a line
 
 In:   {"measure": {"grid", "case", "systems", "seconds"}, "forced": null or {"kind", "plan"}, a plan to use}
       {"compile": case, "systems"}
 Out:  {"ready": provenance}                     once
-      {"phase", "system"}                       before anything that may crash or never come back
+      {"phase", "system"}                       before anything that may crash or never end
       {"rows", "rates", "lost": false}          the answer; if "lost", the device is gone and the process ends
       {"compiled": true or false}               the answer
 """
@@ -26,8 +26,8 @@ Say = Callable[..., None]
 
 
 def begin(device_name: str, plugin: str = "") -> tuple[Say, devices.Cpu]:
-    """Open the device. Returns what writes an answer, and the device."""
-    # Libraries print to file descriptor 1 as they like: it becomes stderr, the answers keep a descriptor of their own.
+    """Open the device. Returns a function that writes an answer, and the device."""
+    # Libraries print to file descriptor 1, so it becomes stderr. The answers get a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 

@@ -3,7 +3,7 @@
 A look that comes too early costs more than it saves. Every program asks for the same lines of L2 at the same time, and
 those that miss ask again: what is published meanwhile waits behind them. On an H100 a step of the forward scan
 (float16, H = 768, B = 16) took 2.0 microseconds where all threads looked at once, and 1.5 where they held back for 640
-cycles after their own publication (bench/NOTES.md).
+cycles after their own publication (docs/performance.md).
 
 The planner says for how many cycles (`Plan.hold`). They are the same throughout a launch. Threads that learned from
 every look in vain to hold back longer drove each other on: who looks later publishes later, so that the others look

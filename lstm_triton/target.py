@@ -153,35 +153,46 @@ class Launched(NamedTuple):
         return str(self.kernel.fn.__name__)
 
 
-class _Watched:
-    """Another target, and a function that is called after everything that the target runs."""
+Watcher = Callable[[Launched], object]
+_before: list[Watcher] = []
+_after: list[Watcher] = []
 
-    def __init__(self, target: Target, after: Callable[[Launched], object]) -> None:
-        self.target, self.after = target, after
-        self.takes, self.describe, self.may_take_tf32 = target.takes, target.describe, target.may_take_tf32
 
-    def run(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        device: torch.device,
-        arguments: Mapping[str, object],
-        options: Mapping[str, object],
-    ) -> None:
-        self.target.run(kernel, grid, device, arguments, options)
-        self.after(Launched(kernel, grid, arguments, options))
+def run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    arguments: Mapping[str, object],
+    options: Mapping[str, object],
+) -> None:
+    """Run a kernel on the current target: every launch of this library goes through here."""
+    if not (_before or _after):
+        _current.run(kernel, grid, device, arguments, options)
+        return
+    launched = Launched(kernel, grid, arguments, options)
+    for call in _before:
+        call(launched)
+    _current.run(kernel, grid, device, arguments, options)
+    for call in _after:
+        call(launched)
 
 
 @contextmanager
-def after_every_launch(call: Callable[[Launched], object]) -> Iterator[None]:
-    """Call a function after every launch inside the `with` block."""
-    with running_on(_Watched(_current, call)):
+def watched_launches(before: Watcher | None = None, after: Watcher | None = None) -> Iterator[None]:
+    """Call these functions before and after every launch inside the `with` block, on whatever target."""
+    watchers = [(calls, call) for calls, call in ((_before, before), (_after, after)) if call is not None]
+    for calls, call in watchers:
+        calls.append(call)
+    try:
         yield
+    finally:
+        for calls, call in watchers:
+            calls.remove(call)
 
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launched]]:
-    """Yield a list to which every launch inside the `with` block is appended."""
+    """Yield a list to which every launch inside the `with` block is appended before it runs."""
     launches: list[Launched] = []
-    with after_every_launch(launches.append):
+    with watched_launches(before=launches.append):
         yield launches

@@ -1,0 +1,1 @@
+"""The tests, in a folder for each subject. Only `support` is imported by others, and `emulator`, which is a machine."""

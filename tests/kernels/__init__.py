@@ -1,0 +1,1 @@
+"""The kernels: interpreted, compiled and emulated, and what plans and compiler make of them."""

@@ -1,0 +1,132 @@
+"""What `explain` says of a call beforehand."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import lstm_triton
+from lstm_triton.scan import planner
+from lstm_triton.target import Device
+from tests.support.comparing import run
+from tests.support.fake_gpu import FakeGPU
+
+
+@pytest.mark.parametrize("cls", [lstm_triton.LSTM, nn.LSTM])
+def test_explained_on_the_cpu(cls: type[nn.RNNBase]) -> None:
+    explanation = lstm_triton.explain(cls(3, 4, num_layers=2, bidirectional=True), torch.zeros(5, 2, 3))
+    assert [(each.layer, each.direction) for each in explanation.layers] == [
+        (0, "forward"),
+        (0, "reverse"),
+        (1, "forward"),
+        (1, "reverse"),
+    ]
+    for each in explanation.layers:
+        assert each.path == "aten"
+        assert each.reason == "the kernels run on NVIDIA GPUs, not on 'cpu' tensors"
+    assert (explanation.scans, explanation.launches) == ((), 0)
+    assert (explanation.device, explanation.dtype) == ("cpu", torch.float32)
+    assert (explanation.time_steps, explanation.batch_size) == (5, 2)
+    assert str(explanation).splitlines() == [
+        "LSTM(3, 4, num_layers=2, bidirectional=True) on cpu, torch.float32, T=5, B=2",
+        "layer  direction  path    why",
+        "    0  forward    aten    the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
+        "    0  reverse    aten    the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
+        "    1  forward    aten    the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
+        "    1  reverse    aten    the kernels run on NVIDIA GPUs, not on 'cpu' tensors",
+    ]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        explanation.layers[0].path = "triton"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("options", "input", "time_steps", "batch_size"),
+    [
+        ({}, torch.zeros(5, 2, 3), 5, 2),
+        ({"batch_first": True}, torch.zeros(5, 2, 3), 2, 5),
+        ({}, torch.zeros(5, 3), 5, 1),
+        ({"batch_first": True}, torch.zeros(5, 3), 5, 1),
+        ({"batch_first": True}, pack_padded_sequence(torch.zeros(5, 2, 3), torch.tensor([5, 3])), 5, 2),
+    ],
+)
+def test_explained_sizes(
+    options: dict[str, Any], input: Tensor | PackedSequence, time_steps: int, batch_size: int
+) -> None:
+    explanation = lstm_triton.explain(lstm_triton.LSTM(3, 4, **options), input)
+    assert (explanation.time_steps, explanation.batch_size) == (time_steps, batch_size)
+
+
+def test_explained_on_a_gpu(gpu: FakeGPU) -> None:
+    module = gpu.lstm(3, 768, num_layers=2, bidirectional=True, dtype=torch.float16)
+    input = gpu.tensor(1000, 16, 3, dtype=torch.float16)
+    explanation = lstm_triton.explain(module, input)
+    assert explanation.device == "cuda:0"
+    assert {each.path for each in explanation.layers} == {"triton"}
+    sizes = {"batch_size": 16, "hidden_size": 768, "dtype": torch.float16, "allow_tf32": True}
+    gpu_device = Device("NVIDIA H100", "sm_90", 132, 227 * 1024)
+    kinds: tuple[planner.Kind, planner.Kind] = ("forward", "backward")
+    expected = [
+        (kind, launch.plan, tuple(launch.lanes))
+        for kind in kinds
+        for launch in planner.launches(kind, num_layers=2, directions=2, input_size=3, device=gpu_device, **sizes)
+    ]
+    assert [(scan.kind, scan.plan, scan.lanes) for scan in explanation.scans] == expected
+    assert explanation.launches == 4  # of either scan, one for each layer, with both of its directions
+    for number, scan in enumerate(explanation.scans):
+        line = f"launch {number + 1}: {scan.kind} scan of layer {number % 2} in both directions: {scan.plan}"
+        assert line in str(explanation).splitlines()
+    in_sizes_only = torch.zeros(1000, 16, 3, dtype=torch.float16, device="meta")
+    assert lstm_triton.explain(module, in_sizes_only) == explanation
+    with lstm_triton.backend("aten"):
+        assert {each.reason for each in lstm_triton.explain(module, input).layers} == {
+            'the backend "aten" was asked for'
+        }
+
+
+@pytest.mark.interpreted
+def test_explained_plans_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lstm_triton.interpreter import interpret
+
+    plans: list[tuple[str, planner.Plan]] = []
+
+    def recorded(kind: planner.Kind, **sizes: Any) -> planner.Plan:
+        plans.append((kind, plan(kind, **sizes)))
+        return plans[-1][1]
+
+    module, input = lstm_triton.LSTM(3, 20, num_layers=2, bidirectional=True), torch.randn(2, 3, 3)
+    with interpret():
+        explanation = lstm_triton.explain(module, input)
+        plan = planner.plan
+        monkeypatch.setattr(planner, "plan", recorded)
+        run(module, input)
+    assert plans == [(scan.kind, scan.plan) for scan in explanation.scans]
+    assert explanation.launches == len(plans)
+
+
+def test_explain_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, input = lstm_triton.LSTM(3, 4, num_layers=2, dropout=0.5), torch.zeros(5, 2, 3)
+    before = torch.get_rng_state()
+    monkeypatch.setattr(torch, "lstm", None)
+    lstm_triton.explain(module, input)
+    assert torch.equal(before, torch.get_rng_state())
+    with pytest.raises(TypeError):
+        module(input)
+
+
+@pytest.mark.parametrize("module", [nn.GRU(3, 4), nn.Linear(3, 4), None])
+def test_explain_takes_lstms_only(module: Any) -> None:
+    with pytest.raises(TypeError, match=r"explain takes an LSTM or an LSTMCell, of lstm_triton or of torch\.nn, got "):
+        lstm_triton.explain(module, torch.zeros(5, 2, 3))
+
+
+def test_explain_raises_what_the_call_would() -> None:
+    module = lstm_triton.LSTM(3, 4)
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size. Expected 3, got 7"):
+        lstm_triton.explain(module, torch.zeros(5, 2, 7))
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size"):
+        lstm_triton.explain(module, torch.zeros(5, 2, 3), (torch.zeros(1, 3, 4), torch.zeros(1, 3, 4)))
+    with lstm_triton.backend("triton"), pytest.raises(RuntimeError, match="cannot take this call"):
+        lstm_triton.explain(module, torch.zeros(5, 2, 3))

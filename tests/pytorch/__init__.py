@@ -1,0 +1,1 @@
+"""What PyTorch and other libraries do with the module."""

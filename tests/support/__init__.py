@@ -1,0 +1,1 @@
+"""What the tests share: what they compare, over which cases, and in which processes."""
