@@ -81,7 +81,7 @@ class LSTMCell(nn.LSTMCell):
 def function_of(call: Call) -> Callable[..., States] | None:
     """What computes a call; None: PyTorch's own function does."""
     if choose(None, call).path == "triton":
-        from .scan.cell import step
+        from .scan.step import step
 
         return step
     tensors = [call.data, *(call.states or ()), *call.weights]

@@ -136,8 +136,8 @@ def dense(
 
     Args:
         lengths: (B,) of any integer dtype and in any order, 0 <= length <= T; None: all sequences have T steps.
-        resets: (T, B) bool, which steps start from the state after a reset; None: none of them. No state passes between such a step and the one
-            before it, in neither direction.
+        resets: (T, B) bool, which steps start from the state after a reset; None: none of them. No state passes between
+            such a step and the step before it, in neither direction.
     """
     if lengths is None:
         lengths = torch.full((batch_size,), time_steps, dtype=torch.int32, device=device)

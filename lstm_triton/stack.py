@@ -105,6 +105,12 @@ class Stack(NamedTuple):
     def bias(self) -> bool:
         return self.weights[0].bias_ih is not None
 
+    @property
+    def biases(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Contiguous bias_ih and bias_hh of every lane; none of them without biases."""
+        ih = tuple(lane.bias_ih.contiguous() for lane in self.weights if lane.bias_ih is not None)
+        return ih, tuple(lane.bias_hh.contiguous() for lane in self.weights if lane.bias_hh is not None)
+
     def is_reverse(self, lane: int) -> bool:
         return self.reverse != (lane % self.directions == 1)
 

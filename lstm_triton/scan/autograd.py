@@ -1,84 +1,102 @@
 """The scans of a stack of layers as a `torch.autograd.Function`."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
-from ..ragged import Ragged
-from ..stack import Stack
-from .buffers import cells_of, output_of
+from . import gradients, low_memory
+from .buffers import Buffers
 from .dispatch import invoke
-from .formula import gradients_by_formula
+from .formula import second_gradients, stack_by_formula
 from .forward import scan_forward
-from .gradients import STATES, Options, Saved, gradients_of_stack
+from .layout import Layout
+from .saved import Fixed, Grads, Inputs, Options, Saved, stack_of
+
+RESULTS = len(Grads._fields)  # output, h_n, c_n, cells; the buffers come after them
+FIRST_INPUT = len(Options._fields) + len(Fixed._fields)  # among the arguments of `Scan`
 
 
 class Scan(torch.autograd.Function):
-    """The states first, then the seed, the options, the tables of a ragged batch, and the weights."""
+    """Arguments: `Options`, `Fixed` and `Inputs`, flat. Results: output, h_n, c_n, cells, then `Buffers`."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        (input, h_0, c_0, h_reset, c_reset, preact_0, preact_reset), seed, options, tables, weights = _sorted(arguments)
+        options, fixed, inputs = _parts(arguments)
+        stack, start, input = stack_of(options, inputs), inputs.start, inputs.input
         keep = not options.low_memory
-        stack = Stack(weights, options.directions, options.bias, options.reverse)
-        hidden, passed, cell, gates, h_n, c_n = invoke(
-            scan_forward, input, h_0, c_0, *stack, keep, keep, tables, h_reset, c_reset, options.dropout, seed,
-            preact_0, preact_reset, options.low_memory,
-        )  # fmt: skip
-        ragged = Ragged(*tables) if tables else None
-        cells = cells_of(cell, stack, input, ragged) if options.return_cells else hidden.new_empty(0)
-        return output_of(hidden, stack, input, ragged), h_n, c_n, cells, hidden, passed, cell, gates
+        *kept, h_n, c_n = invoke(
+            scan_forward,
+            input,
+            start.h,
+            start.c,
+            *stack.arguments,
+            keep,
+            keep,
+            fixed.tables,
+            start.h_reset,
+            start.c_reset,
+            options.dropout,
+            fixed.seed,
+            start.preact,
+            start.preact_reset,
+            options.low_memory,
+        )
+        buffers, layout = Buffers(*kept), Layout.of(input, stack.hidden_size, fixed.ragged)
+        output = layout.output(buffers.hidden, stack.directions, input.shape[:-1])
+        cells = buffers.hidden.new_empty(0)
+        if options.return_cells:
+            cells = layout.cells(buffers.cell, input.dtype, input.shape[:-1])
+        return output, h_n, c_n, cells, *buffers
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        states, seed, options, tables, weights = _sorted(inputs)
-        buffers = output[4:]
+        options, fixed, tensors = _parts(inputs)
+        buffers = Buffers(*output[RESULTS:])
         ctx.options = tuple(options)
-        ctx.mark_non_differentiable(*(buffers if options.return_cells else output[3:]))
+        ctx.mark_non_differentiable(*(buffers if options.return_cells else output[RESULTS - 1 :]))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*states, seed, *buffers, *tables, *weights)
+        ctx.save_for_backward(*Saved(options, fixed, buffers, tensors).tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        saved = Saved.of(Options(*ctx.options), ctx.saved_tensors)
+        saved = Saved.of(ctx.options, ctx.saved_tensors)
+        results = Grads(*grads[:RESULTS])
         if not saved.options.return_cells:
-            grads = (*grads[:3], None)
-        others = len(Options._fields) + 1 + len(saved.tables)
-        needed = (*ctx.needs_input_grad[:STATES], *ctx.needs_input_grad[STATES + others :])
+            results = results._replace(cells=None)
+        needed = ctx.needs_input_grad[FIRST_INPUT:]
         # Autocast that is on where backward is called was not asked for by the layer.
-        with without_autocast(saved.input.device):
+        with without_autocast(saved.inputs.input.device):
             if torch.is_grad_enabled():
-                found = _Gradients.apply(  # type: ignore[no-untyped-call]
-                    needed, ctx.options, *grads[:4], *saved.tensors()
-                )
+                found = _Gradients.apply(needed, ctx.options, *results, *saved.tensors)  # type: ignore[no-untyped-call]
             else:
-                found = gradients_of_stack(saved, needed, grads[:4])
-        return *found[:STATES], *(None for _ in range(others)), *found[STATES:]
+                found = _gradients(saved, Inputs.of(needed), results).flat
+        return *(None,) * FIRST_INPUT, *found
 
 
-def _sorted(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """_Scan's arguments: states, seed, options, tables and weights."""
-    last_option = STATES + 1 + len(Options._fields)
-    options = Options(*arguments[STATES + 1 : last_option])
-    others = arguments[last_option:]
-    return arguments[:STATES], arguments[STATES], options, others[: options.table_count], others[options.table_count :]
+def _parts(arguments: tuple[Any, ...]) -> tuple[Options, Fixed, Inputs]:
+    options = Options(*arguments[: len(Options._fields)])
+    return options, Fixed(*arguments[len(Options._fields) : FIRST_INPUT]), Inputs.of(arguments[FIRST_INPUT:])
+
+
+def _gradients(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
+    of_stack = low_memory.of_stack if saved.options.low_memory else gradients.of_stack
+    return of_stack(saved, needed, grads)
 
 
 class _Gradients(torch.autograd.Function):
-    """`gradients_of_stack`, to be differentiated again: through the step-by-step formula."""
+    """`_gradients`, to be differentiated again. Arguments: `needed`, `Options`, then `Grads` and `Saved`, flat."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        needed: tuple[bool, ...], options: tuple[Any, ...], *grads_and_saved: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        saved = Saved.of(Options(*options), grads_and_saved[4:])
-        return tuple(gradients_of_stack(saved, needed, grads_and_saved[:4]))
+    def forward(needed: tuple[bool, ...], options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Any, ...]:
+        saved = Saved.of(options, tensors[RESULTS:])
+        return _gradients(saved, Inputs.of(needed), Grads(*tensors[:RESULTS])).flat
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -87,26 +105,15 @@ class _Gradients(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        every = ctx.saved_tensors
-        saved = Saved.of(Options(*ctx.options), every[4:])
-        first_weight = len(every) - len(saved.weights)
-        # The gradients of the results, the states and the weights, as far as there are any.
-        places = [*range(4 + STATES), *range(first_weight, len(every))]
-        places = [place for place in places if every[place] is not None]
+    def backward(ctx: Any, *grads_of_gradients: Tensor | None) -> tuple[Any, ...]:
+        grads, saved = ctx.saved_tensors[:RESULTS], Saved.of(ctx.options, ctx.saved_tensors[RESULTS:])
+        arguments = saved.inputs.flat
+        with without_autocast(saved.inputs.input.device):
+            formula = partial(_formula, saved)
+            found = second_gradients(formula, arguments, ctx.needed, grads, grads_of_gradients)
+        unreached = (None,) * (len(ctx.saved_tensors) - RESULTS - len(arguments))
+        return None, None, *found[:RESULTS], *unreached, *found[RESULTS:]
 
-        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-            renewed = list(every)
-            for place, tensor in zip(places, tensors, strict=True):
-                renewed[place] = tensor
-            return gradients_by_formula(Saved.of(saved.options, renewed[4:]), ctx.needed, renewed[:4])
 
-        with without_autocast(saved.input.device):
-            results, pull_back = torch.func.vjp(gradients, *(every[place] for place in places))[:2]
-            present = [grad for grad, need in zip(grads, ctx.needed, strict=True) if need]
-            cotangents = (
-                torch.zeros_like(result) if grad is None else grad
-                for result, grad in zip(results, present, strict=True)
-            )
-            found = dict(zip(places, pull_back(tuple(cotangents)), strict=True))
-        return None, None, *(found.get(place) for place in range(len(every)))
+def _formula(saved: Saved, *arguments: Any) -> tuple[Tensor, ...]:
+    return stack_by_formula(Inputs.of(arguments), saved.options, saved.fixed)

@@ -1,6 +1,7 @@
 """The backward scan of a stack of layers as a PyTorch operator."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,9 +9,11 @@ from torch import Tensor
 from ..ragged import Ragged
 from ..stack import Stack
 from . import buffers, products
-from .buffers import Layout, Window, transposed
-from .dropout import dropped_lanes
+from .alignment import transposed
+from .dispatch import named
+from .dropout import Dropout
 from .launch import launch_scan, launches_for, lookups
+from .layout import Layout, Window
 
 
 @torch.library.custom_op("lstm_triton::scan_backward", mutates_args=())
@@ -48,11 +51,10 @@ def scan_backward(
     """
     from ..kernels.backward import backward_scan
 
-    stack = Stack(weights, directions, bias, reverse)
-    hidden_size = stack.hidden_size
-    layout = Layout(gates.shape[1], batch_size, hidden_size, len(tables) > 0)
-    ragged = Ragged(*tables) if tables else None
-    time_steps = layout.rows // batch_size if ragged is None else ragged.offsets.shape[0] - 1
+    stack, drop = Stack.of(weights, directions, bias, reverse), Dropout(dropout, seed)
+    hidden_size, ragged = stack.hidden_size, Ragged.of(tables)
+    time_steps = gates.shape[1] // batch_size if ragged is None else ragged.time_steps
+    layout = Layout(time_steps, gates.shape[1], batch_size, hidden_size, ragged)
     window = Window(slice(0, time_steps), slice(0, layout.rows))
     shape = (time_steps, batch_size) if ragged is None else (layout.rows,)
 
@@ -64,7 +66,7 @@ def scan_backward(
         grad_gates[:, : layout.batch_size].zero_()
         grad_gates[:, layout.steps.stop :].zero_()
         grad_gates[:, layout.steps].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
-    grad_cell = cell.new_zeros((stack.lanes, (2 if layout.ragged else 1) * batch_size, layout.stride))
+    grad_cell = cell.new_zeros((stack.lanes, layout.start_rows, layout.stride))
     if grad_c_n is not None:
         grad_cell[:, :batch_size, :hidden_size] = grad_c_n
     grad_h_n = gates.new_zeros((stack.lanes, batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
@@ -72,23 +74,21 @@ def scan_backward(
 
     for launch in reversed(launches_for("backward", stack, gates, batch_size)):
         plan, lanes = launch.plan, slice(launch.lanes.start, launch.lanes.stop)
-        part = stack.of(lanes)
+        part = stack.part(lanes)
         layer = (launch.lanes.stop - 1) // directions
         if layer < stack.num_layers - 1:
             above = stack.layer(layer + 1)
-            grad_output = products.input_gradient(grad_gates[above], stack.named("weight_ih")[above], layout).view(
-                *shape, -1
-            )
+            grad_output = products.input_gradient(grad_gates[above], stack.weights[above], layout).view(*shape, -1)
         elif grad_output is None:
             grad_output = gates.new_zeros(directions * hidden_size).expand(*shape, -1)
         elif grad_output.stride(-1) != 1:
             grad_output = grad_output.contiguous()
-        dropped = dropped_lanes(launch, stack, dropout)
+        dropped = drop.lanes(launch, stack)
         first_output = launch.first % directions * hidden_size if not plan.chained else 0
-        weights_hh = transposed(part.named("weight_hh"), layout)
+        weights_hh = transposed((each.hh for each in part.weights), layout.stride)
         weights_ih = weights_hh
         if plan.chained:  # the first of them has nobody below in this launch
-            weights_ih = (*weights_hh[:1], *transposed(part.named("weight_ih")[1:], layout))
+            weights_ih = (*weights_hh[:1], *transposed((each.ih for each in part.weights[1:]), layout.stride))
         launch_scan(
             backward_scan,
             plan,
@@ -105,17 +105,12 @@ def scan_backward(
             weight_ih_ptrs=weights_ih,
             weight_hh_ptrs=weights_hh,
             grad_gates_ptr=grad_gates[lanes],
-            before_ptr=gates if ragged is None else ragged.before,
-            after_ptr=gates if ragged is None else ragged.after,
             before_successors_ptr=gates if ragged is None else ragged.successors(reverse=True),
-            **lookups(ragged, plan, window, gates),
+            **lookups(layout, plan, window, gates),
             seed_ptr=seed if dropped else gates,
             dropout=dropout,
             dropped_lanes=dropped,
             first_lane=launch.first,
-            row_count=layout.rows,
-            batch_size=batch_size,
-            batch_tiles=plan.batch_tiles,
             reverse=int(part.reverse),
             HIDDEN=hidden_size,
             STATE_STRIDE=layout.stride,
@@ -126,21 +121,8 @@ def scan_backward(
 
 
 @scan_backward.register_fake
-def _(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    weights: Sequence[Tensor],
-    directions: int,
-    bias: bool,
-    reverse: bool,
-    cell: Tensor,
-    gates: Tensor,
-    tables: Sequence[Tensor],
-    batch_size: int,
-    grad_cells: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    lanes, rows, stride = cell.shape
-    return gates.new_empty(lanes, rows, 4 * stride), cell.new_empty(lanes, (2 if tables else 1) * batch_size, stride)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given = named(scan_backward, arguments)
+    lanes, rows, stride = given.cell.shape
+    start_rows = (2 if given.tables else 1) * given.batch_size
+    return given.gates.new_empty(lanes, rows, 4 * stride), given.cell.new_empty(lanes, start_rows, stride)

@@ -1,4 +1,4 @@
-"""One step of an LSTM layer and its derivatives through the kernels."""
+"""One step of an LSTM layer and its derivative as PyTorch operators: they ask the planner and launch the kernels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,13 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import transforms
-from ..autocast import without_autocast
-from ..reference import lstm_cell
-from ..stack import Stack, States
+from ..stack import LaneWeights, Stack, Start
 from ..target import Device
-from .buffers import with_aligned_rows
-from .dispatch import invoke
+from .alignment import with_aligned_rows
+from .dispatch import named
 from .launch import launch
 from .planner import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan, plan_cell
 
@@ -63,25 +60,15 @@ def cell_forward(
     hidden_size = weight_hh.shape[1]
     hidden, cell, gates = _results(input, hidden_size, keep_gates)
     plan = plan_of_cell(input, hidden_size, precision_of)
-    _launch_step(
-        plan, input, h_0, c_0, (weight_ih, weight_hh, bias_ih, bias_hh), hidden, cell, gates if keep_gates else None
-    )
+    weights = LaneWeights(weight_ih, weight_hh, bias_ih, bias_hh)
+    _launch_step(plan, input, Start(h_0, c_0), weights, hidden, cell, gates if keep_gates else None)
     return hidden, cell, gates
 
 
 @cell_forward.register_fake
-def _(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    keep_gates: bool,
-    precision_of: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(input, weight_hh.shape[1], keep_gates)
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = named(cell_forward, arguments)
+    return _results(given.input, given.weight_hh.shape[1], given.keep_gates)
 
 
 @torch.library.custom_op("lstm_triton::single_step", mutates_args=())
@@ -93,25 +80,24 @@ def single_step(
     Args:
         input: (B, I), of any strides.
         h_0, c_0: (lanes, B, H), or both None for zeros.
-        weights, directions, bias: see `ops.Stack`.
+        weights, directions, bias: see `Stack`.
 
     Returns:
         output: (B, directions * H).
         h_n, c_n: (lanes, B, H).
     """
-    stack = Stack(weights, directions, bias, False)
+    stack = Stack.of(weights, directions, bias)
     output, h_n, c_n = _results_of_stack(input, stack)
     hidden_size, below = stack.hidden_size, input
-    for lane in range(stack.lanes):
+    for lane, own in enumerate(stack.weights):
         at = lane % directions
         if lane > 0 and at == 0:  # the next layer reads the output of this one
             below, output = output, torch.empty_like(output)
         _launch_step(
             plan_of_cell(below, hidden_size, "rnn"),
             below,
-            None if h_0 is None else h_0[lane],
-            None if c_0 is None else c_0[lane],
-            weights[stack.weights_per_lane * lane : stack.weights_per_lane * (lane + 1)],
+            Start(h_0, c_0).of(lane),
+            own,
             h_n[lane],
             c_n[lane],
             output=output[:, at * hidden_size : (at + 1) * hidden_size],
@@ -120,10 +106,9 @@ def single_step(
 
 
 @single_step.register_fake
-def _(
-    input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], directions: int, bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _results_of_stack(input, Stack(weights, directions, bias, False))
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = named(single_step, arguments)
+    return _results_of_stack(given.input, Stack.of(given.weights, given.directions, given.bias))
 
 
 def _results_of_stack(input: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,9 +121,8 @@ def _results_of_stack(input: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Tens
 def _launch_step(
     plan: CellPlan,
     input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Tensor | None],
+    start: Start,
+    weights: LaneWeights,
     h_1: Tensor,
     c_1: Tensor,
     gates: Tensor | None = None,
@@ -147,15 +131,14 @@ def _launch_step(
     """Write the results of one step: h and c, and if asked for its gates, and h once more as `output`."""
     from ..kernels.cell import cell_forward
 
-    weight_ih, weight_hh, *biases = (each if each is None else each.contiguous() for each in weights)
-    bias_ih, bias_hh = biases or (None, None)
+    weight_ih, weight_hh, bias_ih, bias_hh = (None if each is None else each.contiguous() for each in weights[:4])
     assert weight_hh is not None
     input, stride_unit = with_aligned_rows(input)
     arguments = {
         "input_ptr": input,
         "input_stride": input.stride(0) // stride_unit,
-        "hidden_ptr": input if h_0 is None else h_0.contiguous(),
-        "cell_ptr": input if c_0 is None else c_0.contiguous(),
+        "hidden_ptr": input if start.h is None else start.h.contiguous(),
+        "cell_ptr": input if start.c is None else start.c.contiguous(),
         "weight_ih_ptr": weight_ih,
         "weight_hh_ptr": weight_hh,
         "bias_ih_ptr": weight_hh if bias_ih is None else bias_ih,
@@ -171,7 +154,7 @@ def _launch_step(
         "INPUT": input.shape[1],
         "INPUT_STRIDE_UNIT": stride_unit,
         "HIDDEN": weight_hh.shape[1],
-        "HAS_STATE": h_0 is not None,
+        "HAS_STATE": start.h is not None,
         "HAS_BIAS": bias_ih is not None,
         "HAS_OUTPUT": output is not None,
         "KEEP_GATES": gates is not None,
@@ -240,119 +223,3 @@ def cell_constants_of(plan: CellPlan) -> dict[str, object]:
 def cell_compiler_options(plan: CellPlan) -> dict[str, object]:
     """A plan as options of Triton's compiler."""
     return {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
-
-
-def step(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-) -> States:
-    """One step of one layer, through the Triton kernel.
-
-    Args:
-        input: (B, I), of any strides.
-        h_0, c_0: (B, H), or both None for zeros.
-        weight_ih, weight_hh: (4H, I) and (4H, H), gates in the order i, f, g, o.
-        bias_ih, bias_hh: (4H,), or both None.
-
-    Returns:
-        h_1, c_1: (B, H).
-
-    All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
-    lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any
-    order: those above the first, and forward-mode ones, come from the formula (reference.py), in the same dtype.
-    """
-    arguments = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
-    if transforms.in_forward_mode():
-        return lstm_cell(*arguments)
-    needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in arguments)
-    if torch.is_grad_enabled() and (needs_gradients or transforms.active()):
-        h_1, c_1, _ = _Step.apply(*arguments)  # type: ignore[no-untyped-call]
-    else:
-        h_1, c_1, _ = invoke(cell_forward, *arguments, False, "matmul")
-    return h_1, c_1
-
-
-class _Step(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-
-        h_1, c_1, gates = invoke(cell_forward, *arguments, True, "matmul")
-        return h_1, c_1, gates
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, c_1, gates = output
-        ctx.mark_non_differentiable(gates)
-        ctx.save_for_backward(*inputs, c_1, gates)
-
-    @staticmethod
-    def backward(ctx: Any, grad_h_1: Tensor, grad_c_1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # Autocast that is on where backward is called was not asked for by the cell.
-        with without_autocast(grad_h_1.device):
-            grads, saved = (grad_h_1, grad_c_1), ctx.saved_tensors
-            if torch.is_grad_enabled():
-                return _Gradients.apply(ctx.needs_input_grad, *grads, *saved)  # type: ignore[no-untyped-call, no-any-return]
-            return _gradients(ctx.needs_input_grad, *grads, *saved)
-
-
-class _Gradients(torch.autograd.Function):
-    """`_gradients`, to be differentiated again: through the formula."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(needed: tuple[bool, ...], *grads_and_saved: Any) -> tuple[Tensor | None, ...]:
-        return _gradients(needed, *grads_and_saved)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        ctx.needed, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *every, _, _ = ctx.saved_tensors  # c_1 and the gates follow from the arguments
-        places = [place for place, tensor in enumerate(every) if tensor is not None]
-        wanted = [place for place, need in enumerate(ctx.needed) if need]
-
-        def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-            renewed = dict(zip(places, tensors, strict=True))
-            grad_h_1, grad_c_1, *arguments = (renewed.get(place) for place in range(len(every)))
-
-            def results(*changed: Tensor) -> States:
-                moved = dict(zip(wanted, changed, strict=True))
-                return lstm_cell(*(moved.get(place, tensor) for place, tensor in enumerate(arguments)))  # type: ignore[arg-type]
-
-            pull_back = torch.func.vjp(results, *(arguments[place] for place in wanted))[1]
-            found: tuple[Tensor, ...] = pull_back((grad_h_1, grad_c_1))
-            return found
-
-        with without_autocast(every[0].device):
-            pull_back = torch.func.vjp(gradients, *(every[place] for place in places))[1]
-            found = dict(zip(places, pull_back(tuple(grads[place] for place in wanted)), strict=True))
-        return None, *(found.get(place) for place in range(len(every))), None, None
-
-
-def _gradients(needed: tuple[bool, ...], grad_h_1: Tensor, grad_c_1: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-    """The gradients of a step's tensors, as far as needed."""
-
-    input, h_0, c_0, weight_ih, weight_hh, _, _, c_1, gates = saved
-    grad_gates, grad_c_0 = invoke(cell_backward, grad_h_1, grad_c_1, c_0, c_1, gates)
-    grad_bias = grad_gates.sum(0) if needed[5] or needed[6] else None
-    return (
-        grad_gates @ weight_ih if needed[0] else None,
-        grad_gates @ weight_hh if needed[1] else None,
-        grad_c_0 if needed[2] else None,
-        grad_gates.t() @ input if needed[3] else None,
-        # Without a state it was zeros, and so is the gradient.
-        (torch.zeros_like(weight_hh) if h_0 is None else grad_gates.t() @ h_0) if needed[4] else None,
-        grad_bias if needed[5] else None,
-        grad_bias.clone() if grad_bias is not None and needed[6] else None,
-    )

@@ -1,5 +1,9 @@
 """Calls of this library's operators past PyTorch's dispatcher, where nobody looks."""
 
+import inspect
+from collections.abc import Sequence
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,3 +43,14 @@ def _is_observed(arguments: tuple[Any, ...]) -> bool:
         ):
             return True
     return False
+
+
+def named(operator: Any, arguments: Sequence[Any]) -> SimpleNamespace:
+    """An operator's arguments by the names of its parameters, with the defaults of those that are left out."""
+    defaults = _defaults(operator)
+    return SimpleNamespace(**{**defaults, **dict(zip(defaults, arguments, strict=False))})
+
+
+@cache
+def _defaults(operator: Any) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(operator._init_fn).parameters.items()}

@@ -1,77 +1,119 @@
 """Derivatives above the first, and forward-mode ones: through the step-by-step formula (reference.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ragged import Ragged
-from ..reference import lstm_layer
-from .dropout import dropout_scale
-from .gradients import STATES, Saved
+from ..stack import LaneResults, LaneWeights, Start, formula_lane, lane_by_lane
+from .dropout import Dropout
+from .saved import Fixed, Inputs, Options, stack_of
+
+Formula = Callable[..., Sequence[Tensor]]  # results from arguments, in operations that can be differentiated
 
 
-def gradients_by_formula(saved: Saved, needed: tuple[bool, ...], grads: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The needed ones of the gradients, in operations that can be differentiated again."""
-    arguments = [*saved.states, *saved.weights]
+def gradients_by_formula(
+    formula: Formula, arguments: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """The gradients that are needed, in operations that can be differentiated again.
+
+    Args:
+        arguments: of the formula.
+        needed: of which arguments the gradient is needed.
+        grads: of the formula's results; None: zeros.
+    """
     wanted = [place for place, need in enumerate(needed) if need]
 
     def results(*tensors: Tensor) -> list[Tensor]:
-        renewed = list(arguments)
-        for place, tensor in zip(wanted, tensors, strict=True):
-            renewed[place] = tensor
-        results = stack_by_formula(saved._replace(states=renewed[:STATES], weights=renewed[STATES:]))  # type: ignore[arg-type]
-        return [result for result, grad in zip(results, grads, strict=True) if grad is not None]
+        found = formula(*_replaced(arguments, wanted, tensors))
+        return [result for result, grad in zip(found, grads, strict=True) if grad is not None]
 
     pull_back = torch.func.vjp(results, *(arguments[place] for place in wanted))[1]
     found: tuple[Tensor, ...] = pull_back([grad for grad in grads if grad is not None])
     return found
 
 
-def stack_by_formula(saved: Saved) -> tuple[Tensor, ...]:
-    """What `scan_layers` returns, step by step."""
-    stack, dropout = saved.stack, saved.options.dropout
-    below, size, others = saved.input, stack.weights_per_lane, saved.states[1:]
-    h_n, c_n, cells, outputs = [], [], [], []
-    for lane in range(stack.lanes):
-        h_0, c_0, h_reset, c_reset, *preacts = (None if each is None else each[lane] for each in others)
-        weight_ih, weight_hh, *biases = stack.weights[size * lane : size * (lane + 1)]
-        reverse, below_and_more = stack.is_reverse(lane), below
-        if preacts[0] is not None or preacts[1] is not None:
-            # As if they were inputs of their own.
-            more = _shares_of_states(preacts, below, reverse, saved.ragged)
-            below_and_more = torch.cat([below, more], dim=-1)
-            weight_ih = torch.cat([weight_ih, torch.eye(4 * stack.hidden_size).to(weight_ih)], dim=1)
-        output, h, c, every_c = lstm_layer(
-            below_and_more, h_0, c_0, weight_ih, weight_hh, *(biases or (None, None)), reverse=reverse,
-            h_reset=h_reset, c_reset=c_reset, ragged=saved.ragged, return_cells=True,
-        )  # fmt: skip
-        h_n.append(h)
-        c_n.append(c)
-        cells.append(every_c)
-        if dropout > 0 and lane < stack.lanes - stack.directions:
-            assert saved.seed is not None
-            output = (output * dropout_scale(saved.seed, lane, dropout, output.detach())).to(output.dtype)
-        outputs.append(output)
-        if len(outputs) == stack.directions:
-            below, outputs = torch.cat(outputs, dim=-1), []
-    return below, torch.stack(h_n), torch.stack(c_n), torch.stack(cells)
+def second_gradients(
+    formula: Formula,
+    arguments: Sequence[Any],
+    needed: Sequence[bool],
+    grads: Sequence[Tensor | None],
+    grads_of_gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of `gradients_by_formula`: of all `grads`, then of all `arguments`.
+
+    Args:
+        grads_of_gradients: for each argument the gradient of its gradient; None: zeros, or it was not needed.
+    """
+    every = [*grads, *arguments]
+    places = [place for place, tensor in enumerate(every) if tensor is not None]
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        renewed = _replaced(every, places, tensors)
+        return gradients_by_formula(formula, renewed[len(grads) :], needed, renewed[: len(grads)])
+
+    found, pull_back = torch.func.vjp(gradients, *(every[place] for place in places))[:2]
+    given = [grad for grad, need in zip(grads_of_gradients, needed, strict=True) if need]
+    pairs = zip(found, given, strict=True)
+    pulled = pull_back(tuple(torch.zeros_like(each) if grad is None else grad for each, grad in pairs))
+    return _replaced([None] * len(every), places, pulled)
 
 
-def _shares_of_states(preacts: Sequence[Tensor | None], input: Tensor, reverse: bool, ragged: Ragged | None) -> Tensor:
+def _replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
+    """The values, with others at these places."""
+    found = list(values)
+    for place, other in zip(places, others, strict=True):
+        found[place] = other
+    return found
+
+
+def stack_by_formula(inputs: Inputs, options: Options, fixed: Fixed) -> LaneResults:
+    """Output, h_n, c_n and cells of a stack, step by step."""
+    stack, dropout = stack_of(options, inputs), Dropout(options.dropout, fixed.seed)
+
+    def drop(layer: int, output: Tensor) -> Tensor:
+        lanes = range(layer * stack.directions, (layer + 1) * stack.directions)
+        outputs = output.chunk(stack.directions, dim=-1)
+        return torch.cat([dropout.applied(lane, each) for lane, each in zip(lanes, outputs, strict=True)], dim=-1)
+
+    return lane_by_lane(
+        _lane,
+        inputs.input,
+        inputs.start,
+        stack,
+        ragged=fixed.ragged,
+        return_cells=True,
+        drop=drop if options.dropout > 0 else None,
+    )
+
+
+def _lane(
+    input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
+) -> LaneResults:
+    """`formula_lane`, with `start.preact` and `start.preact_reset` as inputs of their own."""
+    if start.preact is not None or start.preact_reset is not None:
+        input = torch.cat([input, _preacts(start, input, reverse, ragged)], dim=-1)
+        identity = torch.eye(weights.ih.shape[0]).to(weights.ih)
+        weights = weights._replace(ih=torch.cat([weights.ih, identity], dim=1))
+    return formula_lane(input, start, weights, reverse=reverse, ragged=ragged, return_cells=return_cells)
+
+
+def _preacts(start: Start, input: Tensor, reverse: bool, ragged: Ragged | None) -> Tensor:
     """(T, B, 4H), or (rows, 4H): what the states that steps start from add to their pre-activations."""
-    preact_0, preact_reset = preacts
+    preact, preact_reset = start.preact, start.preact_reset
     if ragged is None:
-        assert preact_0 is not None
-        others = preact_0.new_zeros(input.shape[0] - 1, *preact_0.shape)
-        return torch.cat([others, preact_0.unsqueeze(0)] if reverse else [preact_0.unsqueeze(0), others])
-    some = preact_0 if preact_0 is not None else preact_reset
-    assert some is not None
-    shares = some.new_zeros(ragged.rows, some.shape[1])
-    if preact_0 is not None:
+        assert preact is not None
+        others = preact.new_zeros(input.shape[0] - 1, *preact.shape)
+        return torch.cat([others, preact.unsqueeze(0)] if reverse else [preact.unsqueeze(0), others])
+    given = preact if preact is not None else preact_reset
+    assert given is not None
+    found = given.new_zeros(ragged.rows, given.shape[1])
+    if preact is not None:
         rows = (ragged.firsts(reverse) - ragged.batch_size).clamp(0, ragged.rows - 1)
-        shares = shares.index_add(0, rows, torch.where(ragged.starts_from_initial(reverse).unsqueeze(1), preact_0, 0))
+        found = found.index_add(0, rows, torch.where(ragged.starts_from_initial(reverse).unsqueeze(1), preact, 0))
     if preact_reset is not None:
-        anew = ragged.starts_anew(reverse).view(-1, ragged.batch_size, 1)
-        shares = shares + torch.where(anew, preact_reset, 0).flatten(0, 1)
-    return shares
+        is_reset = ragged.is_reset(reverse).view(-1, ragged.batch_size, 1)
+        found = found + torch.where(is_reset, preact_reset, 0).flatten(0, 1)
+    return found

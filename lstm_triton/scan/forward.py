@@ -1,20 +1,24 @@
-"""The forward scan of a stack of layers as a PyTorch operator: it asks the planner, allocates buffers and launches."""
+"""The forward scan of a stack of layers as a PyTorch operator: it asks the planner, makes buffers and launches."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ragged import Ragged
-from ..stack import Stack
+from ..stack import Stack, Start
 from . import products
-from .buffers import Buffers, Layout, add_starts, aligned, contiguous, with_aligned_rows, write_start
-from .dropout import dropped_lanes
+from .alignment import aligned, with_aligned_rows
+from .buffers import Buffers
+from .dispatch import named
+from .dropout import Dropout
 from .launch import input_constants_of, launch_scan, launches_for, lookups
+from .layout import Layout
 from .planner import Launch
-from .windows import cell_starts_of, low_memory_steps, steps_at_once, windows_of
+from .windows import low_memory_steps, steps_at_once, window_cells, windows_of
 
 
 @torch.library.custom_op("lstm_triton::scan_forward", mutates_args=())
@@ -45,12 +49,11 @@ def scan_forward(
         weights, directions, bias, reverse: see `Stack`.
         keep_cells, keep_gates: what to keep; `scan_backward` needs both.
         tables: the fields of `Ragged`, empty if the batch is not ragged.
-        h_reset, c_reset: (lanes, B, H), where sequences start anew from, or None for zeros.
+        h_reset, c_reset: (lanes, B, H), what sequences start from after a reset, or None for zeros.
         dropout: the probability of dropout on the output of all layers but the last.
         seed: (1,) int64 on the input's device, of dropout; needed where there is any.
-        preact_0, preact_reset: (lanes, B, 4H), or None: added to the pre-activations of steps that start from the
-            initial state, or anew: the share of states that are no h of this stack. For a single layer.
-        low_memory: keep, instead of cells and gates, what `low_memory.gradients` needs.
+        preact_0, preact_reset: (lanes, B, 4H), or None: see `Start`. For a single layer.
+        low_memory: keep, instead of cells and gates, what `low_memory_gradients` needs.
 
     Returns:
         hidden: (lanes, state rows, state_stride(H)) h in the input's dtype; of a ragged batch, zeros where there is no
@@ -63,39 +66,37 @@ def scan_forward(
 
         What is not kept is empty.
     """
-    stack = Stack(weights, directions, bias, reverse)
-    layout = Layout.of(input, stack.hidden_size, tables)
-    ragged = Ragged(*tables) if tables else None
+    stack, start = (
+        Stack.of(weights, directions, bias, reverse),
+        Start(h_0, c_0, h_reset, c_reset, preact_0, preact_reset),
+    )
+    layout = Layout.of(input, stack.hidden_size, Ragged.of(tables))
+    drop = Dropout(dropout, seed)
     new_buffers = partial(Buffers.new, layout, input, keep_cells, keep_gates)
     kept = new_buffers(stack.lanes if keep_cells or low_memory else 0, dropout > 0 and not low_memory)
     if low_memory:
-        kept = kept._replace(cell=cell_starts_of(input, layout, stack.lanes))
+        kept = kept._replace(cell=window_cells(input, layout, stack.lanes))
     h_n, c_n = (input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size) for _ in range(2))
-    below = input if ragged is None else input.contiguous()
+    below = input if layout.ragged is None else input.contiguous()
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
     last_hidden: list[Tensor] = []
     # The shares of states are added to input projections that are in memory.
-    fuse_input = preact_0 is None and preact_reset is None
+    fuse_input = start.preact is None and start.preact_reset is None
     for launch in launches_for("forward", stack, input, layout.batch_size, fuse_input):
         lanes = slice(launch.lanes.start, launch.lanes.stop)
-        part = stack.of(lanes)
-        dropped = dropped_lanes(launch, stack, dropout)
+        part, dropped = stack.part(lanes), drop.lanes(launch, stack)
         if keep_cells:
             buffers = kept.of(lanes)
         else:
             buffers = new_buffers(launch.plan.lanes, dropped > 0, kept.hidden[lanes] if low_memory else None)
-        cell_starts = kept.cell[lanes] if low_memory else None
-        starts = [None if each is None else each[lanes] for each in (h_0, c_0, h_reset, c_reset)]
-        write_start(buffers, layout, ragged, part, starts)
-        preacts = [None if each is None else each[lanes] for each in (preact_0, preact_reset)]
-        _run_forward(
-            launch, part, buffers, layout, ragged, below, preacts, keep_cells, cell_starts, dropped, dropout, seed
-        )
-        for own, reverse in part.by_direction():
-            last = layout.last(reverse) if ragged is None else ragged.ends(reverse)
-            h_n[lanes][own] = buffers.hidden[own, last, : stack.hidden_size]
+        own = start.of(lanes)
+        buffers.write(own, layout, part)
+        _run(launch, part, buffers, layout, below, own, drop, dropped, kept.cell[lanes] if low_memory else None)
+        for directed, reverse_in_time in part.by_direction():
+            last = layout.last(reverse_in_time)
+            h_n[lanes][directed] = buffers.hidden[directed, last, : stack.hidden_size]
             if keep_cells:
-                c_n[lanes][own] = buffers.cell[own, last, : stack.hidden_size]
+                c_n[lanes][directed] = buffers.cell[directed, last, : stack.hidden_size]
         if not keep_cells:
             c_n[lanes] = buffers.cell[:, : layout.batch_size, : stack.hidden_size]
         for at in range(launch.plan.lanes):
@@ -108,74 +109,62 @@ def scan_forward(
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
     if keep_cells or low_memory:
         return *kept, h_n, c_n
-    hidden, passed, cell, gates = kept
     # A copy of the last layer, where it has no buffer of its own: a view would keep the layers below in memory.
     hidden = buffers.hidden if launch.plan.lanes == directions else torch.stack(last_hidden)
-    return hidden, passed, cell, gates, h_n, c_n
+    return hidden, kept.passed, kept.cell, kept.gates, h_n, c_n
 
 
 @scan_forward.register_fake
-def _(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Tensor],
-    directions: int,
-    bias: bool,
-    reverse: bool,
-    keep_cells: bool,
-    keep_gates: bool,
-    tables: Sequence[Tensor],
-    h_reset: Tensor | None = None,
-    c_reset: Tensor | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    preact_0: Tensor | None = None,
-    preact_reset: Tensor | None = None,
-    low_memory: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    stack = Stack(weights, directions, bias, reverse)
-    layout = Layout.of(input, stack.hidden_size, tables)
-    h_n, c_n = (input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size) for _ in range(2))
-    gates = input.new_empty(stack.lanes if keep_gates else 0, layout.rows, 4 * stack.hidden_size)
-    if low_memory:
-        hidden = input.new_empty(stack.lanes, layout.state_rows, layout.stride)
-        passed = input.new_empty(0, layout.state_rows, layout.stride)
-        return hidden, passed, cell_starts_of(input, layout, stack.lanes), gates, h_n, c_n
-    kept = stack.lanes if keep_cells else 0
-    hidden = input.new_empty(kept or directions, layout.state_rows, layout.stride)
-    passed = input.new_empty(kept if dropout > 0 else 0, layout.state_rows, layout.stride)
-    rows_of_cells = layout.state_rows if keep_cells else (2 if layout.ragged else 1) * layout.batch_size
-    cell = input.new_empty(kept, rows_of_cells, layout.stride, dtype=torch.float32)
-    return hidden, passed, cell, gates, h_n, c_n
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    given = named(scan_forward, arguments)
+    input, stack = given.input, Stack.of(given.weights, given.directions, given.bias)
+    layout = Layout.of(input, stack.hidden_size, Ragged.of(given.tables))
+    kept = stack.lanes if given.keep_cells or given.low_memory else 0
+    dropped = kept if given.dropout > 0 and not given.low_memory else 0
+    gates = input.new_empty(stack.lanes if given.keep_gates else 0, layout.rows, 4 * stack.hidden_size)
+    if given.low_memory:
+        cell = window_cells(input, layout, stack.lanes)
+    else:
+        rows_of_cells = layout.state_rows if given.keep_cells else layout.start_rows
+        cell = input.new_empty(kept, rows_of_cells, layout.stride, dtype=torch.float32)
+    return (
+        input.new_empty(kept or stack.directions, layout.state_rows, layout.stride),
+        input.new_empty(dropped, layout.state_rows, layout.stride),
+        cell,
+        gates,
+        input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size),
+        input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size),
+    )
 
 
-def _run_forward(
+def _run(
     launch: Launch,
     stack: Stack,
     buffers: Buffers,
     layout: Layout,
-    ragged: Ragged | None,
     below: Tensor,
-    preacts: list[Tensor | None],
-    keep_cells: bool,
-    cell_starts: Tensor | None,
+    start: Start,
+    dropout: Dropout,
     dropped: int,
-    dropout: float,
-    seed: Tensor | None,
+    cell_starts: Tensor | None,
 ) -> None:
     """The scan of a launch's lanes, whose weights `stack` are: at once, or window after window of steps.
 
-    Whatever c a window starts from is written to `cell_starts`, if there are any.
+    Args:
+        below: what the first layer of the launch reads, (T, B, I) or (rows, I).
+        start: of the launch's lanes.
+        dropped: how many of the lanes have dropout.
+        cell_starts: if there are any, the c that each window starts from is written there.
     """
     from ..kernels.forward import forward_scan
 
     plan = launch.plan
     keep_gates = len(buffers.gates) > 0
-    time_steps = below.shape[0] if ragged is None else ragged.offsets.shape[0] - 1
-    kept_steps = time_steps if cell_starts is None else low_memory_steps(time_steps)
-    steps = time_steps if keep_gates else steps_at_once(plan, stack.hidden_size, layout.batch_size, below.itemsize)
-    windows = windows_of(layout, ragged, time_steps, kept_steps, steps)
+    kept_steps = layout.time_steps if cell_starts is None else low_memory_steps(layout.time_steps)
+    at_once = layout.time_steps
+    if not keep_gates:
+        at_once = steps_at_once(plan, stack.hidden_size, layout.batch_size, below.itemsize)
+    windows = windows_of(layout, kept_steps, at_once)
     below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
     aligned_input, stride_unit = with_aligned_rows(below) if plan.fuse_input else (None, 1)
     # Directions meet different windows: then each has launches of its own.
@@ -183,26 +172,26 @@ def _run_forward(
     parts = [slice(0, plan.lanes)] if whole else [slice(at, at + 1) for at in range(plan.lanes)]
     for part in parts:
         part_plan = plan if whole else replace(plan, lanes=1)
-        part_stack, hidden = stack if whole else stack.of(part), buffers.hidden[part]
+        part_stack, hidden = stack if whole else stack.part(part), buffers.hidden[part]
         input = hidden if aligned_input is None else aligned_input
-        weights_ih = aligned(part_stack.named("weight_ih"), layout.stride if part_plan.chained else 0)
-        weights_hh = aligned(part_stack.named("weight_hh"), layout.stride)
+        weights = part_stack.weights
+        weights_ih = aligned((each.ih for each in weights), layout.stride if part_plan.chained else 0)
+        weights_hh = aligned((each.hh for each in weights), layout.stride)
+        biases_ih, biases_hh = part_stack.biases
         for window in reversed(windows) if part_stack.reverse else windows:
             begins = window.steps.stop if part_stack.reverse else window.steps.start
-            if cell_starts is not None and (begins % kept_steps == 0 or begins == time_steps):
+            if cell_starts is not None and (begins % kept_steps == 0 or begins == layout.time_steps):
                 number = window.steps.start // kept_steps
                 cell_starts[part, number] = buffers.cell[part, : layout.batch_size]
-            first, last = window.rows.start, window.rows.stop
+            rows = window.rows.stop - window.rows.start
             gates = buffers.gates[part]
             if not plan.fuse_input:
                 projected = 1 if plan.chained else part_plan.lanes
                 if not keep_gates:
-                    gates = below.new_empty((projected, last - first, 4 * stack.hidden_size))
-                rows = below_rows[window.rows]
+                    gates = below.new_empty((projected, rows, 4 * stack.hidden_size))
                 for at in range(projected):
-                    products.project(rows, part_stack.named("weight_ih")[at], gates[at])
-                    own = [None if each is None else each[part][at] for each in preacts]
-                    add_starts(gates[at], own, window, layout, ragged, part_stack.is_reverse(at))
+                    products.project(below_rows[window.rows], weights[at].ih, gates[at])
+                    layout.add_preacts(gates[at], start.of(part.start + at), window, part_stack.is_reverse(at))
             launch_scan(
                 forward_scan,
                 part_plan,
@@ -213,29 +202,24 @@ def _run_forward(
                 input_stride_batch=input.stride(-2) // stride_unit,
                 weight_ih_ptrs=weights_ih,
                 weight_hh_ptrs=weights_hh,
-                bias_ih_ptrs=contiguous(part_stack.named("bias_ih" if stack.bias else "weight_hh")),
-                bias_hh_ptrs=contiguous(part_stack.named("bias_hh" if stack.bias else "weight_hh")),
+                bias_ih_ptrs=biases_ih or weights_hh,
+                bias_hh_ptrs=biases_hh or weights_hh,
                 hidden_ptr=hidden,
                 passed_ptr=buffers.passed[part] if dropped else hidden,
                 cell_ptr=buffers.cell[part],
-                before_ptr=hidden if ragged is None else ragged.before,
-                after_ptr=hidden if ragged is None else ragged.after,
-                **lookups(ragged, part_plan, window, hidden),
-                seed_ptr=seed if dropped else hidden,
-                dropout=dropout,
+                **lookups(layout, part_plan, window, hidden),
+                seed_ptr=dropout.seed if dropped else hidden,
+                dropout=dropout.probability,
                 dropped_lanes=dropped - part.start,
                 first_lane=launch.first + part.start,
-                row_count=layout.rows,
                 state_rows=layout.state_rows,
-                gate_rows=last - first,
+                gate_rows=rows,
                 first_step=window.steps.start,
-                batch_size=layout.batch_size,
-                batch_tiles=plan.batch_tiles,
                 reverse=int(part_stack.reverse),
                 HIDDEN=stack.hidden_size,
                 STATE_STRIDE=layout.stride,
                 HAS_BIAS=stack.bias,
-                KEEP_CELLS=keep_cells,
+                KEEP_CELLS=buffers.cell.shape[1] == layout.state_rows,
                 KEEP_GATES=keep_gates,
                 DROPOUT=dropped > 0,
                 **input_constants_of(plan, input.shape[-1], stride_unit),

@@ -1,155 +1,147 @@
-"""The gradients of a stack: the backward scan, and matrix products over what it leaves."""
+"""The gradients of a stack: the backward scan, and matrix products over the gate gradients that it leaves."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ragged import Ragged
-from ..stack import Stack
+from ..stack import LaneWeights, Stack, Start
 from . import products
 from .backward import scan_backward
-from .buffers import Layout, begun_gates, hidden_before
 from .dispatch import invoke
-from .low_memory import low_memory_gradients
-
-STATES = 7  # of Scan's arguments, those before the tables and weights that gradients reach
-
-
-class Options(NamedTuple):
-    """The arguments of Scan that are no tensors."""
-
-    directions: int
-    bias: bool
-    reverse: bool
-    dropout: float
-    low_memory: bool
-    return_cells: bool
-    table_count: int
+from .layout import Layout
+from .saved import Grads, Inputs, Saved
 
 
-class Saved(NamedTuple):
-    """What backward has of forward."""
+def of_lane(
+    grad_gates: Tensor,
+    layout: Layout,
+    reverse: bool,
+    weights: LaneWeights,
+    inputs: Sequence[Tensor],
+    hidden_before: Tensor | None,
+    needed_weights: LaneWeights,
+    needed_start: Start,
+) -> tuple[LaneWeights, Start]:
+    """The gradients of one lane, of all its steps or of a window of them, as far as they are needed.
 
-    options: Options
-    states: Sequence[Tensor | None]  # the first arguments of Scan
-    seed: Tensor | None
-    hidden: Tensor
-    passed: Tensor
-    cell: Tensor
-    gates: Tensor
-    tables: Sequence[Tensor]
-    weights: Sequence[Tensor]
+    Args:
+        grad_gates: (state rows, 4 * state_stride(H)), of the lane, as `scan_backward` returns them.
+        layout: of these steps.
+        inputs: what the steps read, (rows, K) tensors side by side.
+        hidden_before: (rows, H) the h that the steps start from.
+        needed_weights, needed_start: true where a gradient is needed.
 
-    @staticmethod
-    def of(options: Options, tensors: Sequence[Any]) -> "Saved":
-        states, buffers = tensors[:STATES], tensors[STATES : STATES + 5]
-        tables_and_weights, count = tensors[STATES + 5 :], options.table_count
-        return Saved(options, states, *buffers, tables_and_weights[:count], tables_and_weights[count:])  # type: ignore[call-arg]
+    Returns:
+        Gradients of the weights, biases in float32; and of what the first steps, and the steps after a reset, start
+        from: `h`, `h_reset`, `preact`, `preact_reset`.
+    """
+    rows = grad_gates[layout.steps, : 4 * layout.hidden_size]
+    weight_ih = weight_hh = bias = first = reset = None
+    if needed_weights.ih:
+        parts = [products.matmul(rows.t(), each) for each in inputs]
+        weight_ih = products.gate_major(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    if needed_weights.hh:
+        assert hidden_before is not None
+        weight_hh = products.gate_major(products.matmul(rows.t(), hidden_before))
+    if needed_weights.bias_ih or needed_weights.bias_hh:
+        bias = products.gate_major(rows.sum(0, dtype=torch.float32).unsqueeze(1)).squeeze(1)
+    if needed_start.h or needed_start.preact:
+        first = layout.first_step_gates(grad_gates, reverse)
+    if needed_start.h_reset or needed_start.preact_reset:
+        reset = layout.reset_gates(rows, reverse)
 
-    def tensors(self) -> list[Tensor | None]:
-        buffers = (self.seed, self.hidden, self.passed, self.cell, self.gates)
-        return [*self.states, *buffers, *self.tables, *self.weights]
+    def through_recurrent_weights(gates: Tensor | None) -> Tensor | None:
+        return None if gates is None else products.matmul(gates, products.gate_minor(weights.hh), exact=True)
 
-    @property
-    def stack(self) -> Stack:
-        return Stack(self.weights, self.options.directions, self.options.bias, self.options.reverse)
+    start = Start(
+        h=through_recurrent_weights(first) if needed_start.h else None,
+        h_reset=through_recurrent_weights(reset) if needed_start.h_reset else None,
+        preact=products.gate_major(first.t()).t() if first is not None and needed_start.preact else None,
+        preact_reset=products.gate_major(reset.t()).t() if reset is not None and needed_start.preact_reset else None,
+    )
+    found = LaneWeights(
+        weight_ih,  # type: ignore[arg-type]
+        weight_hh,  # type: ignore[arg-type]
+        bias if needed_weights.bias_ih else None,
+        bias if needed_weights.bias_hh else None,
+    )
+    return found, start
 
-    @property
-    def ragged(self) -> Ragged | None:
-        return Ragged(*self.tables) if self.tables else None
 
-    @property
-    def input(self) -> Tensor:
-        input = self.states[0]
-        assert input is not None
-        return input
+def add_absent_steps(grad_h_0: Tensor, grad_h_n: Tensor | None, layout: Layout) -> Tensor:
+    """Add the gradient of h_n to that of h_0 where a sequence has no steps: it ends as it begins."""
+    if layout.ragged is None or grad_h_n is None:
+        return grad_h_0
+    return grad_h_0 + torch.where(layout.ragged.lengths.unsqueeze(1) > 0, 0, grad_h_n)
 
 
-def gradients_of_stack(saved: Saved, needed: Sequence[bool], grads: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """The gradients of states and weights, as far as needed: the backward scan, and products over what it leaves."""
-    input, stack, ragged, dropout, tables = saved.input, saved.stack, saved.ragged, saved.options.dropout, saved.tables
-    if saved.options.low_memory:
-        _, _, _, _, c_reset, preact_0, preact_reset = saved.states
-        every = low_memory_gradients(
-            *grads[:3], input, c_reset, preact_0, preact_reset, *stack, saved.hidden, saved.cell, tables, dropout,
-            saved.seed, needed[0],
-        )  # fmt: skip
-        return [grad if need else None for grad, need in zip(every, needed, strict=True)]
-    layout = Layout.of(input, stack.hidden_size, tables)
-    hidden_size, batch_size = stack.hidden_size, layout.batch_size
-    grad_output, grad_h_n, grad_c_n, grad_cells = grads
+def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
+    """The gradients of all that `needed` says, where forward kept everything."""
+    stack, options, input = saved.stack, saved.options, saved.inputs.input
+    layout = Layout.of(input, stack.hidden_size, saved.fixed.ragged)
     grad_gates, grad_cell = invoke(
-        scan_backward, grad_output, grad_h_n, grad_c_n, *stack, saved.cell, saved.gates, tables, batch_size,
-        grad_cells, dropout, saved.seed,
-    )  # fmt: skip
-    grad_cell = grad_cell[..., :hidden_size].to(input.dtype)
-
-    found: list[Tensor | None] = [None] * len(needed)
-    if needed[0]:
+        scan_backward,
+        grads.output,
+        grads.h_n,
+        grads.c_n,
+        *stack.arguments,
+        saved.buffers.cell,
+        saved.buffers.gates,
+        saved.fixed.tables,
+        layout.batch_size,
+        grads.cells,
+        options.dropout,
+        saved.fixed.seed,
+    )
+    grad_input = None
+    if needed.input:
         first = stack.layer(0)
-        found[0] = products.input_gradient(grad_gates[first], stack.named("weight_ih")[first], layout).view(input.shape)
-    begun, anew = [], []  # of every lane, the gradients of the states' shares in the pre-activations, gate-minor
-    of_weights: list[Tensor | None] = []
-    weight_needed = iter(needed[STATES:])
-    for lane in range(stack.lanes):
+        grad_input = products.input_gradient(grad_gates[first], stack.weights[first], layout).view(input.shape)
+    needed_weights = Stack.of(needed.weights, options.directions, options.bias).weights
+    grad_weights: list[Tensor | None] = []
+    starts: list[Start] = []
+    for lane, (weights, needed_of_lane) in enumerate(zip(stack.weights, needed_weights, strict=True)):
         reverse = stack.is_reverse(lane)
-        rows = grad_gates[lane, layout.steps, : 4 * hidden_size]
-        if needed[1] or needed[5]:
-            begun.append(begun_gates(grad_gates[lane], layout, ragged, reverse))
-        if ragged is not None and (needed[3] or needed[6]):
-            # Sequences start anew in padded batches only: their rows are those of T steps.
-            is_anew = ragged.starts_anew(reverse).unsqueeze(1)
-            anew.append(torch.where(is_anew, rows, 0).unflatten(0, (-1, batch_size)).sum(0))
-        of_weight_ih = of_weight_hh = None
-        if next(weight_needed):
-            inputs = _inputs(saved, lane // stack.directions, layout)
-            of_inputs = [products.matmul(rows.t(), each) for each in inputs]
-            of_weight_ih = products.gate_major(of_inputs[0] if len(of_inputs) == 1 else torch.cat(of_inputs, dim=1))
-        if next(weight_needed):
-            hidden_prev = hidden_before(saved.hidden[lane], layout, ragged, reverse)
-            of_weight_hh = products.gate_major(products.matmul(rows.t(), hidden_prev))
-        of_weights += [of_weight_ih, of_weight_hh]
-        if stack.bias:
-            of_ih, of_hh = next(weight_needed), next(weight_needed)
-            grad_bias = products.gate_major(rows.sum(0).unsqueeze(1)).squeeze(1) if of_ih or of_hh else None
-            own_bias = grad_bias.clone() if grad_bias is not None and of_ih and of_hh else grad_bias
-            of_weights += [grad_bias if of_ih else None, own_bias if of_hh else None]
-    found[STATES:] = of_weights
-
-    def through_recurrent_weights(of_preacts: list[Tensor]) -> Tensor:
-        weights = stack.named("weight_hh")
-        return torch.stack(
-            [
-                products.matmul(each, products.gate_minor(weight), exact=True)
-                for each, weight in zip(of_preacts, weights, strict=True)
-            ]
+        found, start = of_lane(
+            grad_gates[lane],
+            layout,
+            reverse,
+            weights,
+            _read_by(lane // stack.directions, saved, stack, layout) if needed_of_lane.ih else (),
+            layout.hidden_before(saved.buffers.hidden[lane], reverse) if needed_of_lane.hh else None,
+            needed_of_lane,
+            needed.start,
         )
+        if found.bias_ih is not None and found.bias_ih is found.bias_hh:
+            found = found._replace(bias_hh=found.bias_hh.clone())  # nobody else may have the same memory
+        rounded = (None if each is None else each.to(input.dtype) for each in found)
+        grad_weights += list(rounded)[: 4 if options.bias else 2]
+        starts.append(start)
+    grad_start = stacked(starts)
+    if grad_start.h is not None:
+        grad_start = grad_start._replace(h=add_absent_steps(grad_start.h, grads.h_n, layout))
+    grad_cell = grad_cell[..., : stack.hidden_size].to(input.dtype)
+    return Inputs(
+        grad_input,
+        grad_start._replace(
+            c=grad_cell[:, : layout.batch_size] if needed.start.c else None,
+            c_reset=grad_cell[:, layout.batch_size :] if needed.start.c_reset else None,
+        ),
+        grad_weights,
+    )
 
-    if needed[1]:
-        grad_h_0 = through_recurrent_weights(begun)
-        if ragged is not None and grad_h_n is not None:  # sequences without steps end where they begin
-            grad_h_0 = grad_h_0 + torch.where(ragged.lengths.unsqueeze(1) > 0, 0, grad_h_n)
-        found[1] = grad_h_0
-    if needed[2]:
-        found[2] = grad_cell[:, :batch_size]
-    if needed[3] and anew:
-        found[3] = through_recurrent_weights(anew)
-    if needed[4]:
-        found[4] = grad_cell[:, batch_size:]
-    for place, of_preacts in ((5, begun), (6, anew)):
-        if needed[place] and of_preacts:
-            found[place] = torch.stack([products.gate_major(each.t()).t() for each in of_preacts])
-    return found
+
+def stacked(starts: Sequence[Start]) -> Start:
+    """Of all lanes, from that of each lane."""
+    return Start(*(None if states[0] is None else torch.stack(states) for states in zip(*starts, strict=True)))
 
 
-def _inputs(saved: Saved, layer: int, layout: Layout) -> list[Tensor]:
+def _read_by(layer: int, saved: Saved, stack: Stack, layout: Layout) -> Sequence[Tensor]:
     """What a layer has read: (rows, K) tensors, side by side."""
     if layer > 0:
-        buffer = saved.passed if saved.options.dropout > 0 else saved.hidden
-        below = buffer[saved.stack.layer(layer - 1), layout.steps, : layout.hidden_size]
-        return list(below.unbind())
-    rows = saved.input.reshape(layout.rows, -1)
+        buffer = saved.buffers.passed if saved.options.dropout > 0 else saved.buffers.hidden
+        return buffer[stack.layer(layer - 1), layout.steps, : layout.hidden_size].unbind()
+    rows = saved.inputs.input.reshape(layout.rows, -1)
     # There may be anything where no step is.
-    return [rows if saved.ragged is None else torch.where(saved.ragged.is_step().unsqueeze(1), rows, 0)]
+    return (rows if layout.ragged is None else torch.where(layout.ragged.is_step().unsqueeze(1), rows, 0),)

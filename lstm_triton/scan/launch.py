@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import target
-from ..ragged import Ragged
 from ..stack import Stack
 from ..target import Device
-from .buffers import Window
+from .layout import Layout, Window
 from .planner import MIN_DOT_DEPTH, Kind, Launch, Plan, launches
 
 
@@ -61,7 +60,7 @@ def launches_for(
         num_layers=stack.num_layers,
         directions=stack.directions,
         batch_size=batch_size,
-        input_size=stack.weights[0].shape[1],
+        input_size=stack.input_size,
         hidden_size=stack.hidden_size,
         dtype=steps.dtype,
         device=steps.device,
@@ -69,13 +68,18 @@ def launches_for(
     )
 
 
-def lookups(ragged: Ragged | None, plan: Plan, window: Window, unused: Tensor) -> dict[str, object]:
+def lookups(layout: Layout, plan: Plan, window: Window, unused: Tensor) -> dict[str, object]:
     """What both kernels need to find the rows of a window's steps."""
-    time_steps = window.steps.stop - window.steps.start
+    time_steps, ragged = window.steps.stop - window.steps.start, layout.ragged
+    shared = {"row_count": layout.rows, "batch_size": layout.batch_size, "batch_tiles": plan.batch_tiles}
     if ragged is None:
-        return {"offsets_ptr": unused, "tile_steps_ptr": unused, "seq_len": time_steps, "RAGGED": False}
+        tables = dict.fromkeys(("before_ptr", "after_ptr", "offsets_ptr", "tile_steps_ptr"), unused)
+        return {**tables, **shared, "seq_len": time_steps, "RAGGED": False}
     tile_steps = ragged.tile_steps(plan.block_batch, plan.batch_tiles)
     return {
+        **shared,
+        "before_ptr": ragged.before,
+        "after_ptr": ragged.after,
         "offsets_ptr": ragged.offsets[window.steps.start :],
         "tile_steps_ptr": (tile_steps - window.steps.start).clamp(0, time_steps),
         "seq_len": time_steps,

@@ -1,24 +1,54 @@
-"""The backward pass of a stack of which little was kept: every h, and the c from which windows of time start.
+"""Backward for memory="low", window of time by window of time.
 
-Window after window, from the last one on: the pre-activations of its steps again, by two large matrix products over
-inputs and known h; gates and c from them; the backward scan; and the products over what that leaves.
-What flows from one window into the one before it is handed on like the gradients of final states.
+Forward kept every h_t, and the c_t at the start of each window. Backward takes the windows from the last one on:
+
+1. the pre-activations of the window's steps, by two matrix products over its inputs and the known h;
+2. the gates and c_t from them (recompute.py);
+3. the backward scan of the window;
+4. the matrix products over what the scan leaves (gradients.py).
+
+The gradients of the state that a window starts from are those of the final state of the window before it.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ragged import Ragged
-from ..stack import WEIGHTS, Stack
+from ..stack import LaneWeights, Stack, Start
 from . import products
 from .backward import scan_backward
-from .buffers import Layout, add_starts, begun_gates, hidden_before
-from .dispatch import invoke
-from .dropout import dropout_scale
+from .dispatch import invoke, named
+from .dropout import Dropout
+from .gradients import add_absent_steps, of_lane
+from .layout import Layout
 from .recompute import recompute_gates
+from .saved import Grads, Inputs, Saved
 from .windows import low_memory_steps, windows_of
+
+
+def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
+    """The gradients of all that `needed` says, where forward kept little."""
+    start = saved.inputs.start
+    found = low_memory_gradients(
+        grads.output,
+        grads.h_n,
+        grads.c_n,
+        saved.inputs.input,
+        start.c_reset,
+        start.preact,
+        start.preact_reset,
+        *saved.stack.arguments,
+        saved.buffers.hidden,
+        saved.buffers.cell,
+        saved.fixed.tables,
+        saved.options.dropout,
+        saved.fixed.seed,
+        needed.input,
+    )
+    return Inputs.of([grad if need else None for grad, need in zip(found, needed.flat, strict=True)])
 
 
 @torch.library.custom_op("lstm_triton::low_memory_gradients", mutates_args=())
@@ -44,155 +74,165 @@ def low_memory_gradients(
     """All gradients of a stack, in the order input, h_0, c_0, h_reset, c_reset, preact_0, preact_reset, weights.
 
     Args:
-        grad_output, grad_h_n, grad_c_n: as `ops.scan_backward` takes them.
-        hidden, cell_starts: what `ops.scan_forward` returned as hidden and cell, with low_memory.
+        grad_output, grad_h_n, grad_c_n: as `scan_backward` takes them.
+        hidden, cell_starts: what `scan_forward` returned as hidden and cell, with low_memory.
         of_input: whether the gradient of the input is needed; otherwise it is empty.
-        others: as `ops.scan_forward` had them.
+        others: as `scan_forward` had them.
     """
-    stack = Stack(weights, directions, bias, reverse)
-    layout = Layout.of(input, stack.hidden_size, tables)
-    batch_size, hidden_size = layout.batch_size, layout.hidden_size
-    ragged = Ragged(*tables) if tables else None
-    time_steps = input.shape[0] if ragged is None else ragged.offsets.shape[0] - 1
-    windows = windows_of(layout, ragged, time_steps, low_memory_steps(time_steps))
-    shape = (stack.lanes, batch_size, hidden_size)
-    # In float32, since every window adds to them.
-    of_h_0, of_c_0, of_h_reset, of_c_reset = (input.new_zeros(shape, dtype=torch.float32) for _ in range(4))
-    preacts_shape = (*shape[:2], 4 * hidden_size)
-    of_preact_0, of_preact_reset = (input.new_zeros(preacts_shape, dtype=torch.float32) for _ in range(2))
-    of_weights = [weight.new_zeros(weight.shape, dtype=torch.float32) for weight in weights]
-    input_rows = input.reshape(layout.rows, -1)
-    if ragged is not None:
-        input_rows = torch.where(ragged.is_step().unsqueeze(1), input_rows, 0)  # there may be anything where no step is
-
-    def is_dropped(lane: int) -> bool:
-        return dropout > 0 and lane < stack.lanes - directions
-
-    def dropped(lane: int, rows: Tensor, first_row: int) -> Tensor:
-        """A lane's outputs after its dropout, or their gradients before it; rounded once, as the scans do."""
-        assert seed is not None
-        scaled: Tensor = rows.float() * dropout_scale(seed, lane, dropout, rows, first_row)
-        return scaled.to(rows.dtype)
-
-    def read_by(layer: int, rows: slice) -> Tensor:
-        """What a layer has read."""
-        if layer == 0:
-            return input_rows[rows]
-        lanes = range(stack.layer(layer - 1).start, stack.layer(layer - 1).stop)
-        outputs = [hidden[lane, layout.steps, :hidden_size][rows] for lane in lanes]
-        if is_dropped(lanes[0]):
-            outputs = [dropped(lane, each, rows.start) for lane, each in zip(lanes, outputs, strict=True)]
-        return outputs[0] if directions == 1 else torch.cat(outputs, dim=1)
-
-    def gradients_of_lane(lane: int, grad_output: Tensor | None, grad_below: Tensor | None) -> None:
-        """Add to grad_below what flows into the layer below, given what flows into the lane's outputs (rows, H)."""
-        own = stack.of(slice(lane, lane + 1))
-        weight_ih, weight_hh = (own.named(name)[0] for name in WEIGHTS[:2])
-        sums = of_weights[stack.weights_per_lane * lane : stack.weights_per_lane * (lane + 1)]
-        grad_h, grad_c = (None if grad is None else grad[lane : lane + 1] for grad in (grad_h_n, grad_c_n))
-        for number in range(len(windows))[:: 1 if own.reverse else -1]:
-            window = windows[number]
-            part = layout._replace(rows=window.rows.stop - window.rows.start)
-            of_part = None if ragged is None else ragged.window(window.steps, window.rows)
-            part_tables = () if of_part is None else tuple(of_part)
-
-            rows = read_by(lane // directions, window.rows)
-            hidden_prev = hidden_before(hidden[lane], layout, ragged, own.reverse, window.rows)
-            gates = input.new_empty(1, part.rows, 4 * hidden_size)
-            products.project(rows, weight_ih, gates[0])
-            preacts = [None if each is None else each[lane] for each in (preact_0, preact_reset)]
-            add_starts(gates[0], preacts, window, layout, ragged, own.reverse)
-            products.project(hidden_prev, weight_hh, gates[0], add=True)
-            cell = cell_starts.new_empty(1, part.state_rows, part.stride)
-            cell[0, part.initial(own.reverse)] = cell_starts[lane, number]
-            if ragged is not None:
-                cell[0, part.anew, :hidden_size] = 0 if c_reset is None else c_reset[lane]
-            recompute_gates(gates, cell, own, part_tables, batch_size)
-
-            outside = None if grad_output is None else grad_output[window.rows]
-            if outside is not None and ragged is None:
-                outside = outside.unflatten(0, (-1, batch_size))
-            grad_gates, grad_cell = invoke(
-                scan_backward, outside, grad_h, grad_c, own.weights, 1, bias, own.reverse, cell, gates,
-                part_tables, batch_size,
-            )  # fmt: skip
-            of_gates = grad_gates[0, part.steps, : 4 * hidden_size]
-            sums[0] += products.gate_major(products.matmul(of_gates.t(), rows))
-            sums[1] += products.gate_major(products.matmul(of_gates.t(), hidden_prev))
-            if bias:
-                of_bias = products.gate_major(of_gates.sum(0, dtype=torch.float32).unsqueeze(1)).squeeze(1)
-                sums[2] += of_bias
-                sums[3] += of_bias
-            if grad_below is not None:
-                grad_below[window.rows] += products.matmul(of_gates, products.gate_minor(weight_ih))
-
-            # Into the states that the window starts from, and so into the window before it.
-            begun = begun_gates(grad_gates[0], part, of_part, own.reverse)
-            if of_part is None:
-                begins: Tensor | bool = window.steps.stop == time_steps if own.reverse else window.steps.start == 0
-            else:
-                assert ragged is not None
-                begins = (ragged.lengths <= window.steps.stop).unsqueeze(1) if own.reverse else window.steps.start == 0
-                if part.rows % batch_size == 0:  # otherwise packed, where nothing starts anew
-                    anew = of_part.starts_anew(own.reverse).unsqueeze(1)
-                    of_anew = torch.where(anew, of_gates, 0).unflatten(0, (-1, batch_size)).sum(0)
-                    of_preact_reset[lane] += products.gate_major(of_anew.t()).t()
-                    of_h_reset[lane] += products.matmul(of_anew, products.gate_minor(weight_hh), exact=True)
-                of_c_reset[lane] += grad_cell[0, batch_size:, :hidden_size]
-            of_preact_0[lane] += products.gate_major((begun if begins is True else begun * begins).t()).t()
-            through = products.matmul(begun, products.gate_minor(weight_hh), exact=True)
-            if of_part is not None and grad_h is not None:  # sequences without steps here end where they begin
-                through = through + torch.where(of_part.lengths.unsqueeze(1) > 0, 0, grad_h[0])
-            grad_h, grad_c = through.unsqueeze(0), grad_cell[:, :batch_size, :hidden_size]
-        assert grad_h is not None
-        assert grad_c is not None
-        of_h_0[lane], of_c_0[lane] = grad_h[0], grad_c[0]
-
-    grad_rows = None if grad_output is None else grad_output.reshape(layout.rows, -1)
+    stack, start = (
+        Stack.of(weights, directions, bias, reverse),
+        Start(None, None, None, c_reset, preact_0, preact_reset),
+    )
+    layout, drop = Layout.of(input, stack.hidden_size, Ragged.of(tables)), Dropout(dropout, seed)
+    grads = Grads(grad_output, grad_h_n, grad_c_n, None)
+    read = _Read(input, hidden, stack, layout, drop)
+    grad_rows = None if grads.output is None else grads.output.reshape(layout.rows, -1)
+    grad_starts: dict[int, Start] = {}
+    grad_weights: dict[int, LaneWeights] = {}
     for layer in reversed(range(stack.num_layers)):
-        lanes = range(stack.layer(layer).start, stack.layer(layer).stop)
+        lanes = range(stack.lanes)[stack.layer(layer)]
         grad_below = None
         if layer > 0 or of_input:
-            grad_below = input.new_zeros(layout.rows, stack.named("weight_ih")[lanes.start].shape[1])
-        for at, lane in enumerate(lanes):
-            of_lane = None if grad_rows is None else grad_rows[:, at * hidden_size : (at + 1) * hidden_size]
-            if of_lane is not None and is_dropped(lane):
-                of_lane = dropped(lane, of_lane, 0)
-            gradients_of_lane(lane, of_lane, grad_below)
+            grad_below = input.new_zeros(layout.rows, stack.weights[lanes.start].ih.shape[1])
+        for lane in lanes:
+            own_grads = Grads(
+                _output_of(grad_rows, lane % directions, stack.hidden_size),
+                None if grads.h_n is None else grads.h_n[lane : lane + 1],
+                None if grads.c_n is None else grads.c_n[lane : lane + 1],
+                None,
+            )
+            if own_grads.output is not None and dropout > 0 and not stack.is_last(lane):
+                own_grads = own_grads._replace(output=drop.applied(lane, own_grads.output))
+            sums = _of_lane(lane, read, start.of(lane), cell_starts[lane], own_grads, grad_below)
+            grad_weights[lane], grad_starts[lane] = sums
         grad_rows = grad_below
-    of_inputs = input.new_empty(0) if grad_rows is None else grad_rows.view(input.shape)
-    of_states = (of_h_0, of_c_0, of_h_reset, of_c_reset, of_preact_0, of_preact_reset)
-    found = [of_inputs, *(total.to(input.dtype) for total in of_states)]
-    return [*found, *(total.to(weight.dtype) for total, weight in zip(of_weights, weights, strict=True))]
+    grad_input = input.new_empty(0) if grad_rows is None else grad_rows.view(input.shape)
+    grad_start = [
+        torch.stack(states) for states in zip(*(grad_starts[lane] for lane in range(stack.lanes)), strict=True)
+    ]
+    found = [*grad_start, *(weight for lane in range(stack.lanes) for weight in grad_weights[lane].given)]
+    return [grad_input, *(total.to(input.dtype) for total in found)]
 
 
 @low_memory_gradients.register_fake
-def _(
-    grad_output: Tensor | None,
-    grad_h_n: Tensor | None,
-    grad_c_n: Tensor | None,
-    input: Tensor,
-    c_reset: Tensor | None,
-    preact_0: Tensor | None,
-    preact_reset: Tensor | None,
-    weights: Sequence[Tensor],
-    directions: int,
-    bias: bool,
-    reverse: bool,
-    hidden: Tensor,
-    cell_starts: Tensor,
-    tables: Sequence[Tensor],
-    dropout: float,
-    seed: Tensor | None,
-    of_input: bool,
-) -> list[Tensor]:
-    stack = Stack(weights, directions, bias, reverse)
-    shape = (stack.lanes, Layout.of(input, stack.hidden_size, tables).batch_size, stack.hidden_size)
-    states = [input.new_empty(shape) for _ in range(4)]
-    preacts = [input.new_empty((*shape[:2], 4 * shape[2])) for _ in range(2)]
+def _(*arguments: Any) -> list[Tensor]:
+    given = named(low_memory_gradients, arguments)
+    stack = Stack.of(given.weights, given.directions, given.bias)
+    batch_size = Layout.of(given.input, stack.hidden_size, Ragged.of(given.tables)).batch_size
+    sizes = (stack.hidden_size,) * 4 + (4 * stack.hidden_size,) * 2  # of h, c, h_reset, c_reset, preact, preact_reset
     return [
-        input.new_empty(input.shape if of_input else 0),
-        *states,
-        *preacts,
-        *(weight.new_empty(weight.shape) for weight in weights),
+        given.input.new_empty(given.input.shape if given.of_input else 0),
+        *(given.input.new_empty(stack.lanes, batch_size, size) for size in sizes),
+        *(weight.new_empty(weight.shape) for weight in given.weights),
     ]
+
+
+class _Read:
+    """What the steps of a lane have read, out of what forward kept."""
+
+    def __init__(self, input: Tensor, hidden: Tensor, stack: Stack, layout: Layout, dropout: Dropout) -> None:
+        self.hidden, self.stack, self.layout, self.dropout = hidden, stack, layout, dropout
+        self.input = input.reshape(layout.rows, -1)
+        if layout.ragged is not None:  # there may be anything where no step is
+            self.input = torch.where(layout.ragged.is_step().unsqueeze(1), self.input, 0)
+
+    def inputs(self, lane: int, rows: slice) -> Tensor:
+        """(rows, K) from the layer below, after its dropout."""
+        layer = lane // self.stack.directions
+        if layer == 0:
+            return self.input[rows]
+        layout, lanes = self.layout, range(self.stack.lanes)[self.stack.layer(layer - 1)]
+        outputs = [self.hidden[below, layout.steps, : layout.hidden_size][rows] for below in lanes]
+        if self.dropout.probability > 0:
+            outputs = [
+                self.dropout.applied(below, each, rows.start) for below, each in zip(lanes, outputs, strict=True)
+            ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def hidden_before(self, lane: int, rows: slice) -> Tensor:
+        """(rows, H) the h that the steps start from."""
+        return self.layout.hidden_before(self.hidden[lane], self.stack.is_reverse(lane), rows)
+
+
+def _output_of(rows: Tensor | None, direction: int, hidden_size: int) -> Tensor | None:
+    """The columns of one direction."""
+    return None if rows is None else rows[:, direction * hidden_size : (direction + 1) * hidden_size]
+
+
+def _of_lane(
+    lane: int, read: _Read, start: Start, cell_starts: Tensor, grads: Grads, grad_below: Tensor | None
+) -> tuple[LaneWeights, Start]:
+    """The gradients of a lane, in float32, since every window adds to them.
+
+    Args:
+        start: of the lane; its h and c are not needed.
+        cell_starts: (LOW_MEMORY_WINDOWS, B, state_stride(H)) the c that each window starts from.
+        grads: of the lane's results: output (rows, H), h_n and c_n (1, B, H).
+        grad_below: (rows, K), to which the gradient of what the lane reads is added; None: it is not needed.
+    """
+    stack, layout = read.stack, read.layout
+    part, weights, reverse = stack.part(slice(lane, lane + 1)), stack.weights[lane], stack.is_reverse(lane)
+    batch_size, hidden_size = layout.batch_size, layout.hidden_size
+    all_weights, all_starts = LaneWeights(*(True,) * 4), Start(True, None, True, None, True, True)  # type: ignore[arg-type]
+    sums = LaneWeights(*(each.new_zeros(each.shape, dtype=torch.float32) for each in weights.given))
+    shape = cell_starts.new_zeros(batch_size, hidden_size)
+    preacts = cell_starts.new_zeros(batch_size, 4 * hidden_size)
+    total = Start(None, None, shape, torch.zeros_like(shape), preacts, torch.zeros_like(preacts))
+    grad_h, grad_c = grads.h_n, grads.c_n
+    windows = list(enumerate(windows_of(layout, low_memory_steps(layout.time_steps))))
+    for number, window in windows[:: 1 if reverse else -1]:
+        own = layout.window(window)
+        rows, hidden_before = read.inputs(lane, window.rows), read.hidden_before(lane, window.rows)
+        gates = rows.new_empty(1, own.rows, 4 * hidden_size)
+        products.project(rows, weights.ih, gates[0])
+        layout.add_preacts(gates[0], start, window, reverse)
+        products.project(hidden_before, weights.hh, gates[0], add=True)
+        cell = cell_starts.new_empty(1, own.state_rows, own.stride)
+        cell[0, own.initial(reverse)] = cell_starts[number]
+        if own.ragged is not None:
+            cell[0, own.resets, :hidden_size] = 0 if start.c_reset is None else start.c_reset
+        recompute_gates(gates, cell, part, own)
+
+        output = None if grads.output is None else grads.output[window.rows]
+        if output is not None and own.ragged is None:
+            output = output.unflatten(0, (-1, batch_size))
+        tables = () if own.ragged is None else tuple(own.ragged)
+        grad_gates, grad_cell = invoke(
+            scan_backward, output, grad_h, grad_c, *part.arguments, cell, gates, tables, batch_size
+        )
+        found, found_start = of_lane(
+            grad_gates[0], own, reverse, weights, [rows], hidden_before, all_weights, all_starts
+        )
+        for sum_, each in zip(sums.given, found.given, strict=False):
+            sum_ += each
+        if grad_below is not None:
+            rows_gates = grad_gates[0, own.steps, : 4 * hidden_size]
+            grad_below[window.rows] += products.matmul(rows_gates, products.gate_minor(weights.ih))
+
+        # Into the states that the window starts from, and so into the window before it.
+        _add(total.h_reset, found_start.h_reset)
+        _add(total.preact_reset, found_start.preact_reset)
+        if own.ragged is not None:
+            _add(total.c_reset, grad_cell[0, batch_size:, :hidden_size])
+        _add(total.preact, found_start.preact, _begins(layout, window.steps, reverse))
+        assert found_start.h is not None
+        grad_h = add_absent_steps(found_start.h, None if grad_h is None else grad_h[0], own).unsqueeze(0)
+        grad_c = grad_cell[:, :batch_size, :hidden_size]
+    assert grad_h is not None
+    assert grad_c is not None
+    return sums, total._replace(h=grad_h[0].float(), c=grad_c[0].float())
+
+
+def _begins(layout: Layout, steps: slice, reverse: bool) -> Tensor | bool:
+    """Which sequences, as (B, 1), start from their initial state in a window; True or False for all."""
+    if not reverse:
+        return bool(steps.start == 0)
+    if layout.ragged is None:
+        return bool(steps.stop == layout.time_steps)
+    begins: Tensor = (layout.ragged.lengths <= steps.stop).unsqueeze(1)
+    return begins
+
+
+def _add(total: Tensor | None, found: Tensor | None, factor: Tensor | bool = True) -> None:
+    if total is not None and found is not None and factor is not False:
+        total += found if factor is True else found * factor

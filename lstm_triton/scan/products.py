@@ -10,16 +10,17 @@ from torch import Tensor
 
 from .. import target
 from ..autocast import without_autocast
-from .buffers import Layout
+from ..stack import LaneWeights
 from .dispatch import invoke
 from .launch import allows_tf32
+from .layout import Layout
 
 
-def input_gradient(grad_gates: Tensor, weights_ih: Sequence[Tensor], layout: Layout) -> Tensor:
-    """(rows, K) from a layer's grad_gates and its lanes' weights (4H, K)."""
+def input_gradient(grad_gates: Tensor, weights: Sequence[LaneWeights], layout: Layout) -> Tensor:
+    """(rows, I) from a layer's grad_gates and its lanes' weights."""
     products = [
-        matmul(lane[layout.steps, : 4 * layout.hidden_size], gate_minor(weight))
-        for lane, weight in zip(grad_gates, weights_ih, strict=True)
+        matmul(lane[layout.steps, : 4 * layout.hidden_size], gate_minor(own.ih))
+        for lane, own in zip(grad_gates, weights, strict=True)
     ]
     return products[0] if len(products) == 1 else products[0] + products[1]
 

@@ -1,16 +1,14 @@
 """The gates and cell states of a lane once more, from what is known after the forward scan."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from ..ragged import Ragged
 from ..stack import Stack
 from . import planner
 from .launch import launch
+from .layout import Layout
 
 
-def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, tables: Sequence[Tensor], batch_size: int) -> None:
+def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -> None:
     """Complete what `scan_backward` needs of a single lane, in place.
 
     Args:
@@ -19,25 +17,25 @@ def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, tables: Sequence[
     """
     from ..kernels.again import gates_again as kernel
 
-    ragged = Ragged(*tables) if tables else None
+    ragged, batch_size = layout.ragged, layout.batch_size
     block_batch, block_hidden = planner.AGAIN_BLOCK
     grid = (-(-batch_size // block_batch), -(-stack.hidden_size // block_hidden))
-    bias_ih, bias_hh = [*stack.named("bias_ih"), *stack.named("bias_hh")] if stack.bias else [gates, gates]
+    biases_ih, biases_hh = stack.biases
     arguments = {
         "gates_ptr": gates,
-        "bias_ih_ptr": bias_ih.contiguous(),
-        "bias_hh_ptr": bias_hh.contiguous(),
+        "bias_ih_ptr": biases_ih[0] if biases_ih else gates,
+        "bias_hh_ptr": biases_hh[0] if biases_hh else gates,
         "cell_ptr": cell,
         "before_ptr": gates if ragged is None else ragged.before,
         "after_ptr": gates if ragged is None else ragged.after,
         "offsets_ptr": gates if ragged is None else ragged.offsets,
-        "seq_len": gates.shape[1] // batch_size if ragged is None else ragged.offsets.shape[0] - 1,
+        "seq_len": layout.time_steps,
         "batch_size": batch_size,
         "reverse": int(stack.reverse),
     }
     constants = {
         "HIDDEN": stack.hidden_size,
-        "STATE_STRIDE": cell.shape[2],
+        "STATE_STRIDE": layout.stride,
         "HAS_BIAS": stack.bias,
         "RAGGED": ragged is not None,
         "BLOCK_BATCH": block_batch,

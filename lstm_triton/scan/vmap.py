@@ -4,7 +4,6 @@ A scan whose weights are shared becomes one scan of a larger batch; where each e
 is ragged, there is one scan for each entry. All else of a layer is PyTorch's operations, which know vmap themselves.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 from . import products
 from .backward import scan_backward
 from .cell import cell_backward, cell_forward, single_step
+from .dispatch import named
 from .dropout import dropout_scale
 from .forward import scan_forward
 from .low_memory import low_memory_gradients
@@ -23,8 +23,7 @@ Dims = Sequence[Any]  # of each argument the axis that is mapped, None for none
 
 
 def _scan_forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
-    given = _named(scan_forward, arguments)
-    dims = _named(scan_forward, in_dims)
+    given, dims = vars(named(scan_forward, arguments)), vars(named(scan_forward, in_dims))
     shared = all(each is None for each in pytree.tree_leaves(dims["weights"]))
     if given["tables"] or given["dropout"] > 0 or given["low_memory"] or not shared:
         return _one_by_one(scan_forward, info, in_dims, arguments)
@@ -39,7 +38,7 @@ def _scan_forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
 
 
 def _scan_backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
-    given, dims = _named(scan_backward, arguments), _named(scan_backward, in_dims)
+    given, dims = vars(named(scan_backward, arguments)), vars(named(scan_backward, in_dims))
     shared = all(each is None for each in pytree.tree_leaves(dims["weights"]))
     if given["tables"] or given["dropout"] > 0 or not shared:
         return _one_by_one(scan_backward, info, in_dims, arguments)
@@ -52,13 +51,6 @@ def _scan_backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]
     grad_gates, grad_cell = scan_backward(**{**given, "batch_size": batch_size * size})
     found, dim = _unfolded_rows(grad_gates, batch_size, size)
     return (found, grad_cell.unflatten(1, (size, batch_size))), (dim, 1)
-
-
-def _named(operator: Any, arguments: Sequence[Any]) -> dict[str, Any]:
-    """Arguments by the names of their parameters; those left out have their defaults, which vmap leaves alone."""
-    parameters = inspect.signature(operator._init_fn).parameters
-    named = {name: parameter.default for name, parameter in parameters.items()}
-    return {**named, **dict(zip(parameters, arguments, strict=False))}
 
 
 def _folded_rows(rows: Tensor, dim: int | None, batch_size: int, size: int) -> Tensor:

@@ -13,11 +13,10 @@ from lstm_triton import target
 from lstm_triton.commands.check import tf32
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import dropout, planner, windows
-from lstm_triton.scan.layers import scan_lane as scan_layer
 from lstm_triton.scan.products import matmul_precision
 from tests.support.cells import assert_cell_as_accurate, run_cell
 from tests.support.comparing import LoopLSTM, assert_as_accurate, assert_results_as_accurate, run, twins
-from tests.support.lanes import DTYPES, LaneCase
+from tests.support.lanes import DTYPES, LaneCase, scan_layer
 from tests.support.traces import assert_trace_as_accurate
 
 pytestmark = pytest.mark.gpu

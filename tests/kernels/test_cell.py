@@ -16,9 +16,9 @@ from lstm_triton import interpreter
 from lstm_triton.commands.check import tf32
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import cell, planner
-from lstm_triton.scan.cell import step
 from lstm_triton.scan.planner import CellPlan
 from lstm_triton.scan.products import matmul_precision
+from lstm_triton.scan.step import step
 from lstm_triton.target import Device
 from tests.support.cells import cell_arguments, cell_twins, check_cell, run_cell
 from tests.support.comparing import assert_as_accurate, assert_same
@@ -113,7 +113,7 @@ def test_float32_is_as_precise_as_what_it_stands_in_for(monkeypatch: pytest.Monk
         asked.append(allow_tf32)
         return plain(allow_tf32=allow_tf32, **sizes)
 
-    monkeypatch.setattr(planner, "plan_cell", recorded)
+    monkeypatch.setattr("lstm_triton.scan.cell.plan_cell", recorded)
     with interpreter.interpret(), torch.no_grad():
         for cudnn in (True, False):
             with tf32(cudnn):

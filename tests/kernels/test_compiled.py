@@ -20,14 +20,13 @@ from torch import Tensor
 from lstm_triton import interpreter
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import buffers, launch, planner
-from lstm_triton.scan.layers import scan_lane as scan_layer
 from lstm_triton.scan.planner import Kind, Plan
 from lstm_triton.target import Device, Gpus, in_order, running_on
 from tests.conftest import INTERPRETED
 from tests.emulator import Deadlock, Fault, Race, driver, emulated
 from tests.support.cells import cell_arguments, check_cell
 from tests.support.comparing import error, floor_of, nudged, to_nearest_tf32
-from tests.support.lanes import DTYPES, LaneCase, streamed
+from tests.support.lanes import DTYPES, LaneCase, scan_layer, streamed
 from tests.support.processes import ROOT
 from tests.support.stacks import StackCase
 

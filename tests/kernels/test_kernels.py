@@ -12,11 +12,10 @@ from torch import Tensor
 
 from lstm_triton import interpreter
 from lstm_triton.interpreter import Deadlock
-from lstm_triton.scan import backward, buffers, forward, launch
-from lstm_triton.scan.layers import scan_lane as scan_layer
+from lstm_triton.scan import alignment, backward, forward, launch
 from lstm_triton.scan.planner import Launch, candidates, plan
 from lstm_triton.target import Device
-from tests.support.lanes import DTYPES, LaneCase, interpretable, lane_cases, streamed
+from tests.support.lanes import DTYPES, LaneCase, interpretable, lane_cases, scan_layer, streamed
 
 pytestmark = pytest.mark.interpreted
 
@@ -234,7 +233,7 @@ def test_weights_are_aligned_and_copied_only_for_that() -> None:
     weight = torch.randn(64 * 16 + 1)[1:].view(64, 16)  # a view into the memory of something larger
     narrow = torch.randn(64, 13)
     aligned = torch.randn(64, 16)
-    found = buffers.aligned([weight, narrow, aligned], 16)
+    found = alignment.aligned([weight, narrow, aligned], 16)
     assert all(each.data_ptr() % 16 == 0 and each.shape == (64, 16) and each.is_contiguous() for each in found)
     assert torch.equal(found[0], weight)
     assert torch.equal(found[1][:, :13], narrow)

@@ -11,10 +11,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from lstm_triton import ragged
 from lstm_triton.reference import lstm_layer
-from lstm_triton.scan.layers import scan_lane as scan_layer
 from lstm_triton.scan.planner import candidates
 from lstm_triton.target import Device
-from tests.support.lanes import DTYPES, LaneCase, lane_cases, streamed
+from tests.support.lanes import DTYPES, LaneCase, lane_cases, scan_layer, streamed
 
 SEEDS = (0, 1, 2)
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lstm_triton import interpreter
-from lstm_triton.scan import buffers, launch, windows
+from lstm_triton.scan import alignment, launch, windows
 from lstm_triton.scan.planner import Kind
+from lstm_triton.stack import Stack
 from tests.support.comparing import assert_same
 from tests.support.lanes import DTYPES
 from tests.support.launches import recorded_launches
@@ -121,23 +122,22 @@ def test_negative_control_of_a_layer_that_does_not_wait_for_its_neighbour(
     # Of this size, weights are read where they are, not in a copy.
     stack = StackCase(2, layout=layout, hidden_size=32).launched(2)
     stack.check()
-    named = stack.Stack.named
+    of, transposed = Stack.of, alignment.transposed
 
-    def watched(self: stack.Stack, name: str) -> Any:
-        found = named(self, name)
-        weights_between_layers.extend(found if name == "weight_ih" else ())
+    def watched(*arguments: Any, **options: Any) -> Stack:
+        found = of(*arguments, **options)
+        weights_between_layers.extend(weights.ih for weights in found.weights)
         return found
 
-    transposed = buffers.transposed
-
-    def watched_copies(weights: Any, layout: Any) -> Any:  # backward reads copies
-        found = transposed(weights, layout)
+    def watched_copies(weights: Any, stride: int) -> Any:  # backward reads copies
+        weights = list(weights)
+        found = transposed(weights, stride)
         if any(weight is each for weight in weights for each in weights_between_layers):
             weights_between_layers.extend(found)
         return found
 
-    monkeypatch.setattr(stack.Stack, "named", watched)
-    monkeypatch.setattr(buffers, "transposed", watched_copies)
+    monkeypatch.setattr(Stack, "of", staticmethod(watched))
+    monkeypatch.setattr("lstm_triton.scan.backward.transposed", watched_copies)
     for seed in SEEDS:
         with pytest.raises(AssertionError):
             stack.check(seed)

@@ -13,6 +13,7 @@ from lstm_triton import reference
 from lstm_triton.aten import lane, operator
 from lstm_triton.ragged import dense
 from tests.support.comparing import assert_same, run, stock_in_autocast
+from tests.support.lanes import as_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 
@@ -39,7 +40,7 @@ def test_layer_is_the_reference_layer(reverse: bool, bias: bool, states: bool) -
         tensors[1:3] = [None, None]
     leaves = [tensor for tensor in tensors if tensor is not None]
     results, gradients = [], []
-    for scan_layer in (operator.operator_lane, reference.lstm_layer):
+    for scan_layer in (as_layer(operator.operator_lane), reference.lstm_layer):
         results.append(scan_layer(*tensors, reverse=reverse))
         loss = sum(result.square().sum() for result in results[-1])
         gradients.append(torch.autograd.grad(loss, leaves))
@@ -59,7 +60,7 @@ def test_layer_that_starts_anew_is_the_reference_layer(reverse: bool, lengths: T
     ragged = dense(lengths, resets, 5, 2, torch.device("cpu"))
     for states in ({}, {"h_reset": reset[0], "c_reset": reset[1]}):
         leaves, results, gradients = [input, *others[1:], *(reset if states else ())], [], []
-        for scan_layer in (lane.native_lane, reference.lstm_layer):
+        for scan_layer in (as_layer(lane.native_lane), reference.lstm_layer):
             results.append(scan_layer(*others, reverse=reverse, ragged=ragged, **states))
             loss = sum(result.square().sum() for result in results[-1])
             gradients.append(torch.autograd.grad(loss, leaves))
@@ -69,7 +70,7 @@ def test_layer_that_starts_anew_is_the_reference_layer(reverse: bool, lengths: T
 
 def test_second_derivative_is_refused() -> None:
     tensors = arguments()
-    output, _, _ = operator.operator_lane(*tensors, reverse=False)
+    output, _, _ = as_layer(operator.operator_lane)(*tensors, reverse=False)
     (gradient,) = torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

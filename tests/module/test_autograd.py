@@ -15,9 +15,8 @@ import lstm_triton
 from lstm_triton import interpreter
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import backward, forward
-from lstm_triton.scan.layers import scan_lane as scan_layer
 from tests.support.comparing import CallCase, assert_results_as_accurate, call_cases, run
-from tests.support.lanes import LaneCase
+from tests.support.lanes import LaneCase, scan_layer
 
 pytestmark = pytest.mark.interpreted
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import pytest
@@ -10,7 +9,8 @@ import torch
 from hypothesis import given
 from torch import Tensor, nn
 
-from lstm_triton import functional, reference, routing, scan, stack
+from lstm_triton import functional, routing, scan
+from lstm_triton.stack import LaneResults, LaneWeights, Start, formula_lane, layers_of
 from tests.support.comparing import CallCase, assert_same, call_cases, run, stock_in_autocast, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
@@ -21,13 +21,13 @@ def reference_layers() -> Iterator[list[tuple[Any, ...]]]:
     """The path to the kernels, with the reference layer at its end; the arguments of every lane are kept."""
     calls: list[tuple[Any, ...]] = []
 
-    def one_layer(*args: Any, reverse: bool, **options: Any) -> tuple[Tensor, ...]:
-        calls.append((*args, reverse))
-        return reference.lstm_layer(*args, reverse=reverse, **options)
+    def lane(input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, **options: Any) -> LaneResults:
+        calls.append((input, start.h, start.c, *weights, reverse))
+        return formula_lane(input, start, weights, reverse=reverse, **options)
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(routing, "_obstacle", lambda call: None)
-        monkeypatch.setattr(scan, "scan_layers", partial(stack.lane_by_lane, one_layer, False))
+        monkeypatch.setattr(scan, "scan_layers", layers_of(lane))
         yield calls
 
 

@@ -13,15 +13,47 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from lstm_triton import interpreter
 from lstm_triton.ragged import Ragged, dense, packed
 from lstm_triton.reference import lstm_layer
-from lstm_triton.scan import planner
-from lstm_triton.scan.layers import scan_lane as scan_layer
+from lstm_triton.scan import layers, planner
 from lstm_triton.scan.planner import Kind, Plan
+from lstm_triton.stack import Lane, LaneResults, LaneWeights, Stack, Start
 from lstm_triton.target import Device
 from tests.support.comparing import assert_as_accurate, floor_of, loop_layer, nudged
 
 NAMES = ("output", "h_n", "c_n", "cells")
 ARGUMENTS = ("input", "h_0", "c_0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "h_reset", "c_reset")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def as_layer(lane: Lane) -> Callable[..., LaneResults]:
+    """A lane with the parameters of `lstm_triton.reference.lstm_layer`."""
+
+    def layer(
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        *weights: Tensor | None,
+        reverse: bool = False,
+        h_reset: Tensor | None = None,
+        c_reset: Tensor | None = None,
+        ragged: Ragged | None = None,
+        return_cells: bool = False,
+    ) -> LaneResults:
+        start, own = Start(h_0, c_0, h_reset, c_reset), LaneWeights(*weights)  # type: ignore[arg-type]
+        return lane(input, start, own, reverse=reverse, ragged=ragged, return_cells=return_cells)
+
+    return layer
+
+
+def scan_lane(
+    input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
+) -> LaneResults:
+    """A lane through the kernels, by itself."""
+    stack, starts = Stack((weights,), reverse=reverse), start.map(lambda state: state.unsqueeze(0))
+    output, *others = layers.scan_layers(input, starts, stack, ragged=ragged, return_cells=return_cells)
+    return output, *(other.squeeze(0) for other in others)
+
+
+scan_layer = as_layer(scan_lane)
 
 
 @dataclass

@@ -1,0 +1,51 @@
+"""Tensors as the kernels read them: rows contiguous, padded, and at aligned addresses."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def aligned(weights: Iterable[Tensor], stride: int) -> tuple[Tensor, ...]:
+    """Contiguous weights whose rows are padded to `stride` elements and aligned: copies, where they are not already.
+
+    Loads are then as wide as those of states. Narrower loads would keep weights out of registers
+    (kernels/fragments.py).
+    """
+    found = []
+    for weight in weights:
+        if weight.shape[1] < stride:
+            weight = torch.nn.functional.pad(weight, (0, stride - weight.shape[1]))
+        found.append(_at_aligned_address(weight.contiguous()))
+    return tuple(found)
+
+
+def transposed(weights: Iterable[Tensor], stride: int) -> tuple[Tensor, ...]:
+    """Weights (4H, H) as rows of units whose columns are gate-minor, padded: (stride, 4 * stride) copies.
+
+    The backward scan multiplies with columns of a weight. As rows, columns are read in pieces of 16 bytes, also from
+    shared memory. Read as columns, they took up to eight times as long from there.
+    """
+    found = []
+    for weight in weights:
+        rows = weight.unflatten(0, (4, -1)).permute(2, 1, 0).flatten(1)
+        missing = stride - rows.shape[0]
+        if missing > 0:
+            rows = torch.nn.functional.pad(rows, (0, 4 * missing, 0, missing))
+        found.append(_at_aligned_address(rows.contiguous()))
+    return tuple(found)
+
+
+def with_aligned_rows(input: Tensor) -> tuple[Tensor, int]:
+    """An input whose rows are contiguous, aligned if their length allows it; and the unit of its strides."""
+    unit = 16 if input.shape[-1] % 16 == 0 else 1
+    *strides, last = input.stride()
+    if last != 1 or any(stride % unit for stride in strides):
+        input = input.contiguous()
+    if unit > 1:  # columns of a wider tensor are not worth a compilation of their own
+        input = _at_aligned_address(input)
+    return input, unit
+
+
+def _at_aligned_address(tensor: Tensor) -> Tensor:
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

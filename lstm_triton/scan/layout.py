@@ -1,0 +1,147 @@
+"""Which row of a scan's buffers holds what.
+
+A buffer of states has, for each lane, *state rows* (kernels/forward.py), in order: B initial states of the forward
+direction, the rows of the steps, B initial states of the reverse direction; of a ragged batch, B states after a reset
+besides. A state row has `state_stride(H)` elements: h or c of all units, then padding.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ragged import Ragged
+from ..stack import Start
+from .planner import state_stride
+
+
+class Window(NamedTuple):
+    """Steps that one launch takes, and their rows."""
+
+    steps: slice
+    rows: slice
+
+
+class Layout(NamedTuple):
+    """Sizes of a batch, and with them the place of every row."""
+
+    time_steps: int
+    rows: int  # of the steps: T * B, or as many as a ragged batch has
+    batch_size: int
+    hidden_size: int
+    ragged: Ragged | None = None
+
+    @staticmethod
+    def of(steps: Tensor, hidden_size: int, ragged: Ragged | None) -> "Layout":
+        """For steps (T, B, ...), or of a ragged batch (rows, ...)."""
+        if ragged is not None:
+            return Layout(ragged.time_steps, steps.shape[0], ragged.batch_size, hidden_size, ragged)
+        time_steps, batch_size = steps.shape[:2]
+        return Layout(time_steps, time_steps * batch_size, batch_size, hidden_size)
+
+    @property
+    def stride(self) -> int:
+        return state_stride(self.hidden_size)
+
+    @property
+    def start_rows(self) -> int:
+        """Rows of the states that sequences start from, in one direction: initial states, and those after a reset."""
+        return (1 if self.ragged is None else 2) * self.batch_size
+
+    @property
+    def state_rows(self) -> int:
+        return self.rows + self.batch_size + self.start_rows
+
+    @property
+    def steps(self) -> slice:
+        return slice(self.batch_size, self.batch_size + self.rows)
+
+    @property
+    def resets(self) -> slice:
+        """The states after a reset, of a ragged batch."""
+        return slice(self.rows + 2 * self.batch_size, None)
+
+    def initial(self, reverse: bool) -> slice:
+        """The initial states of one direction. For the other direction they are the rows after the last steps."""
+        first = self.rows + self.batch_size if reverse else 0
+        return slice(first, first + self.batch_size)
+
+    def previous(self, reverse: bool) -> slice:
+        """What the steps start from, in the order of `steps`; not of a ragged batch."""
+        first = 2 * self.batch_size if reverse else 0
+        return slice(first, first + self.rows)
+
+    def last(self, reverse: bool) -> slice | Tensor:
+        """The last step of each sequence; of a sequence without steps, its initial state."""
+        if self.ragged is not None:
+            return self.ragged.ends(reverse)
+        first = self.batch_size if reverse else self.rows
+        return slice(first, first + self.batch_size)
+
+    def first(self, reverse: bool) -> slice | Tensor:
+        """The first step of each sequence; of a sequence without steps, a row of no step."""
+        return self.last(not reverse)
+
+    def hidden_before(self, hidden: Tensor, reverse: bool, rows: slice = slice(None)) -> Tensor:
+        """(rows, H) the h that steps, or some of their rows, start from, out of a lane's state rows."""
+        if self.ragged is None:
+            return hidden[self.previous(reverse), : self.hidden_size][rows]
+        sources = self.ragged.sources(reverse)
+        sources = torch.where(sources >= 0, sources, self.ragged.own_rows())[rows]
+        return hidden.index_select(0, sources)[:, : self.hidden_size]
+
+    def first_step_gates(self, grad_gates: Tensor, reverse: bool) -> Tensor:
+        """(B, 4H) gate gradients of the first step of each sequence, out of a lane's `grad_gates`.
+
+        They are 0 where a sequence does not start from its initial state. Times W_hh they are the gradient of h_0.
+        """
+        columns, first = slice(4 * self.hidden_size), self.first(reverse)
+        if self.ragged is None:
+            return grad_gates[first, columns]
+        starts = self.ragged.starts_from_initial(reverse).unsqueeze(1)
+        return torch.where(starts, grad_gates.index_select(0, first)[:, columns], 0)  # type: ignore[arg-type]
+
+    def reset_gates(self, gate_rows: Tensor, reverse: bool) -> Tensor | None:
+        """(B, 4H) the sum of gate gradients (rows, 4H) over the steps that start from a reset; None if there is none.
+
+        Resets are for padded batches only, whose rows are those of T steps.
+        """
+        if self.ragged is None or self.rows % self.batch_size != 0:
+            return None
+        is_reset = self.ragged.is_reset(reverse).unsqueeze(1)
+        found: Tensor = torch.where(is_reset, gate_rows, 0).unflatten(0, (-1, self.batch_size)).sum(0)
+        return found
+
+    def add_preacts(self, projected: Tensor, start: Start, window: Window, reverse: bool) -> None:
+        """Add what `start.preact` and `start.preact_reset` of a lane give to a window's pre-activations (rows, 4H)."""
+        if start.preact is not None:
+            if self.ragged is None:
+                rows = torch.arange(self.batch_size, device=projected.device) + self.last(not reverse).start  # type: ignore[union-attr]
+                starts = torch.ones_like(rows, dtype=torch.bool)
+            else:
+                rows, starts = self.ragged.firsts(reverse), self.ragged.starts_from_initial(reverse)
+            rows = rows - self.batch_size - window.rows.start
+            here = starts & (rows >= 0) & (rows < len(projected))
+            projected.index_add_(0, rows.clamp(0, len(projected) - 1), torch.where(here.unsqueeze(1), start.preact, 0))
+        if start.preact_reset is not None and self.ragged is not None:
+            is_reset = self.ragged.is_reset(reverse)[window.rows].view(-1, self.batch_size, 1)
+            projected.view(*is_reset.shape[:2], -1).add_(torch.where(is_reset, start.preact_reset, 0))
+
+    def output(self, hidden: Tensor, directions: int, shape: torch.Size) -> Tensor:
+        """The outputs of the last layer, (*shape, directions * H), out of the state rows of h."""
+        lanes = hidden[-directions:, self.steps, : self.hidden_size]
+        lanes = lanes.view(directions, *shape, self.hidden_size)
+        return lanes[0].contiguous() if directions == 1 else torch.cat(lanes.unbind(), dim=-1)
+
+    def cells(self, cell: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+        """(lanes, *shape, H) every c_t, out of the state rows of c; 0 where there is no step."""
+        cells = cell[:, self.steps, : self.hidden_size].to(dtype)
+        if self.ragged is not None:
+            return torch.where(self.ragged.is_step().unsqueeze(1), cells, 0)
+        return cells.view(-1, *shape, self.hidden_size)
+
+    def window(self, window: Window) -> "Layout":
+        """The layout of a window's steps alone."""
+        steps, rows = window
+        ragged = None if self.ragged is None else self.ragged.window(steps, rows)
+        return Layout(steps.stop - steps.start, rows.stop - rows.start, self.batch_size, self.hidden_size, ragged)

@@ -1,0 +1,101 @@
+"""What the scans get, and what backward has of forward: each tensor by its name.
+
+A `torch.autograd.Function` takes and saves a flat list of tensors. The records of this file are its parts, in the order
+of the list: `Options`, `Fixed` and `Inputs` are the arguments of `Scan`; `Fixed`, `Buffers` and `Inputs` are saved.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..ragged import Ragged
+from ..stack import Stack, Start
+from .buffers import Buffers
+from .dropout import Dropout
+
+
+class Options(NamedTuple):
+    """What is no tensor."""
+
+    directions: int
+    bias: bool
+    reverse: bool
+    dropout: float  # probability
+    low_memory: bool
+    return_cells: bool
+
+
+class Fixed(NamedTuple):
+    """Tensors that no gradient reaches."""
+
+    seed: Tensor | None = None  # of dropout
+    before: Tensor | None = None  # this and the next three are the tables of a ragged batch
+    after: Tensor | None = None
+    offsets: Tensor | None = None
+    lengths: Tensor | None = None
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """As operators take them."""
+        return tuple(table for table in self[1:] if table is not None)
+
+    @property
+    def ragged(self) -> Ragged | None:
+        return Ragged.of(self.tables)
+
+
+class Inputs(NamedTuple):
+    """Tensors that gradients reach; also used for their gradients, and for whether each gradient is needed."""
+
+    input: Any
+    start: Start
+    weights: Sequence[Any]  # of all lanes, one after the other
+
+    @staticmethod
+    def of(flat: Sequence[Any]) -> "Inputs":
+        count = 1 + len(Start._fields)
+        return Inputs(flat[0], Start(*flat[1:count]), flat[count:])
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        return self.input, *self.start, *self.weights
+
+
+class Grads(NamedTuple):
+    """Gradients of the results; None: zeros."""
+
+    output: Tensor | None
+    h_n: Tensor | None
+    c_n: Tensor | None
+    cells: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What backward has of forward."""
+
+    options: Options
+    fixed: Fixed
+    buffers: Buffers
+    inputs: Inputs
+
+    @staticmethod
+    def of(options: Sequence[Any], tensors: Sequence[Any]) -> "Saved":
+        fixed, end = len(Fixed._fields), len(Fixed._fields) + len(Buffers._fields)
+        return Saved(Options(*options), Fixed(*tensors[:fixed]), Buffers(*tensors[fixed:end]), Inputs.of(tensors[end:]))
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return *self.fixed, *self.buffers, *self.inputs.flat
+
+    @property
+    def stack(self) -> Stack:
+        return stack_of(self.options, self.inputs)
+
+    @property
+    def dropout(self) -> Dropout:
+        return Dropout(self.options.dropout, self.fixed.seed)
+
+
+def stack_of(options: Options, inputs: Inputs) -> Stack:
+    return Stack.of(inputs.weights, options.directions, options.bias, options.reverse)

@@ -1,0 +1,133 @@
+"""One step of an LSTM layer, differentiable: what `LSTMCell` computes through the kernels."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import transforms
+from ..autocast import without_autocast
+from ..reference import lstm_cell
+from ..stack import States
+from .cell import cell_backward, cell_forward
+from .dispatch import invoke
+from .formula import second_gradients
+
+
+def step(
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> States:
+    """One step of one layer, through the Triton kernel.
+
+    Args:
+        input: (B, I), of any strides.
+        h_0, c_0: (B, H), or both None for zeros.
+        weight_ih, weight_hh: (4H, I) and (4H, H), gates in the order i, f, g, o.
+        bias_ih, bias_hh: (4H,), or both None.
+
+    Returns:
+        h_1, c_1: (B, H).
+
+    All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
+    lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any
+    order: those above the first, and forward-mode ones, come from the formula (reference.py), in the same dtype.
+    """
+    arguments = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    if transforms.in_forward_mode():
+        return lstm_cell(*arguments)
+    needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in arguments)
+    if torch.is_grad_enabled() and (needs_gradients or transforms.active()):
+        h_1, c_1, _ = _Step.apply(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        h_1, c_1, _ = invoke(cell_forward, *arguments, False, "matmul")
+    return h_1, c_1
+
+
+class Inputs(NamedTuple):
+    """The arguments of a step; also used for whether the gradient of each is needed."""
+
+    input: Any
+    h_0: Any
+    c_0: Any
+    weight_ih: Any
+    weight_hh: Any
+    bias_ih: Any
+    bias_hh: Any
+
+
+class _Step(torch.autograd.Function):
+    """The arguments are `Inputs`; the results are h_1, c_1 and the gates."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        h_1, c_1, gates = invoke(cell_forward, *arguments, True, "matmul")
+        return h_1, c_1, gates
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, c_1, gates = output
+        ctx.mark_non_differentiable(gates)
+        ctx.save_for_backward(c_1, gates, *inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_h_1: Tensor, grad_c_1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # Autocast that is on where backward is called was not asked for by the cell.
+        with without_autocast(grad_h_1.device):
+            arguments = (ctx.needs_input_grad, grad_h_1, grad_c_1, *ctx.saved_tensors)
+            if torch.is_grad_enabled():
+                return _Gradients.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
+            return _gradients(*arguments)
+
+
+class _Gradients(torch.autograd.Function):
+    """`_gradients`, to be differentiated again: through the formula."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
+        return _gradients(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        ctx.needed, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads_of_gradients: Tensor) -> tuple[Tensor | None, ...]:
+        grad_h_1, grad_c_1, _, _, *arguments = ctx.saved_tensors  # c_1 and the gates follow from the arguments
+        grads = (grad_h_1, grad_c_1)
+        with without_autocast(grad_h_1.device):
+            of_h_1, of_c_1, *found = second_gradients(lstm_cell, arguments, ctx.needed, grads, grads_of_gradients)
+        return None, of_h_1, of_c_1, None, None, *found
+
+
+def _gradients(
+    needs: tuple[bool, ...], grad_h_1: Tensor, grad_c_1: Tensor, c_1: Tensor, gates: Tensor, *arguments: Any
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a step's arguments, as far as they are needed."""
+    needed, inputs = Inputs(*needs), Inputs(*arguments)
+    grad_gates, grad_c_0 = invoke(cell_backward, grad_h_1, grad_c_1, inputs.c_0, c_1, gates)
+    grad_bias = grad_gates.sum(0) if needed.bias_ih or needed.bias_hh else None
+    grad_weight_hh = None
+    if needed.weight_hh:  # without a state the state was zeros, and so is the gradient
+        given = inputs.h_0 is not None
+        grad_weight_hh = grad_gates.t() @ inputs.h_0 if given else torch.zeros_like(inputs.weight_hh)
+    grads = Inputs(
+        input=grad_gates @ inputs.weight_ih if needed.input else None,
+        h_0=grad_gates @ inputs.weight_hh if needed.h_0 else None,
+        c_0=grad_c_0 if needed.c_0 else None,
+        weight_ih=grad_gates.t() @ inputs.input if needed.weight_ih else None,
+        weight_hh=grad_weight_hh,
+        bias_ih=grad_bias if needed.bias_ih else None,
+        bias_hh=grad_bias.clone() if grad_bias is not None and needed.bias_hh else None,
+    )
+    return tuple(grads)  # torch.vmap wants a plain tuple
