@@ -71,7 +71,7 @@ class Watch:
             self.buffers.append(sentinels(shape, like))
             return self.buffers[-1]
 
-        def recorded_launch(launched: target.Launched) -> None:
+        def recorded_launch(launched: target.KernelLaunch) -> None:
             if self.device.torch_device.type == "cuda":
                 event = torch.cuda.Event()
                 event.record()

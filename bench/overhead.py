@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
 from lstm_triton.scan import backward, cell, forward
-from lstm_triton.target import Device, Gpus, Launched, recorded_launches, running_on, watched_launches
+from lstm_triton.target import Device, Gpus, KernelLaunch, recorded_launches, running_on, watched_launches
 
 from .resources import DEVICES, DTYPES
 
@@ -124,8 +124,8 @@ def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None)
         def may_take_tf32(self, tensor: Tensor) -> bool:
             return tensor.dtype == torch.float32
 
-        def run(self, kernel: Any, grid: Any, device: torch.device, arguments: Any, options: Any) -> None:
-            super().run(kernel, grid, torch.device("cuda", 0), arguments, options)
+        def run(self, launch: KernelLaunch) -> None:
+            super().run(launch._replace(device=torch.device("cuda", 0)))
 
     with ExitStack() as stack:
 
@@ -261,7 +261,7 @@ def compilations(hidden: int, dtype: torch.dtype) -> dict[str, dict[str, int]]:
     constants: dict[str, set[str]] = {}
     with pretended_gpu() as found:
 
-        def collect(launched: Launched) -> None:
+        def collect(launched: KernelLaunch) -> None:
             parameters = launched.kernel.params
             chosen = [launched.arguments[each.name] for each in parameters if each.is_constexpr]
             constants.setdefault(launched.name, set()).add(str((chosen, launched.options)))

@@ -85,7 +85,7 @@ def pretending(modules: Sequence[ModuleType], arch: str, libtriton: str | None) 
 
         COUNTED.compiled = stack.enter_context(cache.compiling(arch, libtriton))
 
-        def counted(launched: target.Launched) -> None:
+        def counted(launched: target.KernelLaunch) -> None:
             COUNTED.launches += 1
 
         stack.enter_context(target.watched_launches(after=counted))

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .call import Call, Memory, Sequences
 from .checks import check_arguments
 from .routing import choose
-from .stack import Lane, Results, ScanLayers, States, layers_of
+from .stack import Lane, Options, Results, ScanLayers, States, layers_of
 
 
 @overload
@@ -181,15 +181,8 @@ def compute(call: Call, path: str, lane: Lane | None = None) -> Results:
             return whole_stack(call)
         layers = layers_of(lane)
     input, start, stack, ragged = call.prepared()
-    output, h_n, c_n, *cells = layers(
-        input,
-        start,
-        stack,
-        ragged=ragged,
-        dropout=call.dropout if call.training else 0.0,
-        low_memory=call.low_memory,
-        return_cells=call.return_cells,
-    )
+    options = Options(ragged, call.dropout if call.training else 0.0, call.low_memory, call.return_cells)
+    output, h_n, c_n, *cells = layers(input, start, stack, options)
     if call.batch_sizes is None:
         if ragged is not None:
             shape = (call.time_steps, call.batch_size)

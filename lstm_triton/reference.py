@@ -113,17 +113,9 @@ def lstm_layer(
     return (results[0], h, c, *results[1:]) if return_cells else (results[0], h, c)
 
 
-def lstm_cell(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def lstm_cell(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """One step of `lstm_layer`: input (B, I), h_0 and c_0 (B, H) or None for zeros -> h_1 and c_1 (B, H)."""
-    _, h_1, c_1 = lstm_layer(input.unsqueeze(0), h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    _, h_1, c_1 = lstm_layer(input.unsqueeze(0), h_0, c_0, *weights)  # type: ignore[arg-type]
     return h_1, c_1
 
 

@@ -166,6 +166,27 @@ class Lane(Protocol):
     ) -> LaneResults: ...
 
 
+class Options(NamedTuple):
+    """How a stack is computed, besides its weights and states.
+
+    Attributes:
+        ragged: which step follows on which; None: all steps of all sequences in turn.
+        dropout: the probability of dropout on the output of every layer but the last.
+        low_memory: keep little for backward, which then takes longer; not where every c_t is asked for.
+        return_cells: whether every c_t is asked for.
+    """
+
+    ragged: Ragged | None = None
+    dropout: float = 0.0
+    low_memory: bool = False
+    return_cells: bool = False
+
+
+# What computes a stack: (input, start, stack, options) -> output (T, B, directions * P), or of a ragged batch
+# (rows, directions * P); h_n and c_n (lanes, B, ...); with `return_cells` cells (lanes, T, B, H), or (lanes, rows, H).
+ScanLayers = Callable[[Tensor, Start, Stack, Options], LaneResults]
+
+
 def formula_lane(
     input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
 ) -> LaneResults:
@@ -183,36 +204,25 @@ def formula_lane(
     )
 
 
-class ScanLayers(Protocol):
-    """What computes a stack: output (T, B, directions * P), h_n and c_n (lanes, B, ...), with `return_cells` cells."""
+def layers_of(lane: Lane) -> ScanLayers:
+    """What computes a stack by this lane. `low_memory` changes nothing: a lane decides itself what it keeps."""
 
-    def __call__(
-        self,
-        input: Tensor,
-        start: Start,
-        stack: Stack,
-        *,
-        ragged: Ragged | None = None,
-        dropout: float = 0.0,
-        low_memory: bool = False,
-        return_cells: bool = False,
-    ) -> LaneResults: ...
+    def layers(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
+        def drop(layer: int, output: Tensor) -> Tensor:
+            return F.dropout(output, options.dropout)
+
+        return lane_by_lane(lane, input, start, stack, options, drop)
+
+    return layers
 
 
 def lane_by_lane(
-    lane: Lane,
-    input: Tensor,
-    start: Start,
-    stack: Stack,
-    *,
-    ragged: Ragged | None = None,
-    return_cells: bool = False,
-    drop: Callable[[int, Tensor], Tensor] | None = None,
+    lane: Lane, input: Tensor, start: Start, stack: Stack, options: Options, drop: Callable[[int, Tensor], Tensor]
 ) -> LaneResults:
     """A stack, one lane after the other.
 
     Args:
-        drop: dropout: (layer, its output) -> what the layer above reads; None: the output itself.
+        drop: dropout, where there is any: (layer, its output) -> what the layer above reads.
     """
     outputs: list[Tensor] = []
     ends: list[Sequence[Tensor]] = []
@@ -222,39 +232,13 @@ def lane_by_lane(
             start.of(index),
             weights,
             reverse=stack.is_reverse(index),
-            ragged=ragged,
-            return_cells=return_cells,
+            ragged=options.ragged,
+            return_cells=options.return_cells,
         )
         outputs.append(output)
         ends.append(end)
         if len(outputs) == stack.directions:
             input, outputs = outputs[0] if stack.directions == 1 else torch.cat(outputs, dim=-1), []
-            if drop is not None and not stack.is_last(index):
+            if options.dropout > 0 and not stack.is_last(index):
                 input = drop(index // stack.directions, input)
     return input, *(torch.stack(each) for each in zip(*ends, strict=True))
-
-
-def layers_of(lane: Lane) -> ScanLayers:
-    """What computes a stack by this lane, one lane after the other.
-
-    `low_memory` changes nothing there: PyTorch's functions decide for themselves what they keep for backward.
-    """
-
-    def layers(
-        input: Tensor,
-        start: Start,
-        stack: Stack,
-        *,
-        ragged: Ragged | None = None,
-        dropout: float = 0.0,
-        low_memory: bool = False,
-        return_cells: bool = False,
-    ) -> LaneResults:
-        def drop(layer: int, output: Tensor) -> Tensor:
-            return F.dropout(output, dropout)
-
-        return lane_by_lane(
-            lane, input, start, stack, ragged=ragged, return_cells=return_cells, drop=drop if dropout > 0 else None
-        )
-
-    return layers

@@ -48,6 +48,25 @@ class Device:
 INTERPRETER = Device("interpreter", "interpreter", 16, 64 * 1024)  # a CPU stands for a small GPU
 
 
+class KernelLaunch(NamedTuple):
+    """One launch of a kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    device: torch.device
+    arguments: Mapping[str, object]  # of all parameters of the kernel, by name
+    options: Mapping[str, object]  # of Triton's compiler and launcher
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__)
+
+    @property
+    def values(self) -> list[object]:
+        """The arguments in the order of the parameters: Triton takes longer to find arguments by their names."""
+        return [self.arguments[name] for name in self.kernel.arg_names]
+
+
 class Target(Protocol):
     """Where kernels run."""
 
@@ -63,16 +82,7 @@ class Target(Protocol):
         """Whether PyTorch's own matrix products of a tensor depend on the TF32 setting."""
         ...
 
-    def run(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        device: torch.device,
-        arguments: Mapping[str, object],
-        options: Mapping[str, object],
-    ) -> None:
-        """Run a kernel. `arguments` has all parameters of the kernel by name, `options` are those of the compiler."""
-        ...
+    def run(self, launch: KernelLaunch) -> None: ...
 
 
 class Gpus:
@@ -89,25 +99,12 @@ class Gpus:
     def may_take_tf32(self, tensor: Tensor) -> bool:
         return tensor.dtype == torch.float32 and tensor.is_cuda
 
-    def run(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        device: torch.device,
-        arguments: Mapping[str, object],
-        options: Mapping[str, object],
-    ) -> None:
-        values = in_order(kernel, arguments)
-        if device.type == "cpu":  # a backward pass, after the interpreter's `with` block
-            kernel[grid](*values)
+    def run(self, launch: KernelLaunch) -> None:
+        if launch.device.type == "cpu":  # interpreted; a backward pass may run after the interpreter's `with` block
+            launch.kernel[launch.grid](*launch.values)
             return
-        with torch.cuda.device(device):
-            kernel[grid](*values, **options)
-
-
-def in_order(kernel: Any, arguments: Mapping[str, object]) -> list[object]:
-    """A kernel's arguments in the order of its parameters: Triton takes longer to find arguments by their names."""
-    return [arguments[name] for name in kernel.arg_names]
+        with torch.cuda.device(launch.device):
+            launch.kernel[launch.grid](*launch.values, **launch.options)
 
 
 @cache
@@ -123,6 +120,10 @@ def _gpu(index: int) -> Device:
 
 
 _current: Target = Gpus()  # a plain global: torch.compile guards on it
+
+Watcher = Callable[[KernelLaunch], object]
+_before: list[Watcher] = []
+_after: list[Watcher] = []
 
 
 def current() -> Target:
@@ -140,41 +141,13 @@ def running_on(target: Target) -> Iterator[None]:
         _current = previous
 
 
-class Launched(NamedTuple):
-    """One launch of a kernel, as `Target.run` was asked for it."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: Mapping[str, object]
-    options: Mapping[str, object]
-
-    @property
-    def name(self) -> str:
-        return str(self.kernel.fn.__name__)
-
-
-Watcher = Callable[[Launched], object]
-_before: list[Watcher] = []
-_after: list[Watcher] = []
-
-
-def run(
-    kernel: Any,
-    grid: tuple[int, ...],
-    device: torch.device,
-    arguments: Mapping[str, object],
-    options: Mapping[str, object],
-) -> None:
+def run(launch: KernelLaunch) -> None:
     """Run a kernel on the current target: every launch of this library goes through here."""
-    if not (_before or _after):
-        _current.run(kernel, grid, device, arguments, options)
-        return
-    launched = Launched(kernel, grid, arguments, options)
-    for call in _before:
-        call(launched)
-    _current.run(kernel, grid, device, arguments, options)
-    for call in _after:
-        call(launched)
+    for watch in _before:
+        watch(launch)
+    _current.run(launch)
+    for watch in _after:
+        watch(launch)
 
 
 @contextmanager
@@ -191,8 +164,8 @@ def watched_launches(before: Watcher | None = None, after: Watcher | None = None
 
 
 @contextmanager
-def recorded_launches() -> Iterator[list[Launched]]:
+def recorded_launches() -> Iterator[list[KernelLaunch]]:
     """Yield a list to which every launch inside the `with` block is appended before it runs."""
-    launches: list[Launched] = []
+    launches: list[KernelLaunch] = []
     with watched_launches(before=launches.append):
         yield launches

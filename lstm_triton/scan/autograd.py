@@ -13,22 +13,22 @@ from .dispatch import invoke
 from .formula import second_gradients, stack_by_formula
 from .forward import scan_forward
 from .layout import Layout
-from .saved import Fixed, Grads, Inputs, Options, Saved, stack_of
+from .saved import Fixed, Grads, Inputs, Saved, Static, stack_of
 
 RESULTS = len(Grads._fields)  # output, h_n, c_n, cells; the buffers come after them
-FIRST_INPUT = len(Options._fields) + len(Fixed._fields)  # among the arguments of `Scan`
+FIRST_INPUT = len(Static._fields) + len(Fixed._fields)  # among the arguments of `Scan`
 
 
 class Scan(torch.autograd.Function):
-    """Arguments: `Options`, `Fixed` and `Inputs`, flat. Results: output, h_n, c_n, cells, then `Buffers`."""
+    """Arguments: `Static`, `Fixed` and `Inputs`, flat. Results: output, h_n, c_n, cells, then `Buffers`."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        options, fixed, inputs = _parts(arguments)
-        stack, start, input = stack_of(options, inputs), inputs.start, inputs.input
-        keep = not options.low_memory
+        static, fixed, inputs = _parts(arguments)
+        stack, start, input = stack_of(static, inputs), inputs.start, inputs.input
+        keep = not static.low_memory
         *kept, h_n, c_n = invoke(
             scan_forward,
             input,
@@ -40,73 +40,73 @@ class Scan(torch.autograd.Function):
             fixed.tables,
             start.h_reset,
             start.c_reset,
-            options.dropout,
+            static.dropout,
             fixed.seed,
             start.preact,
             start.preact_reset,
-            options.low_memory,
+            static.low_memory,
         )
         buffers, layout = Buffers(*kept), Layout.of(input, stack.hidden_size, fixed.ragged)
         output = layout.output(buffers.hidden, stack.directions, input.shape[:-1])
         cells = buffers.hidden.new_empty(0)
-        if options.return_cells:
+        if static.return_cells:
             cells = layout.cells(buffers.cell, input.dtype, input.shape[:-1])
         return output, h_n, c_n, cells, *buffers
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        options, fixed, tensors = _parts(inputs)
+        static, fixed, tensors = _parts(inputs)
         buffers = Buffers(*output[RESULTS:])
-        ctx.options = tuple(options)
-        ctx.mark_non_differentiable(*(buffers if options.return_cells else output[RESULTS - 1 :]))
+        ctx.static = tuple(static)
+        ctx.mark_non_differentiable(*(buffers if static.return_cells else output[RESULTS - 1 :]))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*Saved(options, fixed, buffers, tensors).tensors)
+        ctx.save_for_backward(*Saved(static, fixed, buffers, tensors).tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        saved = Saved.of(ctx.options, ctx.saved_tensors)
+        saved = Saved.of(ctx.static, ctx.saved_tensors)
         results = Grads(*grads[:RESULTS])
-        if not saved.options.return_cells:
+        if not saved.static.return_cells:
             results = results._replace(cells=None)
         needed = ctx.needs_input_grad[FIRST_INPUT:]
         # Autocast that is on where backward is called was not asked for by the layer.
         with without_autocast(saved.inputs.input.device):
             if torch.is_grad_enabled():
-                found = _Gradients.apply(needed, ctx.options, *results, *saved.tensors)  # type: ignore[no-untyped-call]
+                found = _Gradients.apply(needed, ctx.static, *results, *saved.tensors)  # type: ignore[no-untyped-call]
             else:
                 found = _gradients(saved, Inputs.of(needed), results).flat
         return *(None,) * FIRST_INPUT, *found
 
 
-def _parts(arguments: tuple[Any, ...]) -> tuple[Options, Fixed, Inputs]:
-    options = Options(*arguments[: len(Options._fields)])
-    return options, Fixed(*arguments[len(Options._fields) : FIRST_INPUT]), Inputs.of(arguments[FIRST_INPUT:])
+def _parts(arguments: tuple[Any, ...]) -> tuple[Static, Fixed, Inputs]:
+    static = Static(*arguments[: len(Static._fields)])
+    return static, Fixed(*arguments[len(Static._fields) : FIRST_INPUT]), Inputs.of(arguments[FIRST_INPUT:])
 
 
 def _gradients(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
-    of_stack = low_memory.of_stack if saved.options.low_memory else gradients.of_stack
+    of_stack = low_memory.of_stack if saved.static.low_memory else gradients.of_stack
     return of_stack(saved, needed, grads)
 
 
 class _Gradients(torch.autograd.Function):
-    """`_gradients`, to be differentiated again. Arguments: `needed`, `Options`, then `Grads` and `Saved`, flat."""
+    """`_gradients`, to be differentiated again. Arguments: `needed`, `Static`, then `Grads` and `Saved`, flat."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(needed: tuple[bool, ...], options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Any, ...]:
-        saved = Saved.of(options, tensors[RESULTS:])
+    def forward(needed: tuple[bool, ...], static: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Any, ...]:
+        saved = Saved.of(static, tensors[RESULTS:])
         return _gradients(saved, Inputs.of(needed), Grads(*tensors[:RESULTS])).flat
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        ctx.needed, ctx.options, *tensors = inputs
+        ctx.needed, ctx.static, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads_of_gradients: Tensor | None) -> tuple[Any, ...]:
-        grads, saved = ctx.saved_tensors[:RESULTS], Saved.of(ctx.options, ctx.saved_tensors[RESULTS:])
+        grads, saved = ctx.saved_tensors[:RESULTS], Saved.of(ctx.static, ctx.saved_tensors[RESULTS:])
         arguments = saved.inputs.flat
         with without_autocast(saved.inputs.input.device):
             formula = partial(_formula, saved)
@@ -116,4 +116,4 @@ class _Gradients(torch.autograd.Function):
 
 
 def _formula(saved: Saved, *arguments: Any) -> tuple[Tensor, ...]:
-    return stack_by_formula(Inputs.of(arguments), saved.options, saved.fixed)
+    return stack_by_formula(Inputs.of(arguments), saved.static, saved.fixed)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..ragged import Ragged
-from ..stack import LaneResults, LaneWeights, Start, formula_lane, lane_by_lane
+from ..stack import LaneResults, LaneWeights, Options, Start, formula_lane, lane_by_lane
 from .dropout import Dropout
-from .saved import Fixed, Inputs, Options, stack_of
+from .saved import Fixed, Inputs, Static, stack_of
 
 Formula = Callable[..., Sequence[Tensor]]  # results from arguments, in operations that can be differentiated
 
@@ -69,24 +69,17 @@ def _replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any
     return found
 
 
-def stack_by_formula(inputs: Inputs, options: Options, fixed: Fixed) -> LaneResults:
+def stack_by_formula(inputs: Inputs, static: Static, fixed: Fixed) -> LaneResults:
     """Output, h_n, c_n and cells of a stack, step by step."""
-    stack, dropout = stack_of(options, inputs), Dropout(options.dropout, fixed.seed)
+    stack, dropout = stack_of(static, inputs), Dropout(static.dropout, fixed.seed)
 
     def drop(layer: int, output: Tensor) -> Tensor:
         lanes = range(layer * stack.directions, (layer + 1) * stack.directions)
         outputs = output.chunk(stack.directions, dim=-1)
         return torch.cat([dropout.applied(lane, each) for lane, each in zip(lanes, outputs, strict=True)], dim=-1)
 
-    return lane_by_lane(
-        _lane,
-        inputs.input,
-        inputs.start,
-        stack,
-        ragged=fixed.ragged,
-        return_cells=True,
-        drop=drop if options.dropout > 0 else None,
-    )
+    options = Options(fixed.ragged, static.dropout, return_cells=True)
+    return lane_by_lane(_lane, inputs.input, inputs.start, stack, options, drop)
 
 
 def _lane(

@@ -78,7 +78,7 @@ def add_absent_steps(grad_h_0: Tensor, grad_h_n: Tensor | None, layout: Layout) 
 
 def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
     """The gradients of all that `needed` says, where forward kept everything."""
-    stack, options, input = saved.stack, saved.options, saved.inputs.input
+    stack, static, input = saved.stack, saved.static, saved.inputs.input
     layout = Layout.of(input, stack.hidden_size, saved.fixed.ragged)
     grad_gates, grad_cell = invoke(
         scan_backward,
@@ -91,14 +91,14 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
         saved.fixed.tables,
         layout.batch_size,
         grads.cells,
-        options.dropout,
+        static.dropout,
         saved.fixed.seed,
     )
     grad_input = None
     if needed.input:
         first = stack.layer(0)
         grad_input = products.input_gradient(grad_gates[first], stack.weights[first], layout).view(input.shape)
-    needed_weights = Stack.of(needed.weights, options.directions, options.bias).weights
+    needed_weights = Stack.of(needed.weights, static.directions, static.bias).weights
     grad_weights: list[Tensor | None] = []
     starts: list[Start] = []
     for lane, (weights, needed_of_lane) in enumerate(zip(stack.weights, needed_weights, strict=True)):
@@ -116,7 +116,7 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
         if found.bias_ih is not None and found.bias_ih is found.bias_hh:
             found = found._replace(bias_hh=found.bias_hh.clone())  # nobody else may have the same memory
         rounded = (None if each is None else each.to(input.dtype) for each in found)
-        grad_weights += list(rounded)[: 4 if options.bias else 2]
+        grad_weights += list(rounded)[: 4 if static.bias else 2]
         starts.append(start)
     grad_start = stacked(starts)
     if grad_start.h is not None:
@@ -140,7 +140,7 @@ def stacked(starts: Sequence[Start]) -> Start:
 def _read_by(layer: int, saved: Saved, stack: Stack, layout: Layout) -> Sequence[Tensor]:
     """What a layer has read: (rows, K) tensors, side by side."""
     if layer > 0:
-        buffer = saved.buffers.passed if saved.options.dropout > 0 else saved.buffers.hidden
+        buffer = saved.buffers.passed if saved.static.dropout > 0 else saved.buffers.hidden
         return buffer[stack.layer(layer - 1), layout.steps, : layout.hidden_size].unbind()
     rows = saved.inputs.input.reshape(layout.rows, -1)
     # There may be anything where no step is.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import target
 from ..stack import Stack
-from ..target import Device
+from ..target import Device, KernelLaunch
 from .layout import Layout, Window
 from .planner import MIN_DOT_DEPTH, Kind, Launch, Plan, launches
 
@@ -148,4 +148,4 @@ def launch(
     options: Mapping[str, object],
 ) -> None:
     """Launch a kernel where kernels run now: every kernel of this library goes through here."""
-    target.run(kernel, grid, device, {**arguments, **constants}, options)
+    target.run(KernelLaunch(kernel, grid, device, {**arguments, **constants}, options))

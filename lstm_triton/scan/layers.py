@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import transforms
 from ..ragged import Ragged, tables_of
-from ..stack import LaneResults, LaneWeights, Stack, Start
+from ..stack import LaneResults, LaneWeights, Options, Stack, Start
 from .autograd import Scan
 from .cell import single_step
 from .dispatch import invoke
@@ -13,28 +13,15 @@ from .formula import stack_by_formula
 from .forward import scan_forward
 from .gradients import stacked
 from .layout import Layout
-from .saved import Fixed, Inputs, Options
+from .saved import Fixed, Inputs, Static
 
 
-def scan_layers(
-    input: Tensor,
-    start: Start,
-    stack: Stack,
-    *,
-    ragged: Ragged | None = None,
-    dropout: float = 0.0,
-    low_memory: bool = False,
-    return_cells: bool = False,
-) -> LaneResults:
+def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
     """All steps of a stack of layers without projections, through the Triton kernels.
 
     Args:
         input: (T, B, I), of any strides; of a ragged batch (rows, I).
         start: what sequences start from, (lanes, B, ...); h and c are both given, or both None.
-        ragged: which step follows on which; None: all steps of all sequences in turn.
-        dropout: the probability of dropout on the output of every layer but the last.
-        low_memory: keep little for backward, which then takes longer (low_memory.py). With `return_cells` all is kept.
-        return_cells: whether every c_t is asked for.
 
     Returns:
         output (T, B, directions * H), h_n and c_n (lanes, B, H), and with `return_cells` cells (lanes, T, B, H); of a
@@ -46,16 +33,17 @@ def scan_layers(
     ones, come from the step-by-step formula (formula.py), in the same dtype.
     """
     weights, *_ = stack.arguments
-    dropout = float(dropout) if stack.num_layers > 1 else 0.0  # an integer would be another type to a kernel
+    ragged, return_cells = options.ragged, options.return_cells
+    dropout = float(options.dropout) if stack.num_layers > 1 else 0.0  # an integer would be another type to a kernel
     seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
-    low_memory = low_memory and not return_cells
-    options = Options(stack.directions, stack.bias, stack.reverse, dropout, low_memory, return_cells)
+    low_memory = options.low_memory and not return_cells
+    static = Static(stack.directions, stack.bias, stack.reverse, dropout, low_memory, return_cells)
     fixed, inputs = Fixed(seed, *tables_of(ragged)), Inputs(input, start, weights)
     count = 4 if return_cells else 3
     if transforms.in_forward_mode():
-        return stack_by_formula(inputs, options, fixed)[:count]
+        return stack_by_formula(inputs, static, fixed)[:count]
     if torch.is_grad_enabled() and (transforms.active() or _any_requires_grad(inputs)):
-        return tuple(Scan.apply(*options, *fixed, *inputs.flat)[:count])  # type: ignore[no-untyped-call]
+        return tuple(Scan.apply(*static, *fixed, *inputs.flat)[:count])  # type: ignore[no-untyped-call]
     if ragged is None and input.shape[0] == 1 and start.preact is None and dropout == 0:
         # As in streaming: there is nobody to exchange states with.
         output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, stack.directions, stack.bias)
@@ -86,16 +74,7 @@ def _any_requires_grad(inputs: Inputs) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in inputs.flat)
 
 
-def scan_projected_layers(
-    input: Tensor,
-    start: Start,
-    stack: Stack,
-    *,
-    ragged: Ragged | None = None,
-    dropout: float = 0.0,
-    low_memory: bool = False,
-    return_cells: bool = False,
-) -> LaneResults:
+def scan_projected_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
     """`scan_layers` with projections: h has P elements. All outputs of a layer are projected at once."""
     ends = []
     for layer in range(stack.num_layers):
@@ -106,16 +85,14 @@ def scan_projected_layers(
             input,
             stacked([own_start for _, own_start in folded_lanes]),
             part._replace(weights=tuple(weights for weights, _ in folded_lanes)),
-            ragged=ragged,
-            low_memory=low_memory,
-            return_cells=return_cells,
+            options,
         )
         outputs = zip(output.chunk(stack.directions, dim=-1), part.weights, strict=True)
         input = torch.cat([projected(y, weights) for y, weights in outputs], dim=-1)
         h_n = torch.stack([projected(y, weights) for y, weights in zip(y_n, part.weights, strict=True)])
-        ends.append((end_without_steps(h_n, start.of(lanes).h, ragged), *others))
-        if dropout > 0 and layer < stack.num_layers - 1:
-            input = torch.nn.functional.dropout(input, dropout)
+        ends.append((end_without_steps(h_n, start.of(lanes).h, options.ragged), *others))
+        if options.dropout > 0 and layer < stack.num_layers - 1:
+            input = torch.nn.functional.dropout(input, options.dropout)
     return input, *(torch.cat(each) for each in zip(*ends, strict=True))
 
 

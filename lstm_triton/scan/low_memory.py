@@ -44,7 +44,7 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
         saved.buffers.hidden,
         saved.buffers.cell,
         saved.fixed.tables,
-        saved.options.dropout,
+        saved.static.dropout,
         saved.fixed.seed,
         needed.input,
     )

@@ -1,7 +1,7 @@
 """What the scans get, and what backward has of forward: each tensor by its name.
 
 A `torch.autograd.Function` takes and saves a flat list of tensors. The records of this file are its parts, in the order
-of the list: `Options`, `Fixed` and `Inputs` are the arguments of `Scan`; `Fixed`, `Buffers` and `Inputs` are saved.
+of the list: `Static`, `Fixed` and `Inputs` are the arguments of `Scan`; `Fixed`, `Buffers` and `Inputs` are saved.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .buffers import Buffers
 from .dropout import Dropout
 
 
-class Options(NamedTuple):
+class Static(NamedTuple):
     """What is no tensor."""
 
     directions: int
@@ -74,15 +74,15 @@ class Grads(NamedTuple):
 class Saved(NamedTuple):
     """What backward has of forward."""
 
-    options: Options
+    static: Static
     fixed: Fixed
     buffers: Buffers
     inputs: Inputs
 
     @staticmethod
-    def of(options: Sequence[Any], tensors: Sequence[Any]) -> "Saved":
+    def of(static: Sequence[Any], tensors: Sequence[Any]) -> "Saved":
         fixed, end = len(Fixed._fields), len(Fixed._fields) + len(Buffers._fields)
-        return Saved(Options(*options), Fixed(*tensors[:fixed]), Buffers(*tensors[fixed:end]), Inputs.of(tensors[end:]))
+        return Saved(Static(*static), Fixed(*tensors[:fixed]), Buffers(*tensors[fixed:end]), Inputs.of(tensors[end:]))
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -90,12 +90,12 @@ class Saved(NamedTuple):
 
     @property
     def stack(self) -> Stack:
-        return stack_of(self.options, self.inputs)
+        return stack_of(self.static, self.inputs)
 
     @property
     def dropout(self) -> Dropout:
-        return Dropout(self.options.dropout, self.fixed.seed)
+        return Dropout(self.static.dropout, self.fixed.seed)
 
 
-def stack_of(options: Options, inputs: Inputs) -> Stack:
-    return Stack.of(inputs.weights, options.directions, options.bias, options.reverse)
+def stack_of(static: Static, inputs: Inputs) -> Stack:
+    return Stack.of(inputs.weights, static.directions, static.bias, static.reverse)

@@ -21,7 +21,7 @@ from lstm_triton import interpreter
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import buffers, launch, planner
 from lstm_triton.scan.planner import Kind, Plan
-from lstm_triton.target import Device, Gpus, in_order, running_on
+from lstm_triton.target import Device, Gpus, KernelLaunch, running_on
 from tests.conftest import INTERPRETED
 from tests.emulator import Deadlock, Fault, Race, driver, emulated
 from tests.support.cells import cell_arguments, check_cell
@@ -99,9 +99,9 @@ def compiled_for(
         def describe(self, _: torch.device) -> Device:
             return device
 
-        def run(self, kernel: Any, grid: Any, device: Any, arguments: Any, options: Any) -> None:
-            options = {name: value for name, value in options.items() if name != "launch_cooperative_grid"}
-            kernel[grid](*in_order(kernel, arguments), **options)
+        def run(self, launch: KernelLaunch) -> None:
+            options = {name: value for name, value in launch.options.items() if name != "launch_cooperative_grid"}
+            launch.kernel[launch.grid](*launch.values, **options)
 
     @contextmanager
     def emulating(seed: int = 0) -> Iterator[None]:

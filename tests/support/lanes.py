@@ -15,7 +15,7 @@ from lstm_triton.ragged import Ragged, dense, packed
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import layers, planner
 from lstm_triton.scan.planner import Kind, Plan
-from lstm_triton.stack import Lane, LaneResults, LaneWeights, Stack, Start
+from lstm_triton.stack import Lane, LaneResults, LaneWeights, Options, Stack, Start
 from lstm_triton.target import Device
 from tests.support.comparing import assert_as_accurate, floor_of, loop_layer, nudged
 
@@ -49,7 +49,7 @@ def scan_lane(
 ) -> LaneResults:
     """A lane through the kernels, by itself."""
     stack, starts = Stack((weights,), reverse=reverse), start.map(lambda state: state.unsqueeze(0))
-    output, *others = layers.scan_layers(input, starts, stack, ragged=ragged, return_cells=return_cells)
+    output, *others = layers.scan_layers(input, starts, stack, Options(ragged, return_cells=return_cells))
     return output, *(other.squeeze(0) for other in others)
 
 

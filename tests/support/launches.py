@@ -48,7 +48,7 @@ def recorded_launches() -> Iterator[Launches]:
         plans.append(plan)
         launch.launch_scan(kernel, plan, device, **arguments)
 
-    def recorded(launched: target.Launched) -> None:
+    def recorded(launched: target.KernelLaunch) -> None:
         found.append(Launched(launched.name, dict(launched.arguments), plans.pop() if plans else None))
 
     with pytest.MonkeyPatch.context() as patch, target.watched_launches(before=recorded):
