@@ -6,9 +6,9 @@
     >>> output.shape, h_n.shape, c_n.shape
     (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
 
-From the outside in: `module` (the layer with its parameters) -> `functional` (checks, the stack of layers) -> `backend`
-(Triton kernels or PyTorch's own function) -> `autograd` -> `ops` -> `kernels`; `trace` looks inside. Triton and the
-kernels are imported when a call first needs them.
+From the outside in: `module` (the layer with its parameters) -> `functional` (checks, the choice of a path, the stack
+of layers) -> `scan` (the path through the kernels) or `aten` (PyTorch's own function). `tracing` looks inside. Triton
+and the kernels are imported when a call first needs them.
 """
 
 from . import functional, reference
