@@ -1,6 +1,6 @@
 """What a call would do, without computing any of it: `explain`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,9 +10,10 @@ from torch.nn.utils.rnn import PackedSequence
 from .call import Call
 from .checks import call_of_module
 from .routing import choose
+from .target import Device
 
 if TYPE_CHECKING:
-    from .scan.planner import CellPlan, Kind, Plan
+    from .scan.plan import CellPlan, Kind, Plan
 
 
 @dataclass(frozen=True)
@@ -118,58 +119,48 @@ def explain(
     layers = [LayerExplanation(layer, direction, *choice) for layer in range(call.num_layers) for direction in names]
     launches: list[ScanLaunch] = []
     if choice.path == "triton":
-        launches = _cell_launches(call, dtype) if call.cell else _launches(call, dtype)
+        launches = _cell_launches(call, dtype) if call.cell else _scans(call, dtype)
     return Explanation(
         str(module), str(call.data.device), dtype, call.time_steps, call.batch_size, tuple(layers), tuple(launches)
     )
 
 
-def _launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
-    from .scan.launch import launches_of
-    from .scan.windows import low_memory_steps, steps_at_once, window_bounds
+def _scans(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
+    from .scan.launch import allows_tf32
+    from .scan.plan import ScanShape
+    from .scan.schedule import backward_schedules, forward_schedules
 
     trains = torch.is_grad_enabled()
-    projected = call.projected
-    initial = call.states is not None or call.reset_state is not None
-    dense = call.dense
-    if not trains and call.time_steps == 1 and dense and not projected and not (call.training and call.dropout > 0):
+    plain = call.dense and not call.projected and not (call.training and call.dropout > 0)
+    if not trains and call.time_steps == 1 and plain:
         lanes = range(call.num_layers * call.directions)
         return [ScanLaunch("cell", (lane,), _cell_plan(call, dtype, lane, "rnn")) for lane in lanes]
 
     low_memory = trains and call.low_memory
-    kept_steps = low_memory_steps(call.time_steps) if low_memory else call.time_steps
-    kinds: tuple[Kind, ...] = ("forward", "backward") if trains else ("forward",)
+    # States that are no h of a projected layer add their share to input projections in memory.
+    fuse_input = not (call.projected and (call.states is not None or call.reset_state is not None))
     # Projected layers are scanned one by one: what lies between two of them is a product of its own.
-    stacks = [1] * call.num_layers if projected else [call.num_layers]
+    stacks = [1] * call.num_layers if call.projected else [call.num_layers]
     found: list[ScanLaunch] = []
+    kinds: tuple[Kind, ...] = ("forward", "backward") if trains else ("forward",)
     for kind in kinds:
-        first = 0
+        lane = 0
         for layers in stacks:
-            # With low_memory, backward takes lane after lane.
-            by_lane = low_memory and kind == "backward"
-            launches = launches_of(
-                kind,
-                num_layers=1 if by_lane else layers,
-                directions=1 if by_lane else call.directions,
-                batch_size=call.batch_size,
-                input_size=call.weights[0].shape[1] if first == 0 else call.directions * call.output_size,
-                hidden_size=call.hidden_size,
-                dtype=dtype,
-                device=call.data.device,
-                fuse_input=not (projected and initial),
-            )
-            if by_lane:
-                launches = tuple(replace(launches[0], first=lane) for lane in range(layers * call.directions))
-            for launch in launches:
-                at_once = call.time_steps
-                if kind == "forward" and (low_memory or not trains):
-                    at_once = steps_at_once(launch.plan, call.hidden_size, call.batch_size, dtype.itemsize)
-                windows = len(window_bounds(call.time_steps, kept_steps, at_once)) - 1
-                apart = windows > 1 and not launch.plan.chained  # directions meet different windows
-                lanes_of_launch = tuple(first + lane for lane in launch.lanes)
-                times = windows * (launch.plan.lanes if apart else 1)
-                found.append(ScanLaunch(kind, lanes_of_launch, launch.plan, times))
-            first += layers * call.directions
+            input_size = call.weights[0].shape[1] if lane == 0 else call.directions * call.output_size
+            device = Device.of(call.data.device)
+            first = ScanShape(kind, call.batch_size, input_size, call.hidden_size, dtype, device, allows_tf32())
+            sizes = (first, layers, call.directions, call.time_steps)
+            if kind == "forward":
+                keep_gates = trains and not low_memory
+                schedules = forward_schedules(
+                    *sizes, keep_gates=keep_gates, low_memory=low_memory, fuse_input=fuse_input
+                )
+            else:
+                schedules = backward_schedules(*sizes, low_memory=low_memory)
+            for schedule in schedules:
+                lanes_of_launch = tuple(lane + each for each in schedule.planned.lanes)
+                found.append(ScanLaunch(kind, lanes_of_launch, schedule.planned.plan, schedule.times))
+            lane += layers * call.directions
     return found
 
 

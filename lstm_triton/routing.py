@@ -150,7 +150,8 @@ def _obstacle_of_device(
 def _found_obstacle_of_device(
     device: torch.device, dtype: torch.dtype, input_sizes: tuple[int, ...], hidden_size: int
 ) -> str | None:
-    from .scan.planner import Kind, plan
+    from .scan.plan import Kind, ScanShape
+    from .scan.planner import plan
 
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -168,15 +169,7 @@ def _found_obstacle_of_device(
         for kind in kinds:
             for input_size in input_sizes:
                 # More sequences and TF32 only add to the plans to choose from.
-                plan(
-                    kind,
-                    batch_size=1,
-                    input_size=input_size,
-                    hidden_size=hidden_size,
-                    dtype=dtype,
-                    device=Device.of(device),
-                    allow_tf32=False,
-                )
+                plan(ScanShape(kind, 1, input_size, hidden_size, dtype, Device.of(device), allow_tf32=False))
     except ValueError as no_plan:
         return str(no_plan)
     return None

@@ -10,7 +10,8 @@ from ..stack import Stack
 from . import buffers, products
 from .buffers import Layout, Window, transposed
 from .dropout import dropped_lanes
-from .launch import launch_scan, launches_for, lookups
+from .launch import launch_scan, lookups, shape_of
+from .schedule import backward_schedules
 
 
 @torch.library.custom_op("lstm_triton::scan_backward", mutates_args=())
@@ -70,8 +71,9 @@ def scan_backward(
     grad_h_n = gates.new_zeros((stack.lanes, batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
     grad_cells = None if grad_cells is None else grad_cells.contiguous()
 
-    for launch in reversed(launches_for("backward", stack, gates, batch_size)):
-        plan, lanes = launch.plan, slice(launch.lanes.start, launch.lanes.stop)
+    first = shape_of("backward", stack, gates, batch_size)
+    for schedule in reversed(backward_schedules(first, stack.num_layers, directions, time_steps)):
+        launch, plan, lanes = schedule.planned, schedule.planned.plan, schedule.lanes
         part = stack.of(lanes)
         layer = (launch.lanes.stop - 1) // directions
         if layer < stack.num_layers - 1:

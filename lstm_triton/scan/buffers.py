@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..ragged import Ragged
 from ..stack import Stack
-from .planner import state_stride
+from .plan import state_stride
 
 
 def output_of(hidden: Tensor, stack: Stack, input: Tensor, ragged: Ragged | None) -> Tensor:

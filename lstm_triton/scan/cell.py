@@ -14,7 +14,8 @@ from ..target import Device
 from .buffers import with_aligned_rows
 from .dispatch import invoke
 from .launch import launch
-from .planner import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan, plan_cell
+from .plan import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan
+from .planner import plan_cell
 
 BACKWARD_OPTIONS: dict[str, object] = {"num_warps": CELL_BACKWARD_WARPS, "enable_fp_fusion": True}
 

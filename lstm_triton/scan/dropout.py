@@ -1,11 +1,21 @@
 """Dropout between layers, as the scans compute it, for what is computed outside of them."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..stack import Stack
 from .launch import launch
-from .planner import DROPOUT_BLOCK, Launch
+from .plan import DROPOUT_BLOCK, Launch
+
+
+class Dropout(NamedTuple):
+    """Dropout on the outputs of some lanes of a launch."""
+
+    lanes: int  # how many, the first ones
+    probability: float
+    seed: Tensor | None  # (1,) int64; None only where no lane has dropout
 
 
 def dropped_lanes(launch: Launch, stack: Stack, dropout: float) -> int:

@@ -1,7 +1,6 @@
 """The forward scan of a stack of layers as a PyTorch operator: it asks the planner, allocates buffers and launches."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,10 +10,10 @@ from ..ragged import Ragged
 from ..stack import Stack
 from . import products
 from .buffers import Buffers, Layout, add_starts, aligned, contiguous, with_aligned_rows, write_start
-from .dropout import dropped_lanes
-from .launch import input_constants_of, launch_scan, launches_for, lookups
-from .planner import Launch
-from .windows import cell_starts_of, low_memory_steps, steps_at_once, windows_of
+from .dropout import Dropout, dropped_lanes
+from .launch import input_constants_of, launch_scan, lookups, shape_of
+from .schedule import Schedule, forward_schedules
+from .windows import cell_starts_of, low_memory_steps, windows_of
 
 
 @torch.library.custom_op("lstm_triton::scan_forward", mutates_args=())
@@ -76,21 +75,25 @@ def scan_forward(
     last_hidden: list[Tensor] = []
     # The shares of states are added to input projections that are in memory.
     fuse_input = preact_0 is None and preact_reset is None
-    for launch in launches_for("forward", stack, input, layout.batch_size, fuse_input):
-        lanes = slice(launch.lanes.start, launch.lanes.stop)
+    time_steps = below.shape[0] if ragged is None else ragged.offsets.shape[0] - 1
+    schedules = forward_schedules(
+        shape_of("forward", stack, input, layout.batch_size), stack.num_layers, directions, time_steps,
+        keep_gates=keep_gates, low_memory=low_memory, fuse_input=fuse_input,
+    )  # fmt: skip
+    for schedule in schedules:
+        planned, lanes = schedule.planned, schedule.lanes
         part = stack.of(lanes)
-        dropped = dropped_lanes(launch, stack, dropout)
+        dropped = dropped_lanes(planned, stack, dropout)
         if keep_cells:
             buffers = kept.of(lanes)
         else:
-            buffers = new_buffers(launch.plan.lanes, dropped > 0, kept.hidden[lanes] if low_memory else None)
+            buffers = new_buffers(planned.plan.lanes, dropped > 0, kept.hidden[lanes] if low_memory else None)
         cell_starts = kept.cell[lanes] if low_memory else None
         starts = [None if each is None else each[lanes] for each in (h_0, c_0, h_reset, c_reset)]
         write_start(buffers, layout, ragged, part, starts)
         preacts = [None if each is None else each[lanes] for each in (preact_0, preact_reset)]
-        _run_forward(
-            launch, part, buffers, layout, ragged, below, preacts, keep_cells, cell_starts, dropped, dropout, seed
-        )
+        of_launch = Dropout(dropped, dropout, seed)
+        _run_forward(schedule, part, buffers, layout, ragged, below, preacts, keep_cells, cell_starts, of_launch)
         for own, reverse in part.by_direction():
             last = layout.last(reverse) if ragged is None else ragged.ends(reverse)
             h_n[lanes][own] = buffers.hidden[own, last, : stack.hidden_size]
@@ -98,19 +101,19 @@ def scan_forward(
                 c_n[lanes][own] = buffers.cell[own, last, : stack.hidden_size]
         if not keep_cells:
             c_n[lanes] = buffers.cell[:, : layout.batch_size, : stack.hidden_size]
-        for at in range(launch.plan.lanes):
+        for at in range(planned.plan.lanes):
             last_hidden = [*last_hidden, buffers.hidden[at]][-directions:]
             if len(outputs) == directions:
                 outputs = []
             source = buffers.passed if at < dropped else buffers.hidden
             outputs.append(source[at, layout.steps, : stack.hidden_size])
-        if len(outputs) == directions and launch.lanes.stop < stack.lanes:
+        if len(outputs) == directions and lanes.stop < stack.lanes:
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
     if keep_cells or low_memory:
         return *kept, h_n, c_n
     hidden, passed, cell, gates = kept
     # A copy of the last layer, where it has no buffer of its own: a view would keep the layers below in memory.
-    hidden = buffers.hidden if launch.plan.lanes == directions else torch.stack(last_hidden)
+    hidden = buffers.hidden if planned.plan.lanes == directions else torch.stack(last_hidden)
     return hidden, passed, cell, gates, h_n, c_n
 
 
@@ -151,7 +154,7 @@ def _(
 
 
 def _run_forward(
-    launch: Launch,
+    schedule: Schedule,
     stack: Stack,
     buffers: Buffers,
     layout: Layout,
@@ -160,30 +163,24 @@ def _run_forward(
     preacts: list[Tensor | None],
     keep_cells: bool,
     cell_starts: Tensor | None,
-    dropped: int,
-    dropout: float,
-    seed: Tensor | None,
+    dropout: Dropout,
 ) -> None:
-    """The scan of a launch's lanes, whose weights `stack` are: at once, or window after window of steps.
+    """The scan of a schedule's lanes, whose weights `stack` are: at once, or window after window of steps.
 
     Whatever c a window starts from is written to `cell_starts`, if there are any.
     """
     from ..kernels.forward import forward_scan
 
-    plan = launch.plan
+    plan = schedule.planned.plan
     keep_gates = len(buffers.gates) > 0
-    time_steps = below.shape[0] if ragged is None else ragged.offsets.shape[0] - 1
-    kept_steps = time_steps if cell_starts is None else low_memory_steps(time_steps)
-    steps = time_steps if keep_gates else steps_at_once(plan, stack.hidden_size, layout.batch_size, below.itemsize)
-    windows = windows_of(layout, ragged, time_steps, kept_steps, steps)
+    windows, time_steps = windows_of(layout, ragged, schedule.bounds), schedule.bounds[-1]
+    kept_steps = low_memory_steps(time_steps)
     below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
     aligned_input, stride_unit = with_aligned_rows(below) if plan.fuse_input else (None, 1)
-    # Directions meet different windows: then each has launches of its own.
-    whole = plan.chained or len(windows) == 1
-    parts = [slice(0, plan.lanes)] if whole else [slice(at, at + 1) for at in range(plan.lanes)]
-    for part in parts:
-        part_plan = plan if whole else replace(plan, lanes=1)
-        part_stack, hidden = stack if whole else stack.of(part), buffers.hidden[part]
+    for launch in schedule.parts:
+        part_plan, first_lane = launch.plan, launch.first - schedule.planned.first
+        part = slice(first_lane, first_lane + part_plan.lanes)
+        part_stack, hidden = stack.of(part), buffers.hidden[part]
         input = hidden if aligned_input is None else aligned_input
         weights_ih = aligned(part_stack.named("weight_ih"), layout.stride if part_plan.chained else 0)
         weights_hh = aligned(part_stack.named("weight_hh"), layout.stride)
@@ -195,11 +192,10 @@ def _run_forward(
             first, last = window.rows.start, window.rows.stop
             gates = buffers.gates[part]
             if not plan.fuse_input:
-                projected = 1 if plan.chained else part_plan.lanes
                 if not keep_gates:
-                    gates = below.new_empty((projected, last - first, 4 * stack.hidden_size))
+                    gates = below.new_empty((part_plan.projected_lanes, last - first, 4 * stack.hidden_size))
                 rows = below_rows[window.rows]
-                for at in range(projected):
+                for at in range(part_plan.projected_lanes):
                     products.project(rows, part_stack.named("weight_ih")[at], gates[at])
                     own = [None if each is None else each[part][at] for each in preacts]
                     add_starts(gates[at], own, window, layout, ragged, part_stack.is_reverse(at))
@@ -216,15 +212,15 @@ def _run_forward(
                 bias_ih_ptrs=contiguous(part_stack.named("bias_ih" if stack.bias else "weight_hh")),
                 bias_hh_ptrs=contiguous(part_stack.named("bias_hh" if stack.bias else "weight_hh")),
                 hidden_ptr=hidden,
-                passed_ptr=buffers.passed[part] if dropped else hidden,
+                passed_ptr=buffers.passed[part] if dropout.lanes else hidden,
                 cell_ptr=buffers.cell[part],
                 before_ptr=hidden if ragged is None else ragged.before,
                 after_ptr=hidden if ragged is None else ragged.after,
                 **lookups(ragged, part_plan, window, hidden),
-                seed_ptr=seed if dropped else hidden,
-                dropout=dropout,
-                dropped_lanes=dropped - part.start,
-                first_lane=launch.first + part.start,
+                seed_ptr=dropout.seed if dropout.lanes else hidden,
+                dropout=dropout.probability,
+                dropped_lanes=dropout.lanes - part.start,
+                first_lane=launch.first,
                 row_count=layout.rows,
                 state_rows=layout.state_rows,
                 gate_rows=last - first,
@@ -237,6 +233,6 @@ def _run_forward(
                 HAS_BIAS=stack.bias,
                 KEEP_CELLS=keep_cells,
                 KEEP_GATES=keep_gates,
-                DROPOUT=dropped > 0,
+                DROPOUT=dropout.lanes > 0,
                 **input_constants_of(plan, input.shape[-1], stride_unit),
             )

@@ -18,7 +18,7 @@ from .buffers import Layout, add_starts, begun_gates, hidden_before
 from .dispatch import invoke
 from .dropout import dropout_scale
 from .recompute import recompute_gates
-from .windows import low_memory_steps, windows_of
+from .windows import low_memory_bounds, windows_of
 
 
 @torch.library.custom_op("lstm_triton::low_memory_gradients", mutates_args=())
@@ -54,7 +54,7 @@ def low_memory_gradients(
     batch_size, hidden_size = layout.batch_size, layout.hidden_size
     ragged = Ragged(*tables) if tables else None
     time_steps = input.shape[0] if ragged is None else ragged.offsets.shape[0] - 1
-    windows = windows_of(layout, ragged, time_steps, low_memory_steps(time_steps))
+    windows = windows_of(layout, ragged, low_memory_bounds(time_steps))
     shape = (stack.lanes, batch_size, hidden_size)
     # In float32, since every window adds to them.
     of_h_0, of_c_0, of_h_reset, of_c_reset = (input.new_zeros(shape, dtype=torch.float32) for _ in range(4))

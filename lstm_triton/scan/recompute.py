@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..ragged import Ragged
 from ..stack import Stack
-from . import planner
 from .launch import launch
+from .plan import AGAIN_BLOCK, AGAIN_WARPS
 
 
 def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, tables: Sequence[Tensor], batch_size: int) -> None:
@@ -20,7 +20,7 @@ def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, tables: Sequence[
     from ..kernels.again import gates_again as kernel
 
     ragged = Ragged(*tables) if tables else None
-    block_batch, block_hidden = planner.AGAIN_BLOCK
+    block_batch, block_hidden = AGAIN_BLOCK
     grid = (-(-batch_size // block_batch), -(-stack.hidden_size // block_hidden))
     bias_ih, bias_hh = [*stack.named("bias_ih"), *stack.named("bias_hh")] if stack.bias else [gates, gates]
     arguments = {
@@ -43,4 +43,4 @@ def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, tables: Sequence[
         "BLOCK_BATCH": block_batch,
         "BLOCK_HIDDEN": block_hidden,
     }
-    launch(kernel, grid, gates.device, arguments, constants, {"num_warps": planner.AGAIN_WARPS})
+    launch(kernel, grid, gates.device, arguments, constants, {"num_warps": AGAIN_WARPS})

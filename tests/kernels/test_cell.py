@@ -17,7 +17,7 @@ from lstm_triton.commands.check import tf32
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import cell, planner
 from lstm_triton.scan.cell import step
-from lstm_triton.scan.planner import CellPlan
+from lstm_triton.scan.plan import CellPlan
 from lstm_triton.scan.products import matmul_precision
 from lstm_triton.target import Device
 from tests.support.cells import cell_arguments, cell_twins, check_cell, run_cell
