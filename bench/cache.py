@@ -41,7 +41,7 @@ import torch
 from . import cases, contact_cases, gpu, measure, results
 from .devices import Cpu
 
-GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_pytorch.py")
+GPU_TESTS = ("tests/gpu/test_gpu.py", "tests/gpu/test_gpu_pytorch.py")
 NEEDED = (".json", ".cubin")  # of the files that Triton writes for a kernel
 GROUP = "__grp__"  # with this begins the name of the file in which Triton lists the other files
 

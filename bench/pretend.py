@@ -1,6 +1,6 @@
 """A plugin of pytest: runs the gpu tests on a pretended GPU, to compile the kernels that they launch.
 
-    python -m pytest tests/test_gpu.py tests/test_gpu_pytorch.py -m gpu -p bench.pretend -n 2
+    python -m pytest tests/gpu/test_gpu.py tests/gpu/test_gpu_pytorch.py -m gpu -p bench.pretend -n 2
 
 `--arch` names another GPU than sm_90, and `--libtriton` the library for another Python. Tensors are on the CPU. Kernels
 are compiled into Triton's cache and do nothing (bench.cache), so results mean nothing. Most comparisons are left out. A

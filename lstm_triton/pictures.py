@@ -1,6 +1,6 @@
-"""Pictures of what `lstm_triton.trace` saw. Imports matplotlib: only `Trace.plot` imports it."""
+"""Pictures of gates and memories over time. Imports matplotlib, so that only `Trace.plot` imports this file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
-
-from .tracing import LayerTrace
+from torch import Tensor
 
 MOST_LINES = 4  # hidden units side by side; more become heat maps
 MARKED_STEPS = 40  # with more steps than these, markers would hide the lines
@@ -28,21 +27,21 @@ MEMORIES = {
 }
 
 
-def draw(shown: LayerTrace, sequence: int, steps: int, units: Sequence[int], title: str | None) -> Figure:
-    """One sequence of a layer: lines for each of a few units, heat maps of many."""
-    values = {
-        name: getattr(shown, name)[:steps, sequence].detach().to("cpu", torch.float64).numpy()
-        for name in (*GATES, *MEMORIES)
-    }
-    projected = shown.hidden_state.shape[2] != shown.cell_state.shape[2]
+def draw(tensors: Mapping[str, Tensor], units: Sequence[int], title: str) -> Figure:
+    """One sequence of a layer: lines for each of a few units, heat maps of many.
+
+    Args:
+        tensors: by the names in GATES and MEMORIES, (steps, H); "hidden_state" may be projected, (steps, P).
+        units: the hidden units to draw.
+    """
+    values = {name: tensors[name].detach().to("cpu", torch.float64).numpy() for name in (*GATES, *MEMORIES)}
+    steps, hidden_size = values["cell_state"].shape
+    projected = values["hidden_state"].shape[1] != hidden_size
     for name in values:
         if name != "hidden_state" or not projected:  # what is projected belongs to no unit
             values[name] = values[name][:, list(units)]
     as_lines = len(units) <= MOST_LINES and not projected
     figure = _lines(values, steps, units) if as_lines else _heat_maps(values, steps, units, projected)
-    if title is None:
-        title = f"Layer {shown.layer}, {shown.direction}, sequence {sequence}: the gates and memories of "
-        title += f"{len(units)} hidden units" if len(units) > 1 else f"hidden unit {units[0]}"
     figure.suptitle(title, fontsize=13)
     return figure
 

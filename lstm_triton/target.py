@@ -154,41 +154,45 @@ class Launched(NamedTuple):
 
 
 Watcher = Callable[[Launched], object]
+_before: list[Watcher] = []
+_after: list[Watcher] = []
 
 
-class _Watched:
-    """Another target, and what is called before and after each of its launches."""
-
-    def __init__(self, target: Target, before: Watcher | None, after: Watcher | None) -> None:
-        self.target, self.before, self.after = target, before, after
-        self.takes, self.describe, self.may_take_tf32 = target.takes, target.describe, target.may_take_tf32
-
-    def run(
-        self,
-        kernel: Any,
-        grid: tuple[int, ...],
-        device: torch.device,
-        arguments: Mapping[str, object],
-        options: Mapping[str, object],
-    ) -> None:
-        launched = Launched(kernel, grid, arguments, options)
-        if self.before is not None:
-            self.before(launched)
-        self.target.run(kernel, grid, device, arguments, options)
-        if self.after is not None:
-            self.after(launched)
+def run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    arguments: Mapping[str, object],
+    options: Mapping[str, object],
+) -> None:
+    """Run a kernel on the current target: every launch of this library goes through here."""
+    if not (_before or _after):
+        _current.run(kernel, grid, device, arguments, options)
+        return
+    launched = Launched(kernel, grid, arguments, options)
+    for call in _before:
+        call(launched)
+    _current.run(kernel, grid, device, arguments, options)
+    for call in _after:
+        call(launched)
 
 
 @contextmanager
 def watched_launches(before: Watcher | None = None, after: Watcher | None = None) -> Iterator[None]:
-    """Call these functions before and after every launch inside the `with` block."""
-    with running_on(_Watched(_current, before, after)):
+    """Call these functions before and after every launch inside the `with` block, on whatever target."""
+    watchers = [(calls, call) for calls, call in ((_before, before), (_after, after)) if call is not None]
+    for calls, call in watchers:
+        calls.append(call)
+    try:
         yield
+    finally:
+        for calls, call in watchers:
+            calls.remove(call)
 
 
 @contextmanager
 def recorded_launches() -> Iterator[list[Launched]]:
-    """Yield a list to which every launch inside the `with` block is appended."""
+    """Yield a list to which every launch inside the `with` block is appended before it runs."""
     launches: list[Launched] = []
     with watched_launches(before=launches.append):
         yield launches

@@ -123,7 +123,11 @@ class Trace(Generic[Sequences]):
                 raise
             message = f"plot needs {error.name}, which comes with: pip install 'lstm-triton[demo]'"
             raise ModuleNotFoundError(message, name=error.name) from None
-        return pictures.draw(shown, sequence, steps, list(units), title)
+        if title is None:
+            title = f"Layer {layer}, {direction}, sequence {sequence}: the gates and memories of "
+            title += f"{len(units)} hidden units" if len(units) > 1 else f"hidden unit {units[0]}"
+        values = {name: value[:steps, sequence] for name, value in vars(shown).items() if isinstance(value, Tensor)}
+        return pictures.draw(values, list(units), title)
 
 
 def trace(

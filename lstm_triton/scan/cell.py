@@ -11,18 +11,18 @@ from ..autocast import without_autocast
 from ..reference import lstm_cell
 from ..stack import Stack, States
 from ..target import Device
+from . import planner
 from .buffers import with_aligned_rows
 from .dispatch import invoke
 from .launch import launch
 from .plan import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan
-from .planner import plan_cell
 
 BACKWARD_OPTIONS: dict[str, object] = {"num_warps": CELL_BACKWARD_WARPS, "enable_fp_fusion": True}
 
 
 def plan_of_cell(input: Tensor, hidden_size: int, precision_of: str) -> CellPlan:
     """The plan of a step for an input (B, I)."""
-    return plan_cell(
+    return planner.plan_cell(
         batch_size=input.shape[0],
         input_size=input.shape[1],
         hidden_size=hidden_size,

@@ -101,4 +101,4 @@ def launch(
     options: Mapping[str, object],
 ) -> None:
     """Launch a kernel where kernels run now: every kernel of this library goes through here."""
-    target.current().run(kernel, grid, device, {**arguments, **constants}, options)
+    target.run(kernel, grid, device, {**arguments, **constants}, options)

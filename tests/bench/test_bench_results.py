@@ -165,7 +165,7 @@ def test_rows_of_other_kernels_do_not_go_into_the_same_file(tmp_path) -> None:
             results.open_for(path, ORIGIN | {key: "y"})
 
 
-def test_the_kernel_hash_follows_all_that_decides_on_launches_and_the_gpus_own_table(tmp_path, monkeypatch) -> None:
+def test_the_kernel_hash_follows_kernels_launches_and_the_gpus_own_table(tmp_path, monkeypatch) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "lstm_triton" / "scan").mkdir(parents=True)
     monkeypatch.setattr(results, "ROOT", tmp_path)

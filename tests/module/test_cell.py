@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 import lstm_triton
 from lstm_triton import interpreter
 from lstm_triton.reference import lstm_layer
+from lstm_triton.scan.cell import plan_of_cell
 from tests.support.cells import cell_arguments, cell_twins, run_cell
 from tests.support.comparing import assert_same
 
@@ -171,7 +172,7 @@ def test_explained() -> None:
             assert lstm_triton.explain(cell, Z(2, 3)).launches == 0
     (layer,), (forward, backward) = explanation.layers, explanation.scans
     assert layer.path == "triton"
-    assert (forward.kind, forward.plan) == ("cell", cell.plan_of_cell(Z(2, 3), 5, "matmul"))
+    assert (forward.kind, forward.plan) == ("cell", plan_of_cell(Z(2, 3), 5, "matmul"))
     assert (backward.kind, backward.plan) == ("cell backward", None)
     assert str(explanation).splitlines()[-3:] == [
         "launch 1: cell: 2 programs of 4 warps (tiles of 8 rows x 4 units)",
