@@ -15,6 +15,7 @@ from .dispatch import invoke
 from .formula import stack_by_formula
 from .forward import scan_forward
 from .gradients import Options, Saved
+from .schedule import is_single_step
 
 
 def scan_layers(
@@ -76,8 +77,7 @@ def scan_layers(
     if torch.is_grad_enabled() and (transforms.active() or _any_requires_grad(*states, *weights)):
         results = Scan.apply(*states, seed, *options, *tables, *weights)  # type: ignore[no-untyped-call]
         return tuple(results[: 4 if return_cells else 3])
-    if ragged is None and input.shape[0] == 1 and preact_0 is None and dropout == 0:
-        # As in streaming: there is nobody to exchange states with.
+    if is_single_step(input.shape[0], ragged is not None, dropout > 0, fuse_input=preact_0 is None):
         output, h_n, c_n = invoke(single_step, input[0], h_0, c_0, weights, directions, bias)
         results = (output.unsqueeze(0), h_n, c_n)
         return (*results, c_n.unsqueeze(1)) if return_cells else results

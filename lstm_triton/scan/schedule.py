@@ -11,6 +11,14 @@ from .plan import Launch, ScanShape
 from .windows import low_memory_bounds, steps_at_once, window_bounds
 
 
+def is_single_step(time_steps: int, ragged: bool, dropout: bool, fuse_input: bool) -> bool:
+    """Whether the kernel of the cell computes a stack when no gradient is needed, lane after lane.
+
+    It does so in streaming: of a single step, nobody exchanges states with anybody.
+    """
+    return time_steps == 1 and fuse_input and not (ragged or dropout)
+
+
 class Schedule(NamedTuple):
     """How the steps of one planned launch run.
 

@@ -1,6 +1,7 @@
 """What `explain` says of a call beforehand."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import pytest
@@ -124,6 +125,29 @@ def test_explained_launches_are_those_that_run(
         }
         if all(scan.times == 1 for scan in told):
             assert ran[:: 1 if kind == "forward" else -1] == [scan.plan for scan in told]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "dropout": 0.5}, {"dropout": 0.5}, {"proj_size": 5}], ids=str
+)
+def test_explained_launches_of_a_single_step(options: dict[str, Any], states: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dropout of one layer has no effect
+        module = lstm_triton.LSTM(3, 20, **options)
+    hx = (torch.randn(module.num_layers, 3, options.get("proj_size", 20)), torch.randn(module.num_layers, 3, 20))
+    with interpret(), torch.no_grad(), recorded_launches() as launches:
+        explanation = lstm_triton.explain(module, torch.randn(1, 3, 3), hx if states else None)
+        module(torch.randn(1, 3, 3), hx if states else None)
+    names = {"cell": "cell_forward", "forward": "forward_scan"}
+    assert launches.kernels == [names[scan.kind] for scan in explanation.scans]
+
+
+def test_a_notebook_shows_what_print_prints() -> None:
+    explanation = lstm_triton.explain(lstm_triton.LSTM(3, 4), torch.zeros(5, 2, 3))
+    for each in (explanation, lstm_triton.replace_lstm(nn.LSTM(3, 4)), lstm_triton.accelerate()):
+        assert repr(each) == str(each)
 
 
 def test_explain_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
