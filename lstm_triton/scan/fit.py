@@ -54,7 +54,7 @@ class Division:
 
     @cached_property
     def groups(self) -> int:
-        return min(self.batch_tiles, self.shape.multiprocessors // self.slices)
+        return min(self.batch_tiles, self.shape.multiprocessors_of_a_lane // self.slices)
 
     @property
     def programs(self) -> int:
@@ -142,7 +142,7 @@ class Placement:
 def divided(shape: ScanShape, block_batch: int, block_hidden: int, fuse_input: bool, row_bytes: int) -> Division | None:
     """The division into these tiles, with chunks of at most `row_bytes` bytes a row; None if it does not fit."""
     slices = divide_up(shape.hidden_size, block_hidden)
-    if slices > shape.multiprocessors or block_hidden > max(16, power_of_2(shape.hidden_size)):
+    if slices > shape.multiprocessors_of_a_lane or block_hidden > max(16, power_of_2(shape.hidden_size)):
         return None
     if block_batch > _most_rows(shape, fuse_input):
         return None
@@ -150,7 +150,7 @@ def divided(shape: ScanShape, block_batch: int, block_hidden: int, fuse_input: b
     hopper = shape.kind == "forward" and shape.device.capability == 90 and shape.itemsize == 2
     asynchronous = hopper and min(block_hidden, block_batch) >= 16
     # More units spill. They are taken with 8 rows only, where fewer units would need too many programs.
-    needed = block_batch == 8 and divide_up(shape.hidden_size, block_hidden // 2) > shape.multiprocessors
+    needed = block_batch == 8 and divide_up(shape.hidden_size, block_hidden // 2) > shape.multiprocessors_of_a_lane
     if block_hidden > _most_units(shape, block_batch, asynchronous) and not needed:
         return None
     if asynchronous:

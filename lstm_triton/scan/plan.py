@@ -75,8 +75,7 @@ class ScanShape:
         return 2 if self.chained else 1
 
     @property
-    def multiprocessors(self) -> int:
-        """Multiprocessors for each lane."""
+    def multiprocessors_of_a_lane(self) -> int:
         return self.device.multiprocessors // self.lanes
 
     def __str__(self) -> str:

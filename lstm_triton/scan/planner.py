@@ -42,13 +42,7 @@ def plan(shape: ScanShape) -> Plan:
     Raises:
         ValueError: no plan fits the device.
     """
-    forced_plan = _forced.get(shape.kind)
-    if forced_plan is not None and (forced_plan.lanes, forced_plan.chained) == (shape.lanes, shape.chained):
-        return forced_plan
-    found = _best(shape)
-    if found is None:
-        raise ValueError(f"no plan for {shape} fits {shape.device}")
-    return found
+    return _plan(shape, _forced.get(shape.kind))
 
 
 def candidates(shape: ScanShape) -> list[Plan]:
@@ -79,44 +73,55 @@ def launches(first: ScanShape, num_layers: int, directions: int) -> tuple[Launch
     Raises:
         ValueError: no plan fits the device.
     """
-    forced_plan = _forced.get(first.kind)
-    forced_lanes = None if forced_plan is None else forced_plan.lanes
+    return _launches(first, num_layers, directions, _forced.get(first.kind))
+
+
+@cache  # every call of a layer asks
+def _launches(first: ScanShape, num_layers: int, directions: int, forced_plan: Plan | None) -> tuple[Launch, ...]:
     found, lane = [], 0
-    for count in _lane_counts(first, num_layers, directions, forced_lanes):
+    for count in _lane_counts(first, num_layers, directions, forced_plan):
         input_size = first.input_size if lane < directions else directions * first.hidden_size
-        chained = directions == 1 and count > 1
-        found.append(Launch(lane, plan(replace(first, input_size=input_size, lanes=count, chained=chained))))
+        shape = replace(first, input_size=input_size, lanes=count, chained=directions == 1 and count > 1)
+        found.append(Launch(lane, _plan(shape, forced_plan)))
         lane += count
     return tuple(found)
 
 
-@cache
-def _lane_counts(first: ScanShape, num_layers: int, directions: int, forced_lanes: int | None) -> tuple[int, ...]:
+def _lane_counts(first: ScanShape, num_layers: int, directions: int, forced_plan: Plan | None) -> tuple[int, ...]:
     """How many lanes each launch takes."""
     if directions == 1:
-        divisions = [_evenly(num_layers, parts) for parts in range(1, num_layers + 1)]
+        groupings = [_evenly(num_layers, parts) for parts in range(1, num_layers + 1)]
     else:
-        divisions = [(2,) * num_layers, (1,) * (num_layers * directions)]
-    if forced_lanes is not None:
-        divisions = [division for division in divisions if max(division) == forced_lanes] or divisions[-1:]
+        groupings = [(2,) * num_layers, (1,) * (num_layers * directions)]
+    if forced_plan is not None:
+        groupings = [grouping for grouping in groupings if max(grouping) == forced_plan.lanes] or groupings[-1:]
     widest = replace(first, input_size=max(first.input_size, directions * first.hidden_size))
 
-    def cycles_of(division: tuple[int, ...]) -> int | None:
-        """Cycles of one step of all layers; None: the division does not fit the device."""
+    def cycles_of(grouping: tuple[int, ...]) -> int | None:
+        """Cycles of one step of all layers; None: the grouping does not fit the device."""
         total = 0
-        for count in division:
+        for count in grouping:
             found = _best(replace(widest, lanes=count, chained=directions == 1 and count > 1))
             if found is None:
                 return None
             total += found.predicted_cycles
         return total
 
-    possible = [(found, division) for division in divisions if (found := cycles_of(division)) is not None]
-    return min(possible, key=lambda each: each[0])[1] if possible else divisions[-1]
+    possible = [(found, grouping) for grouping in groupings if (found := cycles_of(grouping)) is not None]
+    return min(possible, key=lambda each: each[0])[1] if possible else groupings[-1]
 
 
 def _evenly(total: int, parts: int) -> tuple[int, ...]:
     return tuple(total // parts + (part < total % parts) for part in range(parts))
+
+
+def _plan(shape: ScanShape, forced_plan: Plan | None) -> Plan:
+    if forced_plan is not None and (forced_plan.lanes, forced_plan.chained) == (shape.lanes, shape.chained):
+        return forced_plan
+    found = _best(shape)
+    if found is None:
+        raise ValueError(f"no plan for {shape} fits {shape.device}")
+    return found
 
 
 @cache

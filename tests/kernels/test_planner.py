@@ -230,7 +230,7 @@ def test_launches_take_every_lane_once_and_fit(first: ScanShape, num_layers: int
         if each.plan.chained:
             assert each.plan.resident_fraction == 1
     planner._best.cache_clear()
-    planner._lane_counts.cache_clear()
+    planner._launches.cache_clear()
     assert launches(first, num_layers, directions) == found
 
 
