@@ -55,6 +55,7 @@ CASES = (*CHECKS, *TIMED, HOST)
 def launch_besides(device: devices.Cpu) -> None:
     """Launch everything that `bench contact` launches besides its cases, so that it gets into Triton's cache."""
     from lstm_triton.scan import planner
+    from lstm_triton.scan.plan import Plan
 
     from . import handoff
 
@@ -62,5 +63,5 @@ def launch_besides(device: devices.Cpu) -> None:
     for kind, mode in SCAN_MODES.items():
         case = replace(HEADLINE, mode=mode)
         for _, plan in plans_to_try(case, device, kind, CANDIDATES):
-            with planner.forced(planner.Plan(**plan), kind):
+            with planner.forced(Plan(**plan), kind):
                 measure.compile_kernels(case, device)

@@ -41,7 +41,7 @@ from .systems import as_users_write_it, baseline, ours
 from .worker import Say
 
 if TYPE_CHECKING:
-    from lstm_triton.scan.planner import Kind, Plan
+    from lstm_triton.scan.plan import Kind, Plan
 
 # Changes to the plans of a layer that failed. The changes that help tell what the fault depends on.
 CHANGES: dict[str, JsonObject] = {

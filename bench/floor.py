@@ -22,7 +22,7 @@ from .plans import planned_launches
 from .problem import TORCH_DTYPES, Outputs, Problem, Runner
 
 if TYPE_CHECKING:
-    from lstm_triton.scan.planner import Kind
+    from lstm_triton.scan.plan import Kind
 
 
 @functools.cache
@@ -95,13 +95,14 @@ def exchange_runner(problem: Problem) -> Runner:
 
 def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
     """Launch the exchange of a scan, with the scan's plans. Returns the states that the programs have published."""
-    from lstm_triton.scan import buffers, launch, planner
+    from lstm_triton.scan import buffers, launch
+    from lstm_triton.scan.plan import state_stride
 
     from .exchange_only import exchange_scan
 
     case, device = problem.case, problem.device.torch_device
     directions = 2 if case.bidirectional else 1
-    stride = planner.state_stride(case.H)
+    stride = state_stride(case.H)
     copies = 1 if kind == "forward" else 4
     states = []
     for planned in planned_launches(kind, case, problem.device):

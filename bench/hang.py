@@ -22,7 +22,7 @@ from .devices import Cpu
 from .results import JsonObject
 
 if TYPE_CHECKING:
-    from lstm_triton.scan.planner import Kind, Plan
+    from lstm_triton.scan.plan import Kind, Plan
 
 HANG = 4.0  # seconds; a kernel takes milliseconds, and after this time it hangs
 COPY = 3.0  # seconds; copying a buffer takes less

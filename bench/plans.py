@@ -11,44 +11,35 @@ from .problem import TORCH_DTYPES
 from .results import JsonObject
 
 if TYPE_CHECKING:
-    from lstm_triton.scan.planner import Kind, Launch, Plan
+    from lstm_triton.scan.plan import Kind, Launch, Plan, ScanShape
     from lstm_triton.target import Device
 
 # The mode whose time shows the time of a scan. Everything else in this mode is the same for all plans.
 SCAN_MODES: dict[Kind, str] = {"forward": "forward", "backward": "forward+backward"}
 
 
+def shape_of(kind: Kind, case: BenchCase, device: Device) -> ScanShape:
+    """What the planner is asked for one lane of the first layer of a case."""
+    from lstm_triton.scan.plan import ScanShape
+
+    return ScanShape(kind, case.B, case.I, case.H, TORCH_DTYPES[case.dtype], device, allow_tf32=case.dtype == "tf32")
+
+
 def planned_launches(kind: Kind, case: BenchCase, device: Cpu) -> tuple[Launch, ...]:
     """The launches of a scan, with the plans that the planner chooses."""
-    from lstm_triton.scan import launch
+    from lstm_triton.scan import planner
+    from lstm_triton.scan.launch import allows_tf32
+    from lstm_triton.target import Device
 
-    return launch.launches_of(
-        kind,
-        num_layers=case.layers,
-        directions=2 if case.bidirectional else 1,
-        batch_size=case.B,
-        input_size=case.I,
-        hidden_size=case.H,
-        dtype=TORCH_DTYPES[case.dtype],
-        device=device.torch_device,
-    )
+    first = dataclasses.replace(shape_of(kind, case, Device.of(device.torch_device)), allow_tf32=allows_tf32())
+    return planner.launches(first, case.layers, directions=2 if case.bidirectional else 1)
 
 
 def candidates_of(kind: Kind, case: BenchCase, device: Device, lanes: int = 1, chained: bool = False) -> list[Plan]:
     """All plans that fit the device for one launch of a scan, the most promising first."""
     from lstm_triton.scan import planner
 
-    return planner.candidates(
-        kind,
-        batch_size=case.B,
-        input_size=case.I,
-        hidden_size=case.H,
-        dtype=TORCH_DTYPES[case.dtype],
-        device=device,
-        allow_tf32=case.dtype == "tf32",
-        lanes=lanes,
-        chained=chained,
-    )
+    return planner.candidates(dataclasses.replace(shape_of(kind, case, device), lanes=lanes, chained=chained))
 
 
 def first_plans(case: BenchCase, device: Cpu) -> dict[Kind, Plan]:

@@ -21,7 +21,16 @@ from typing import Any
 import torch
 
 from lstm_triton.scan import planner
-from lstm_triton.scan.planner import CellPlan, Kind, Plan, plan, state_stride
+from lstm_triton.scan.plan import (
+    AGAIN_BLOCK,
+    AGAIN_WARPS,
+    CELL_BACKWARD_BLOCK,
+    CellPlan,
+    Kind,
+    Plan,
+    ScanShape,
+    state_stride,
+)
 from lstm_triton.target import Device
 
 DEVICES = {
@@ -78,7 +87,7 @@ def plan_of(case: Case) -> Plan | CellPlan:
     if case.kernel in CELLS:
         return planner.plan_cell(**sizes)
     kind: Kind = "forward" if case.kernel == "forward" else "backward"
-    return plan(kind, lanes=case.lanes, chained=case.chained, **sizes)
+    return planner.plan(ScanShape(kind, lanes=case.lanes, chained=case.chained, **sizes))
 
 
 def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chosen: CellPlan) -> Any:
@@ -96,7 +105,7 @@ def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chose
 
     constants: dict[str, Any] = {"HIDDEN": hidden, "HAS_STATE": True}
     if kernel == "cell_backward":
-        constants["BLOCK"] = planner.CELL_BACKWARD_BLOCK
+        constants["BLOCK"] = CELL_BACKWARD_BLOCK
         return _compiled(cell_backward, arch, dtype, constants, BACKWARD_OPTIONS, {})
     unit = 16 if hidden % 16 == 0 else 1
     constants |= {"INPUT": hidden, "INPUT_STRIDE_UNIT": unit, "HAS_BIAS": True, "HAS_OUTPUT": False, "KEEP_GATES": True}
@@ -108,10 +117,10 @@ def compiled_again(case: Case) -> Any:
     """The kernel of kernels/again.py, compiled for an architecture."""
     from lstm_triton.kernels.again import gates_again
 
-    block_batch, block_hidden = planner.AGAIN_BLOCK
+    block_batch, block_hidden = AGAIN_BLOCK
     constants = {"HIDDEN": case.hidden, "STATE_STRIDE": state_stride(case.hidden), "HAS_BIAS": True}
     constants |= {"RAGGED": case.ragged, "BLOCK_BATCH": block_batch, "BLOCK_HIDDEN": block_hidden}
-    options = {"num_warps": planner.AGAIN_WARPS}
+    options = {"num_warps": AGAIN_WARPS}
     return _compiled(gates_again, case.arch, DTYPES[case.dtype][0], constants, options, TYPES)
 
 
@@ -235,7 +244,7 @@ def report(case: Case) -> dict[str, Any]:
     """One row. `error` says why a case has no resources."""
     row: dict[str, Any] = asdict(case)
     if case.kernel == AGAIN:
-        tiles = (-(-size // block) for size, block in zip((case.batch, case.hidden), planner.AGAIN_BLOCK, strict=True))
+        tiles = (-(-size // block) for size, block in zip((case.batch, case.hidden), AGAIN_BLOCK, strict=True))
         row |= {"programs": math.prod(tiles), "resident_fraction": None, "plan": None, "error": None}
         return {**row, **resources(compiled_again(case), is_scan=False), "compile_seconds": None}
     empty = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "step_cycles", "compile_seconds"))

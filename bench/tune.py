@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, get_args
 
 from . import resources
 from .cases import OURS, BenchCase
-from .plans import SCAN_MODES, candidates_of
+from .plans import SCAN_MODES, candidates_of, shape_of
 from .problem import TORCH_DTYPES
 from .report import microseconds
 from .results import JsonObject, ResultsError, require_writable, write_atomically
 from .watchdog import OutOfBudget, Watchdog, ending
 
 if TYPE_CHECKING:
-    from lstm_triton.scan.planner import Kind, Plan
+    from lstm_triton.scan.plan import Kind, Plan
     from lstm_triton.target import Device
 
 TIMED_STEPS = 256  # the best plan does not depend on T
@@ -30,7 +30,7 @@ TIMED_STEPS = 256  # the best plan does not depend on T
 
 def read_table(path: Path) -> dict[str, JsonObject]:
     """The table in a file. Empty where there is no file. Raises ResultsError for a file that is no table."""
-    from lstm_triton.scan.planner import Plan
+    from lstm_triton.scan.plan import Plan
 
     if not path.exists():
         return {}
@@ -115,7 +115,7 @@ def tune(
     say: Callable[[str], None] = print,
 ) -> int:
     """Tune both scans for every (hidden_size, batch_size) and dtype. A plan is in the table as soon as it is found."""
-    from lstm_triton.scan import planner
+    from lstm_triton.scan.plan import Kind
 
     require_writable(path.parent)
     table = read_table(path)
@@ -124,11 +124,9 @@ def tune(
         try:
             for hidden_size, batch_size in sizes:
                 for dtype in dtypes:
-                    for kind in get_args(planner.Kind):
+                    for kind in get_args(Kind):
                         case = BenchCase(SCAN_MODES[kind], dtype, T=steps, B=batch_size, I=hidden_size, H=hidden_size)
-                        key = planner.key(
-                            kind, batch_size, hidden_size, hidden_size, TORCH_DTYPES[dtype], allow_tf32=dtype == "tf32"
-                        )
+                        key = shape_of(kind, case, device).key
                         say(key)
                         best = tune_case(kind, case, device, watchdog, limit, seconds, say)
                         if best is not None:

@@ -81,8 +81,9 @@ def forced_plan(forced: results.JsonObject | None) -> contextlib.AbstractContext
     if forced is None:
         return contextlib.nullcontext()
     from lstm_triton.scan import planner
+    from lstm_triton.scan.plan import Plan
 
-    return planner.forced(planner.Plan(**forced["plan"]), forced["kind"])
+    return planner.forced(Plan(**forced["plan"]), forced["kind"])
 
 
 if __name__ == "__main__":

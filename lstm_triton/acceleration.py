@@ -46,6 +46,8 @@ class Acceleration:
         lines += [f"left to PyTorch: {count} ({reason})" for reason, count in self.left.items()]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def accelerate() -> Acceleration:
     """Inside `with lstm_triton.accelerate():`, every `torch.nn.LSTM` runs in the Triton kernels where they can run.

@@ -1,4 +1,4 @@
-"""One call of an LSTM: its arguments, checked, as one record."""
+"""One call of an LSTM or of an LSTMCell: its arguments, checked, as one record."""
 
 from typing import Literal, NamedTuple, TypeVar, get_args
 
@@ -16,7 +16,7 @@ MEMORY: tuple[str, ...] = get_args(Memory)
 
 
 class Call(NamedTuple):
-    """The arguments of one call, checked, and with a batch dimension even if the input has none."""
+    """The arguments of one call of an LSTM, checked, and with a batch dimension even if the input has none."""
 
     data: Tensor  # (T, B, I), with batch_first (B, T, I), or the rows of a packed sequence (sum of lengths, I)
     batch_sizes: Tensor | None  # (T,), of a packed sequence
@@ -37,7 +37,6 @@ class Call(NamedTuple):
     reset_state: States | None = None
     return_cells: bool = False
     low_memory: bool = False
-    cell: bool = False  # a single step, of `LSTMCell`: data is (B, I), states are (B, H)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -79,3 +78,28 @@ class Call(NamedTuple):
         if ragged is not None and self.batch_sizes is None:
             input = input.reshape(-1, input.shape[2])
         return input, start, Stack.of(weights, self.directions, self.bias, projected=self.projected), ragged
+
+
+class CellCall(NamedTuple):
+    """The arguments of one call of an LSTMCell, checked, and with a batch dimension even if the input has none."""
+
+    data: Tensor  # (B, I)
+    states: States | None  # (B, H) each
+    weights: list[Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that takes part in the arithmetic."""
+        return [self.data, *(self.states or ()), *self.weights]
+
+    @property
+    def batch_size(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weights[1].shape[1]
+
+    def autocast_dtype(self) -> torch.dtype | None:
+        """As that of `Call`."""
+        return autocast_dtype(self.tensors)

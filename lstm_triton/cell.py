@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from . import transforms
-from .call import Call
+from .call import CellCall
 from .checks import call_of_cell
 from .reference import lstm_cell
 from .routing import choose
@@ -78,12 +78,11 @@ class LSTMCell(nn.LSTMCell):
         return (h_1.squeeze(0), c_1.squeeze(0)) if input.dim() == 1 else (h_1, c_1)
 
 
-def function_of(call: Call) -> Callable[..., States] | None:
+def function_of(call: CellCall) -> Callable[..., States] | None:
     """What computes a call; None: PyTorch's own function does."""
     if choose(None, call).path == "triton":
         from .scan.step import step
 
         return step
-    tensors = [call.data, *(call.states or ()), *call.weights]
-    same_dtype = all(tensor.dtype == call.data.dtype for tensor in tensors) or call.autocast_dtype() is not None
+    same_dtype = all(tensor.dtype == call.data.dtype for tensor in call.tensors) or call.autocast_dtype() is not None
     return lstm_cell if transforms.need_formula() and same_dtype else None

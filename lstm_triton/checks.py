@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import transforms
-from .call import MEMORY, Call
+from .call import MEMORY, Call, CellCall
 from .stack import States
 
 
@@ -221,15 +221,13 @@ def _check_weights(
 
 
 def call_of_module(
-    module: nn.RNNBase | nn.LSTMCell,
+    module: nn.RNNBase,
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | list[Tensor] | None,
     caller: str = "explain",
     **sequences: Any,
 ) -> "Call":
     """The call that a module would make, its arguments checked; `sequences` are lengths, resets and reset_state."""
-    if isinstance(module, nn.LSTMCell):
-        return checked_call_of_cell(module, input, hx)
     if not isinstance(module, nn.RNNBase) or module.mode != "LSTM":
         takes = "an lstm_triton.LSTM or a torch.nn.LSTM"
         if caller == "explain":
@@ -284,7 +282,7 @@ def call_of_vf_lstm(arguments: tuple[Any, ...]) -> Call | None:
         return None
 
 
-def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> Call | None:
+def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall | None:
     """The call that a cell would make, with a batch dimension; None for what `nn.LSTMCell` is left to judge."""
     states: list[Tensor] = [] if hx is None else list(hx)
     if isinstance(hx, Tensor) or (hx is not None and len(states) != 2):
@@ -306,26 +304,10 @@ def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> Call | None:
     )
     if not fits:
         return None
-    return Call(
-        data=input,
-        batch_sizes=None,
-        states=(states[0], states[1]) if states else None,
-        weights=weights,
-        num_layers=1,
-        bias=len(weights) == 4,
-        batch_first=False,
-        dropout=0.0,
-        training=cell.training,
-        directions=1,
-        time_steps=1,
-        batch_size=input.shape[0],
-        hidden_size=cell.hidden_size,
-        output_size=cell.hidden_size,
-        cell=True,
-    )
+    return CellCall(input, (states[0], states[1]) if states else None, weights)
 
 
-def checked_call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> Call:
+def checked_call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall:
     """`call_of_cell`, with the error that the call itself would raise."""
     call = call_of_cell(cell, input, hx)
     if call is None:

@@ -65,6 +65,8 @@ class Replacement:
             lines += [f"  {_shown(entry.names)}: {entry.kind}, {entry.reason}" for entry in self.left]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def replace_lstm(model: nn.Module) -> Replacement:
     """Make every `torch.nn.LSTM` of a model an `lstm_triton.LSTM`.

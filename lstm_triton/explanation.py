@@ -1,18 +1,19 @@
 """What a call would do, without computing any of it: `explain`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .call import Call
-from .checks import call_of_module
+from .call import Call, CellCall
+from .checks import call_of_module, checked_call_of_cell
 from .routing import choose
+from .target import Device
 
 if TYPE_CHECKING:
-    from .scan.planner import CellPlan, Kind, Plan
+    from .scan.plan import CellPlan, Kind, Plan
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Explanation:
             lines.append(f"launches in all: {self.launches}")
         return "\n".join(lines)
 
+    __repr__ = __str__
+
     def _named(self, lanes: tuple[int, ...]) -> str:
         first, last = (self.layers[lane] for lane in (lanes[0], lanes[-1]))
         layers = f"layer {first.layer}" if first.layer == last.layer else f"layers {first.layer} to {last.layer}"
@@ -108,79 +111,85 @@ def explain(
     layer  direction  path    why
         0  forward    aten    the kernels run on NVIDIA GPUs, not on 'cpu' tensors
     """
+    if isinstance(module, nn.LSTMCell):
+        return _explained_cell(module, input, hx)
     call = call_of_module(module, input, hx)
     if call.data.device.type == "meta":
-        call = call._replace(data=call.weights[0].new_empty(0, dtype=call.data.dtype), states=None)
+        call = call._replace(data=_stand_in(call), states=None)
     choice = choose(None, call)
-    dtype = call.autocast_dtype() or call.data.dtype
-
     names: list[Literal["forward", "reverse"]] = ["forward", "reverse"] if call.directions == 2 else ["forward"]
     layers = [LayerExplanation(layer, direction, *choice) for layer in range(call.num_layers) for direction in names]
-    launches: list[ScanLaunch] = []
-    if choice.path == "triton":
-        launches = _cell_launches(call, dtype) if call.cell else _launches(call, dtype)
-    return Explanation(
-        str(module), str(call.data.device), dtype, call.time_steps, call.batch_size, tuple(layers), tuple(launches)
-    )
+    dtype = call.autocast_dtype() or call.data.dtype
+    launches = _launches_of_lstm(call, dtype) if choice.path == "triton" else []
+    sizes = (call.time_steps, call.batch_size)
+    return Explanation(str(module), str(call.data.device), dtype, *sizes, tuple(layers), tuple(launches))
 
 
-def _launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
-    from .scan.launch import launches_of
-    from .scan.windows import low_memory_steps, steps_at_once, window_bounds
+def _explained_cell(module: nn.LSTMCell, input: object, hx: object) -> Explanation:
+    call = checked_call_of_cell(module, input, hx)
+    if call.data.device.type == "meta":
+        call = call._replace(data=_stand_in(call), states=None)
+    choice = choose(None, call)
+    dtype = call.autocast_dtype() or call.data.dtype
+    launches = _launches_of_cell(call, dtype) if choice.path == "triton" else []
+    layers = (LayerExplanation(0, "forward", *choice),)
+    return Explanation(str(module), str(call.data.device), dtype, 1, call.batch_size, layers, tuple(launches))
+
+
+def _stand_in(call: Call | CellCall) -> Tensor:
+    """A tensor like the data, of one element of memory, on the device of the weights."""
+    return call.weights[0].new_empty(1, dtype=call.data.dtype).expand(call.data.shape)
+
+
+def _launches_of_lstm(call: Call, dtype: torch.dtype) -> list[ScanLaunch]:
+    from .scan.schedule import is_single_step
 
     trains = torch.is_grad_enabled()
-    projected = call.projected
-    initial = call.states is not None or call.reset_state is not None
-    dense = call.dense
-    if not trains and call.time_steps == 1 and dense and not projected and not (call.training and call.dropout > 0):
-        lanes = range(call.num_layers * call.directions)
-        return [ScanLaunch("cell", (lane,), _cell_plan(call, dtype, lane, "rnn")) for lane in lanes]
-
-    low_memory = trains and call.low_memory
-    kept_steps = low_memory_steps(call.time_steps) if low_memory else call.time_steps
+    # States that are no h of a projected layer add their share to input projections that are in memory.
+    fuse_input = not (call.projected and (call.states is not None or call.reset_state is not None))
+    has_dropout = call.training and call.dropout > 0 and call.num_layers > 1 and not call.projected
+    if not trains and is_single_step(call.time_steps, not call.dense, has_dropout, fuse_input):
+        launches = []
+        for lane in range(call.num_layers * call.directions):
+            input_size = call.weights[0].shape[1] if lane < call.directions else call.directions * call.output_size
+            launches.append(ScanLaunch("cell", (lane,), _cell_plan(call, dtype, input_size, "rnn")))
+        return launches
     kinds: tuple[Kind, ...] = ("forward", "backward") if trains else ("forward",)
+    return [scan for kind in kinds for scan in _scans(kind, call, dtype, fuse_input)]
+
+
+def _scans(kind: "Kind", call: Call, dtype: torch.dtype, fuse_input: bool) -> list[ScanLaunch]:
+    from .scan.launch import allows_tf32
+    from .scan.plan import ScanShape
+    from .scan.schedule import backward_schedules, forward_schedules
+
+    trains, device = torch.is_grad_enabled(), Device.of(call.data.device)
+    low_memory = trains and call.low_memory
     # Projected layers are scanned one by one: what lies between two of them is a product of its own.
-    stacks = [1] * call.num_layers if projected else [call.num_layers]
+    layers_together = 1 if call.projected else call.num_layers
     found: list[ScanLaunch] = []
-    for kind in kinds:
-        first = 0
-        for layers in stacks:
-            # With low_memory, backward takes lane after lane.
-            by_lane = low_memory and kind == "backward"
-            launches = launches_of(
-                kind,
-                num_layers=1 if by_lane else layers,
-                directions=1 if by_lane else call.directions,
-                batch_size=call.batch_size,
-                input_size=call.weights[0].shape[1] if first == 0 else call.directions * call.output_size,
-                hidden_size=call.hidden_size,
-                dtype=dtype,
-                device=call.data.device,
-                fuse_input=not (projected and initial),
-            )
-            if by_lane:
-                launches = tuple(replace(launches[0], first=lane) for lane in range(layers * call.directions))
-            for launch in launches:
-                at_once = call.time_steps
-                if kind == "forward" and (low_memory or not trains):
-                    at_once = steps_at_once(launch.plan, call.hidden_size, call.batch_size, dtype.itemsize)
-                windows = len(window_bounds(call.time_steps, kept_steps, at_once)) - 1
-                apart = windows > 1 and not launch.plan.chained  # directions meet different windows
-                lanes_of_launch = tuple(first + lane for lane in launch.lanes)
-                times = windows * (launch.plan.lanes if apart else 1)
-                found.append(ScanLaunch(kind, lanes_of_launch, launch.plan, times))
-            first += layers * call.directions
+    for layer in range(0, call.num_layers, layers_together):
+        input_size = call.weights[0].shape[1] if layer == 0 else call.directions * call.output_size
+        first = ScanShape(kind, call.batch_size, input_size, call.hidden_size, dtype, device, allows_tf32())
+        sizes = (first, layers_together, call.directions, call.time_steps)
+        if kind == "forward":
+            keep_gates = trains and not low_memory
+            schedules = forward_schedules(*sizes, keep_gates=keep_gates, low_memory=low_memory, fuse_input=fuse_input)
+        else:
+            schedules = backward_schedules(*sizes, low_memory=low_memory)
+        for schedule in schedules:
+            lanes = tuple(layer * call.directions + lane for lane in schedule.planned.lanes)
+            found.append(ScanLaunch(kind, lanes, schedule.planned.plan, schedule.times))
     return found
 
 
-def _cell_plan(call: "Call", dtype: torch.dtype, lane: int, precision_of: str) -> "CellPlan":
+def _launches_of_cell(call: CellCall, dtype: torch.dtype) -> list[ScanLaunch]:
+    forward = ScanLaunch("cell", (0,), _cell_plan(call, dtype, call.data.shape[1], "matmul"))
+    return [forward, ScanLaunch("cell backward", (0,), None)] if torch.is_grad_enabled() else [forward]
+
+
+def _cell_plan(call: Call | CellCall, dtype: torch.dtype, input_size: int, precision_of: str) -> "CellPlan":
     from .scan.cell import plan_of_cell
 
-    layer_input = call.weights[0].shape[1] if lane < call.directions else call.directions * call.output_size
-    stand_in = call.data.new_empty(1, dtype=dtype).expand(call.batch_size, layer_input)
+    stand_in = call.data.new_empty(1, dtype=dtype).expand(call.batch_size, input_size)
     return plan_of_cell(stand_in, call.hidden_size, precision_of)
-
-
-def _cell_launches(call: "Call", dtype: torch.dtype) -> list[ScanLaunch]:
-    forward = ScanLaunch("cell", (0,), _cell_plan(call, dtype, 0, "matmul"))
-    return [forward, ScanLaunch("cell backward", (0,), None)] if torch.is_grad_enabled() else [forward]

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from .scan.planner import dtype_name, table_path
+from .scan.plan import dtype_name
+from .scan.planner import table_path
 from .target import Device
 
 FARTHEST = 1.0  # in powers of two, of hidden and batch size together

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import target, transforms
-from .call import Call
+from .call import Call, CellCall
 from .target import Device
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -51,7 +51,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(requested: str | None, call: "Call") -> Choice:
+def choose(requested: str | None, call: Call | CellCall) -> Choice:
     """The path of a call, which is one for all of its layers, and why.
 
     Raises:
@@ -63,7 +63,7 @@ def choose(requested: str | None, call: "Call") -> Choice:
         return Choice("aten", 'the backend "aten" was asked for')
     obstacle = _obstacle(call)
     if obstacle is None:
-        faster = None if name == "triton" else _why_stock(call)
+        faster = None if name == "triton" or isinstance(call, CellCall) else _why_stock(call)
         return Choice("triton", "the kernels take it") if faster is None else Choice("aten", faster)
     if name == "triton":
         raise RuntimeError(f'the backend "triton" was asked for, but cannot take this call: {obstacle}')
@@ -76,7 +76,7 @@ def _checked(name: str) -> str:
     return name
 
 
-def _obstacle(call: "Call") -> str | None:
+def _obstacle(call: Call | CellCall) -> str | None:
     """Why the kernels cannot take a call; None if they can."""
     device = call.data.device
     if not target.current().takes(device):
@@ -98,13 +98,15 @@ def _obstacle(call: "Call") -> str | None:
         return "the batch is empty"
     if not _triton_installed:
         return "Triton is not installed (it is released for Linux only)"
-    input_sizes = [] if call.cell else [call.weights[0].shape[1]]  # for a cell there is always a plan
-    if call.num_layers > 1:
-        input_sizes.append(call.directions * call.output_size)
-    return _obstacle_of_device(device, dtype, tuple(input_sizes), call.hidden_size)
+    scanned: tuple[int, ...] = ()  # for a cell there is always a plan
+    if isinstance(call, Call):
+        scanned = (call.weights[0].shape[1],)
+        if call.num_layers > 1:
+            scanned += (call.directions * call.output_size,)
+    return _obstacle_of_device(device, dtype, scanned, call.hidden_size)
 
 
-def _why_stock(call: "Call") -> str | None:
+def _why_stock(call: Call) -> str | None:
     """Why the kernels had better not take a call that they can: nn.LSTM was measured to be faster there."""
     # Compiled or traced, a batch size may be any; inside torch.func, or without cuDNN, nn.LSTM's path is another one.
     if torch.compiler.is_compiling() or not isinstance(call.batch_size, int) or not _is_gpu(call.data):
@@ -112,8 +114,7 @@ def _why_stock(call: "Call") -> str | None:
     if transforms.active() or not torch.backends.cudnn.enabled:
         return None
     one_layer = call.num_layers == 1 and call.directions == 1 and call.output_size == call.hidden_size
-    dense = call.dense
-    if not (one_layer and dense) or call.cell or call.return_cells or call.low_memory or call.time_steps == 1:
+    if not (one_layer and call.dense) or call.return_cells or call.low_memory or call.time_steps == 1:
         return None  # not what was measured
 
     from .routes import why_stock
@@ -150,7 +151,8 @@ def _obstacle_of_device(
 def _found_obstacle_of_device(
     device: torch.device, dtype: torch.dtype, input_sizes: tuple[int, ...], hidden_size: int
 ) -> str | None:
-    from .scan.planner import Kind, plan
+    from .scan.plan import Kind, ScanShape
+    from .scan.planner import plan
 
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -168,15 +170,7 @@ def _found_obstacle_of_device(
         for kind in kinds:
             for input_size in input_sizes:
                 # More sequences and TF32 only add to the plans to choose from.
-                plan(
-                    kind,
-                    batch_size=1,
-                    input_size=input_size,
-                    hidden_size=hidden_size,
-                    dtype=dtype,
-                    device=Device.of(device),
-                    allow_tf32=False,
-                )
+                plan(ScanShape(kind, 1, input_size, hidden_size, dtype, Device.of(device), allow_tf32=False))
     except ValueError as no_plan:
         return str(no_plan)
     return None

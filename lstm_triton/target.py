@@ -22,7 +22,7 @@ class Device:
         name: the product's name, the key of its table of measured plans.
         arch: "sm_90", "gfx942", ...
         multiprocessors: how many programs run at the same time when each takes a whole multiprocessor.
-        shared_bytes: shared memory that one program can have.
+        shared_bytes: bytes of shared memory that one program can have.
     """
 
     name: str

@@ -12,8 +12,9 @@ from . import buffers, products
 from .alignment import transposed
 from .dispatch import named
 from .dropout import Dropout
-from .launch import launch_scan, launches_for, lookups
+from .launch import launch_scan, lookups, shape_of
 from .layout import Layout, Window
+from .schedule import backward_schedules
 
 
 @torch.library.custom_op("lstm_triton::scan_backward", mutates_args=())
@@ -72,8 +73,9 @@ def scan_backward(
     grad_h_n = gates.new_zeros((stack.lanes, batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
     grad_cells = None if grad_cells is None else grad_cells.contiguous()
 
-    for launch in reversed(launches_for("backward", stack, gates, batch_size)):
-        plan, lanes = launch.plan, slice(launch.lanes.start, launch.lanes.stop)
+    first = shape_of("backward", stack, gates, batch_size)
+    for schedule in reversed(backward_schedules(first, stack.num_layers, directions, time_steps)):
+        launch, plan, lanes = schedule.planned, schedule.planned.plan, schedule.lanes
         part = stack.part(lanes)
         layer = (launch.lanes.stop - 1) // directions
         if layer < stack.num_layers - 1:

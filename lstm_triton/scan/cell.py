@@ -8,17 +8,18 @@ from torch import Tensor
 
 from ..stack import LaneWeights, Stack, Start
 from ..target import Device
+from . import planner
 from .alignment import with_aligned_rows
 from .dispatch import named
 from .launch import launch
-from .planner import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan, plan_cell
+from .plan import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan
 
 BACKWARD_OPTIONS: dict[str, object] = {"num_warps": CELL_BACKWARD_WARPS, "enable_fp_fusion": True}
 
 
 def plan_of_cell(input: Tensor, hidden_size: int, precision_of: str) -> CellPlan:
     """The plan of a step for an input (B, I)."""
-    return plan_cell(
+    return planner.plan_cell(
         batch_size=input.shape[0],
         input_size=input.shape[1],
         hidden_size=hidden_size,

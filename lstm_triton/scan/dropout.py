@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..stack import Stack
 from .launch import launch
-from .planner import DROPOUT_BLOCK, Launch
+from .plan import DROPOUT_BLOCK, Launch
 
 
 class Dropout(NamedTuple):

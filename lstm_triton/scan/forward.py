@@ -1,7 +1,6 @@
 """The forward scan of a stack of layers as a PyTorch operator: it asks the planner, makes buffers and launches."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +14,10 @@ from .alignment import aligned, with_aligned_rows
 from .buffers import Buffers
 from .dispatch import named
 from .dropout import Dropout
-from .launch import input_constants_of, launch_scan, launches_for, lookups
+from .launch import input_constants_of, launch_scan, lookups, shape_of
 from .layout import Layout
-from .planner import Launch
-from .windows import low_memory_steps, steps_at_once, window_cells, windows_of
+from .schedule import Schedule, forward_schedules
+from .windows import low_memory_steps, window_cells, windows_of
 
 
 @torch.library.custom_op("lstm_triton::scan_forward", mutates_args=())
@@ -80,10 +79,18 @@ def scan_forward(
     below = input if layout.ragged is None else input.contiguous()
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
     last_hidden: list[Tensor] = []
-    # The shares of states are added to input projections that are in memory.
-    fuse_input = start.preact is None and start.preact_reset is None
-    for launch in launches_for("forward", stack, input, layout.batch_size, fuse_input):
-        lanes = slice(launch.lanes.start, launch.lanes.stop)
+    schedules = forward_schedules(
+        shape_of("forward", stack, input, layout.batch_size),
+        stack.num_layers,
+        directions,
+        layout.time_steps,
+        keep_gates=keep_gates,
+        low_memory=low_memory,
+        # `preact` is added to input projections that are in memory.
+        fuse_input=start.preact is None and start.preact_reset is None,
+    )
+    for schedule in schedules:
+        launch, lanes = schedule.planned, schedule.lanes
         part, dropped = stack.part(lanes), drop.lanes(launch, stack)
         if keep_cells:
             buffers = kept.of(lanes)
@@ -91,7 +98,7 @@ def scan_forward(
             buffers = new_buffers(launch.plan.lanes, dropped > 0, kept.hidden[lanes] if low_memory else None)
         own = start.of(lanes)
         buffers.write(own, layout, part)
-        _run(launch, part, buffers, layout, below, own, drop, dropped, kept.cell[lanes] if low_memory else None)
+        _run(schedule, part, buffers, layout, below, own, drop, dropped, kept.cell[lanes] if low_memory else None)
         for directed, reverse_in_time in part.by_direction():
             last = layout.last(reverse_in_time)
             h_n[lanes][directed] = buffers.hidden[directed, last, : stack.hidden_size]
@@ -138,7 +145,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _run(
-    launch: Launch,
+    schedule: Schedule,
     stack: Stack,
     buffers: Buffers,
     layout: Layout,
@@ -148,31 +155,25 @@ def _run(
     dropped: int,
     cell_starts: Tensor | None,
 ) -> None:
-    """The scan of a launch's lanes, whose weights `stack` are: at once, or window after window of steps.
+    """The scan of a schedule's lanes, whose weights `stack` are: at once, or window after window of steps.
 
     Args:
-        below: what the first layer of the launch reads, (T, B, I) or (rows, I).
-        start: of the launch's lanes.
+        below: what the first of the lanes reads, (T, B, I) or (rows, I).
+        start: of the lanes.
         dropped: how many of the lanes have dropout.
         cell_starts: if there are any, the c that each window starts from is written there.
     """
     from ..kernels.forward import forward_scan
 
-    plan = launch.plan
+    plan = schedule.planned.plan
     keep_gates = len(buffers.gates) > 0
-    kept_steps = layout.time_steps if cell_starts is None else low_memory_steps(layout.time_steps)
-    at_once = layout.time_steps
-    if not keep_gates:
-        at_once = steps_at_once(plan, stack.hidden_size, layout.batch_size, below.itemsize)
-    windows = windows_of(layout, kept_steps, at_once)
+    windows, kept_steps = windows_of(layout, schedule.bounds), low_memory_steps(layout.time_steps)
     below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
     aligned_input, stride_unit = with_aligned_rows(below) if plan.fuse_input else (None, 1)
-    # Directions meet different windows: then each has launches of its own.
-    whole = plan.chained or len(windows) == 1
-    parts = [slice(0, plan.lanes)] if whole else [slice(at, at + 1) for at in range(plan.lanes)]
-    for part in parts:
-        part_plan = plan if whole else replace(plan, lanes=1)
-        part_stack, hidden = stack if whole else stack.part(part), buffers.hidden[part]
+    for launch in schedule.parts:
+        part_plan, first = launch.plan, launch.first - schedule.planned.first
+        part = slice(first, first + part_plan.lanes)
+        part_stack, hidden = stack.part(part), buffers.hidden[part]
         input = hidden if aligned_input is None else aligned_input
         weights = part_stack.weights
         weights_ih = aligned((each.ih for each in weights), layout.stride if part_plan.chained else 0)
@@ -186,10 +187,9 @@ def _run(
             rows = window.rows.stop - window.rows.start
             gates = buffers.gates[part]
             if not plan.fuse_input:
-                projected = 1 if plan.chained else part_plan.lanes
                 if not keep_gates:
-                    gates = below.new_empty((projected, rows, 4 * stack.hidden_size))
-                for at in range(projected):
+                    gates = below.new_empty((part_plan.projected_lanes, rows, 4 * stack.hidden_size))
+                for at in range(part_plan.projected_lanes):
                     products.project(below_rows[window.rows], weights[at].ih, gates[at])
                     layout.add_preacts(gates[at], start.of(part.start + at), window, part_stack.is_reverse(at))
             launch_scan(
@@ -211,7 +211,7 @@ def _run(
                 seed_ptr=dropout.seed if dropped else hidden,
                 dropout=dropout.probability,
                 dropped_lanes=dropped - part.start,
-                first_lane=launch.first + part.start,
+                first_lane=launch.first,
                 state_rows=layout.state_rows,
                 gate_rows=rows,
                 first_step=window.steps.start,

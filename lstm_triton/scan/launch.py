@@ -1,7 +1,6 @@
 """From a plan to the launch of a kernel: every launch of this library goes through here."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from .. import target
 from ..stack import Stack
 from ..target import Device, KernelLaunch
 from .layout import Layout, Window
-from .planner import MIN_DOT_DEPTH, Kind, Launch, Plan, launches
+from .plan import MIN_DOT_DEPTH, Kind, Plan, ScanShape
 
 
 def allows_tf32() -> bool:
@@ -20,52 +19,10 @@ def allows_tf32() -> bool:
     return bool(torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
 
 
-def launches_of(
-    kind: Kind,
-    *,
-    num_layers: int,
-    directions: int,
-    batch_size: int,
-    input_size: int,
-    hidden_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    fuse_input: bool = True,
-) -> tuple[Launch, ...]:
-    """The launches of one scan over a stack, in the order of its layers.
-
-    Unless `fuse_input`, all input projections are computed beforehand.
-    """
-    found = launches(
-        kind,
-        num_layers=num_layers,
-        directions=directions,
-        batch_size=batch_size,
-        input_size=input_size,
-        hidden_size=hidden_size,
-        dtype=dtype,
-        device=Device.of(device),
-        allow_tf32=allows_tf32(),
-    )
-    if fuse_input:
-        return found
-    return tuple(replace(launch, plan=replace(launch.plan, fuse_input=False)) for launch in found)
-
-
-def launches_for(
-    kind: Kind, stack: Stack, steps: Tensor, batch_size: int, fuse_input: bool = True
-) -> tuple[Launch, ...]:
-    return launches_of(
-        kind,
-        num_layers=stack.num_layers,
-        directions=stack.directions,
-        batch_size=batch_size,
-        input_size=stack.input_size,
-        hidden_size=stack.hidden_size,
-        dtype=steps.dtype,
-        device=steps.device,
-        fuse_input=fuse_input,
-    )
+def shape_of(kind: Kind, stack: Stack, steps: Tensor, batch_size: int) -> ScanShape:
+    """The shape of one lane of a stack's first layer, whose `steps` have the dtype and the device of the scan."""
+    device = Device.of(steps.device)
+    return ScanShape(kind, batch_size, stack.input_size, stack.hidden_size, steps.dtype, device, allows_tf32())
 
 
 def lookups(layout: Layout, plan: Plan, window: Window, unused: Tensor) -> dict[str, object]:

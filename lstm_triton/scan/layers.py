@@ -14,6 +14,7 @@ from .forward import scan_forward
 from .gradients import stacked
 from .layout import Layout
 from .saved import Fixed, Inputs, Static
+from .schedule import is_single_step
 
 
 def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
@@ -44,8 +45,7 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
         return stack_by_formula(inputs, static, fixed)[:count]
     if torch.is_grad_enabled() and (transforms.active() or _any_requires_grad(inputs)):
         return tuple(Scan.apply(*static, *fixed, *inputs.flat)[:count])  # type: ignore[no-untyped-call]
-    if ragged is None and input.shape[0] == 1 and start.preact is None and dropout == 0:
-        # As in streaming: there is nobody to exchange states with.
+    if is_single_step(input.shape[0], ragged is not None, dropout > 0, fuse_input=start.preact is None):
         output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, stack.directions, stack.bias)
         results = (output.unsqueeze(0), h_n, c_n)
         return (*results, c_n.unsqueeze(1)) if return_cells else results

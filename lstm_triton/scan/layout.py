@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ragged import Ragged
 from ..stack import Start
-from .planner import state_stride
+from .plan import state_stride
 
 
 class Window(NamedTuple):

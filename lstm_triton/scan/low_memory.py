@@ -26,7 +26,7 @@ from .gradients import add_absent_steps, of_lane
 from .layout import Layout
 from .recompute import recompute_gates
 from .saved import Grads, Inputs, Saved
-from .windows import low_memory_steps, windows_of
+from .windows import low_memory_bounds, windows_of
 
 
 def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
@@ -179,7 +179,7 @@ def _of_lane(
     preacts = cell_starts.new_zeros(batch_size, 4 * hidden_size)
     total = Start(None, None, shape, torch.zeros_like(shape), preacts, torch.zeros_like(preacts))
     grad_h, grad_c = grads.h_n, grads.c_n
-    windows = list(enumerate(windows_of(layout, low_memory_steps(layout.time_steps))))
+    windows = list(enumerate(windows_of(layout, low_memory_bounds(layout.time_steps))))
     for number, window in windows[:: 1 if reverse else -1]:
         own = layout.window(window)
         rows, hidden_before = read.inputs(lane, window.rows), read.hidden_before(lane, window.rows)

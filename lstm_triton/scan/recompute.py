@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from ..stack import Stack
-from . import planner
 from .launch import launch
 from .layout import Layout
+from .plan import AGAIN_BLOCK, AGAIN_WARPS
 
 
 def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -> None:
@@ -18,7 +18,7 @@ def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -
     from ..kernels.again import gates_again as kernel
 
     ragged, batch_size = layout.ragged, layout.batch_size
-    block_batch, block_hidden = planner.AGAIN_BLOCK
+    block_batch, block_hidden = AGAIN_BLOCK
     grid = (-(-batch_size // block_batch), -(-stack.hidden_size // block_hidden))
     biases_ih, biases_hh = stack.biases
     arguments = {
@@ -41,4 +41,4 @@ def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -
         "BLOCK_BATCH": block_batch,
         "BLOCK_HIDDEN": block_hidden,
     }
-    launch(kernel, grid, gates.device, arguments, constants, {"num_warps": planner.AGAIN_WARPS})
+    launch(kernel, grid, gates.device, arguments, constants, {"num_warps": AGAIN_WARPS})

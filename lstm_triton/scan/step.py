@@ -14,31 +14,24 @@ from .dispatch import invoke
 from .formula import second_gradients
 
 
-def step(
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None = None,
-    bias_hh: Tensor | None = None,
-) -> States:
+def step(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *weights: Tensor) -> States:
     """One step of one layer, through the Triton kernel.
 
     Args:
         input: (B, I), of any strides.
         h_0, c_0: (B, H), or both None for zeros.
-        weight_ih, weight_hh: (4H, I) and (4H, H), gates in the order i, f, g, o.
-        bias_ih, bias_hh: (4H,), or both None.
+        weights: weight_ih (4H, I) and weight_hh (4H, H), gates in the order i, f, g, o; with biases bias_ih and bias_hh
+            (4H,) as well.
 
     Returns:
         h_1, c_1: (B, H).
 
-    All tensors have one dtype (float32, float16 or bfloat16) and one device: a GPU, or the CPU while
-    lstm_triton.interpreter.interpret() is on. The caller has checked the arguments. Every tensor gets gradients, of any
-    order: those above the first, and forward-mode ones, come from the formula (reference.py), in the same dtype.
+    All tensors have one dtype (float32, float16 or bfloat16) and one device, on which kernels run (target.py). The
+    caller has checked the arguments. Every tensor gets gradients, of any order: those above the first, and forward-mode
+    ones, come from the formula (reference.py), in the same dtype.
     """
-    arguments = (input, h_0, c_0, weight_ih, weight_hh, bias_ih, bias_hh)
+    biases = () if len(weights) == 4 else (None, None)
+    arguments = (input, h_0, c_0, *weights, *biases)
     if transforms.in_forward_mode():
         return lstm_cell(*arguments)
     needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in arguments)

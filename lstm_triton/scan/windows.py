@@ -6,24 +6,38 @@ import torch
 from torch import Tensor
 
 from .layout import Layout, Window
-from .planner import Plan
+from .plan import Plan, ScanShape, divide_up
 
 PREACTIVATION_BYTES = 2**30  # the most bytes of input projections at a time, where they are not kept
 LOW_MEMORY_WINDOWS = 16  # memory="low": the most windows of time that forward and backward take the steps in
 LOW_MEMORY_STEPS = 32  # memory="low": the fewest steps of a window
 
 
-def steps_at_once(plan: Plan, hidden_size: int, batch_size: int, itemsize: int) -> int:
+def steps_at_once(plan: Plan, shape: ScanShape) -> int:
     """The steps whose input projections, where they are not kept, take PREACTIVATION_BYTES at most."""
-    if plan.fuse_input:
+    if plan.projected_lanes == 0:
         return 2**62
-    projected_lanes = 1 if plan.chained else plan.lanes
-    return max(1, PREACTIVATION_BYTES // (projected_lanes * 4 * hidden_size * itemsize * batch_size))
+    bytes_of_a_step = plan.projected_lanes * 4 * shape.hidden_size * shape.itemsize * shape.batch_size
+    return max(1, PREACTIVATION_BYTES // bytes_of_a_step)
 
 
 def low_memory_steps(time_steps: int) -> int:
     """The steps of a window, with memory="low"."""
-    return max(-(-time_steps // LOW_MEMORY_WINDOWS), LOW_MEMORY_STEPS)
+    return max(divide_up(time_steps, LOW_MEMORY_WINDOWS), LOW_MEMORY_STEPS)
+
+
+def low_memory_bounds(time_steps: int, at_once: int | None = None) -> list[int]:
+    """Bounds of the windows of memory="low", each of which is cut into windows of `at_once` steps again."""
+    bounds: list[int] = []
+    steps = low_memory_steps(time_steps)
+    for first in range(0, time_steps, steps):
+        bounds += window_bounds(min(steps, time_steps - first), at_once or steps, first)[:-1]
+    return [*bounds, time_steps]
+
+
+def window_bounds(time_steps: int, at_once: int, first: int = 0) -> list[int]:
+    """Where windows of `at_once` steps begin, the first at step `first`, and where the last window ends."""
+    return [*range(first, first + time_steps, min(at_once, time_steps)), first + time_steps]
 
 
 def window_cells(like: Tensor, layout: Layout, lanes: int) -> Tensor:
@@ -31,9 +45,8 @@ def window_cells(like: Tensor, layout: Layout, lanes: int) -> Tensor:
     return like.new_empty(lanes, LOW_MEMORY_WINDOWS, layout.batch_size, layout.stride, dtype=torch.float32)
 
 
-def windows_of(layout: Layout, steps: int, at_once: int | None = None) -> list[Window]:
-    """All steps, in windows of `steps`, each of which is cut into windows of `at_once` again."""
-    bounds = window_bounds(layout.time_steps, steps, at_once or steps)
+def windows_of(layout: Layout, bounds: list[int]) -> list[Window]:
+    """The windows with these bounds, and the rows of their steps."""
     if len(bounds) == 2:
         return [Window(slice(0, layout.time_steps), slice(0, layout.rows))]
     if layout.rows == layout.time_steps * layout.batch_size:
@@ -44,11 +57,3 @@ def windows_of(layout: Layout, steps: int, at_once: int | None = None) -> list[W
         rows = offsets[torch.tensor(bounds, device=offsets.device)].tolist()
     pairs = zip(itertools.pairwise(bounds), itertools.pairwise(rows), strict=True)
     return [Window(slice(*of_steps), slice(*of_rows)) for of_steps, of_rows in pairs]
-
-
-def window_bounds(time_steps: int, steps: int, at_once: int) -> list[int]:
-    """Where the windows of `windows_of` begin, and where the last one ends."""
-    bounds: list[int] = []
-    for first in range(0, time_steps, steps):
-        bounds += range(first, min(first + steps, time_steps), min(at_once, steps))
-    return [*bounds, time_steps]

@@ -18,6 +18,7 @@ from bench.cases import BenchCase
 from bench.watchdog import Watchdog
 from lstm_triton import target
 from lstm_triton.scan import planner
+from lstm_triton.scan.plan import Plan, ScanShape
 
 HEADLINE = BenchCase("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
 HEADLINE_CASES = {case: None for case, _ in cases.work_list("headline")}
@@ -308,9 +309,11 @@ def test_without_results_the_section_says_so(tmp_path) -> None:
 GPU = target.Device("Invented GPU", "sm_90", 132, 232448)
 
 
-def found_candidates() -> list[planner.Plan]:
-    sizes = {"batch_size": 2, "input_size": 256, "hidden_size": 256, "dtype": torch.float32, "allow_tf32": False}
-    return planner.candidates("forward", device=GPU, **sizes)
+SHAPE = ScanShape("forward", 2, 256, 256, torch.float32, GPU, allow_tf32=False)
+
+
+def found_candidates() -> list[Plan]:
+    return planner.candidates(SHAPE)
 
 
 def test_what_spills_or_does_not_fit_or_compile_is_never_run(monkeypatch) -> None:
@@ -346,7 +349,7 @@ def tuned(monkeypatch, tmp_path, answer) -> tuple[int, dict, list[str]]:
     def measured(self, grid_name, case, names, seconds, forced):
         assert (grid_name, names) == ("tune", ["lstm_triton"])
         assert case.mode == tune.SCAN_MODES[forced["kind"]]
-        return answer(forced["kind"], planner.Plan(**forced["plan"]))
+        return answer(forced["kind"], Plan(**forced["plan"]))
 
     monkeypatch.setattr(Watchdog, "measure", measured)
     monkeypatch.setattr(tune, "refusal", lambda *arguments: None)
@@ -369,16 +372,14 @@ def test_the_fastest_right_candidate_goes_into_the_table_that_the_planner_reads(
         return times[plan]
 
     code, table, said = tuned(monkeypatch, tmp_path, answer)
-    key = planner.key("forward", 2, 256, 256, torch.float32, False)
     assert code == 0
-    assert table == {key: asdict(third)}
+    assert table == {SHAPE.key: asdict(third)}
     assert any("wrong" in line for line in said)
     assert any("timeout" in line for line in said)
     # The planner prefers it to its formula.
     monkeypatch.setattr(planner, "table_path", lambda device: tmp_path / "plans" / "gpu.json")
     device = replace(GPU, name="Invented GPU, tuned")
-    sizes = {"batch_size": 2, "input_size": 256, "hidden_size": 256, "dtype": torch.float32, "allow_tf32": False}
-    assert planner.plan("forward", device=device, **sizes) == third
+    assert planner.plan(replace(SHAPE, device=device)) == third
 
 
 def test_nothing_found_leaves_the_table_as_it_was(monkeypatch, tmp_path) -> None:

@@ -419,11 +419,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from bench.exchange_only import exchange_scan
 from lstm_triton.scan import launch, planner
+from lstm_triton.scan.plan import ScanShape
+from lstm_triton.target import Device
 
-device = planner.Device("H200", "sm_90", 132, 232448)
-sizes = {"batch_size": 16, "input_size": 768, "hidden_size": 768, "dtype": torch.bfloat16, "allow_tf32": False}
+device = Device("H200", "sm_90", 132, 232448)
 for kind in ("forward", "backward"):
-    plan = planner.plan(kind, device=device, **sizes)
+    plan = planner.plan(ScanShape(kind, 16, 768, 768, torch.bfloat16, device, allow_tf32=False))
     constants = {"HIDDEN": 768, "INPUT": 768, "STATE_STRIDE": 768, "COPIES": 1 if kind == "forward" else 4}
     constants |= {"SAVE": kind == "forward", "FUSE_INPUT": plan.fuse_input, "BLOCK_INPUT": plan.block_input}
     constants |= {"CHUNKS": plan.chunks, **launch.constants_of(plan)}

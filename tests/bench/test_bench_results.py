@@ -168,20 +168,16 @@ def test_rows_of_other_kernels_do_not_go_into_the_same_file(tmp_path) -> None:
 def test_the_kernel_hash_follows_kernels_launches_and_the_gpus_own_table(tmp_path, monkeypatch) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "lstm_triton" / "scan").mkdir(parents=True)
-    (tmp_path / "lstm_triton" / "target.py").write_text("x")
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "table_path", lambda device: tmp_path / f"{device.name}.json")
     seen = set()
-    for name in (
-        "kernels/forward.py",
-        "kernels/other.py",
-        "lstm_triton/scan/planner.py",
-        "lstm_triton/target.py",
-        "this gpu.json",
-    ):
-        (tmp_path / name).write_text("y")
+    scan = ("planner", "plan", "fit", "cost", "schedule", "launch", "buffers", "windows", "forward", "products")
+    names = ("target.py", *(f"scan/{name}.py" for name in scan))
+    deciding = (*(f"lstm_triton/{name}" for name in names), "kernels/forward.py", "kernels/other.py", "this gpu.json")
+    for name in deciding:
+        (tmp_path / name).write_text("x")
         seen.add(results.kernel_hash("this gpu"))
-    assert len(seen) == 5
+    assert len(seen) == len(deciding)
     (tmp_path / "lstm_triton" / "module.py").write_text("x")
     (tmp_path / "another gpu.json").write_text("x")
     assert results.kernel_hash("this gpu") in seen

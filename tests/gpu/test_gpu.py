@@ -13,6 +13,7 @@ from lstm_triton import target
 from lstm_triton.commands.check import tf32
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import dropout, planner, windows
+from lstm_triton.scan.plan import Kind, ScanShape
 from lstm_triton.scan.products import matmul_precision
 from tests.support.cells import assert_cell_as_accurate, run_cell
 from tests.support.comparing import LoopLSTM, assert_as_accurate, assert_results_as_accurate, run, twins
@@ -64,11 +65,11 @@ def test_layer(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["forward", "backward"])
-def test_every_candidate_plan(kind: planner.Kind, dtype: torch.dtype, precision: str) -> None:
+def test_every_candidate_plan(kind: Kind, dtype: torch.dtype, precision: str) -> None:
     skip_repeated(precision, dtype)
     sizes = {"batch_size": 40, "input_size": 48, "hidden_size": 200, "dtype": dtype, "allow_tf32": precision == "tf32"}
     device = target.Device.of(torch.device(DEVICE))
-    for chosen in planner.candidates(kind, device=device, **sizes):  # type: ignore[arg-type]
+    for chosen in planner.candidates(ScanShape(kind, device=device, **sizes)):  # type: ignore[arg-type]
         print(chosen)
         LaneCase(6, 40, 48, 200, dtype, device=DEVICE, **{kind: chosen}).check()
 
@@ -244,14 +245,13 @@ def test_stack(sizes: tuple[int, ...], options: dict[str, Any], dtype: torch.dty
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["layers", "both directions"])
 @pytest.mark.parametrize("kind", ["forward", "backward"])
-def test_every_candidate_plan_of_two_lanes(kind: planner.Kind, bidirectional: bool, precision: str) -> None:
+def test_every_candidate_plan_of_two_lanes(kind: Kind, bidirectional: bool, precision: str) -> None:
     sizes = {"batch_size": 40, "input_size": 200, "hidden_size": 100, "dtype": torch.float32}
     ours, stock = twins(200, 100, num_layers=2, bidirectional=bidirectional, device=DEVICE)
     input = torch.randn(6, 40, 200, device=DEVICE)
     device = target.Device.of(torch.device(DEVICE))
-    for chosen in planner.candidates(
-        kind, device=device, allow_tf32=precision == "tf32", lanes=2, chained=not bidirectional, **sizes
-    ):  # type: ignore[arg-type]
+    shape = ScanShape(kind, device=device, allow_tf32=precision == "tf32", lanes=2, chained=not bidirectional, **sizes)
+    for chosen in planner.candidates(shape):
         print(chosen)
         with lstm_triton.backend("triton"), planner.forced(chosen, kind):
             actual = run(ours, input)

@@ -16,7 +16,7 @@ from lstm_triton import interpreter
 from lstm_triton.commands.check import tf32
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import cell, planner
-from lstm_triton.scan.planner import CellPlan
+from lstm_triton.scan.plan import CellPlan
 from lstm_triton.scan.products import matmul_precision
 from lstm_triton.scan.step import step
 from lstm_triton.target import Device

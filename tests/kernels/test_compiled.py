@@ -20,7 +20,7 @@ from torch import Tensor
 from lstm_triton import interpreter
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import buffers, launch, planner
-from lstm_triton.scan.planner import Kind, Plan
+from lstm_triton.scan.plan import Kind, Plan, ScanShape
 from lstm_triton.target import Device, Gpus, KernelLaunch, running_on
 from tests.conftest import INTERPRETED
 from tests.emulator import Deadlock, Fault, Race, driver, emulated
@@ -124,10 +124,9 @@ def plans_of(layer: LaneCase, **wanted: int) -> dict[Kind, Plan]:
     found: dict[Kind, Plan] = {}
     kinds: tuple[Kind, Kind] = ("forward", "backward")
     for kind in kinds:
-        candidates = planner.candidates(
-            kind, batch_size=layer.batch_size, input_size=layer.input_size, hidden_size=layer.hidden_size,
-            dtype=layer.dtype, device=Device.of(torch.device("cpu")), allow_tf32=launch.allows_tf32(),
-        )  # fmt: skip
+        sizes = (layer.batch_size, layer.input_size, layer.hidden_size)
+        device = Device.of(torch.device("cpu"))
+        candidates = planner.candidates(ScanShape(kind, *sizes, layer.dtype, device, launch.allows_tf32()))
         found[kind] = next(
             plan for plan in candidates if all(getattr(plan, name) == value for name, value in wanted.items())
         )

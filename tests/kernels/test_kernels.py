@@ -12,14 +12,16 @@ from torch import Tensor
 
 from lstm_triton import interpreter
 from lstm_triton.interpreter import Deadlock
-from lstm_triton.scan import alignment, backward, forward, launch
-from lstm_triton.scan.planner import Launch, candidates, plan
+from lstm_triton.scan import alignment, backward, forward, planner
+from lstm_triton.scan.plan import Kind, ScanShape
+from lstm_triton.scan.planner import candidates, plan
 from lstm_triton.target import Device
 from tests.support.lanes import DTYPES, LaneCase, interpretable, lane_cases, scan_layer, streamed
 
 pytestmark = pytest.mark.interpreted
 
 SEEDS = (0, 1, 2)
+BOTH: tuple[Kind, ...] = ("forward", "backward")
 
 
 @given(lane_cases(), st.integers(0, 2**32))
@@ -38,20 +40,19 @@ def test_hidden_sizes(hidden_size: int, reverse: bool, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("input_size", [1, 17, 64, 130])
 def test_input_projection_both_ways(input_size: int, fuse_input: bool) -> None:
     device = Device("one of each", "interpreter", 4, 200 * 1024)
-    sizes = {"batch_size": 3, "input_size": input_size, "hidden_size": 20, "dtype": torch.float32}
-    found = candidates("forward", device=device, allow_tf32=False, **sizes)
+    found = candidates(ScanShape("forward", 3, input_size, 20, torch.float32, device, allow_tf32=False))
     chosen = next(each for each in found if each.fuse_input == fuse_input)
     LaneCase(3, 3, input_size, 20, forward=chosen).check()
 
 
 def streamed_layer(dtype: torch.dtype = torch.float32) -> LaneCase:
     """A layer whose weights do not all fit on the device, with more batch tiles than programs to take them."""
-    sizes = {"batch_size": 20, "input_size": 5, "hidden_size": 148, "dtype": dtype, "allow_tf32": False}
     device = Device("few", "interpreter", 20, 64 * 1024)
     plans = {}
-    for kind, depth in (("forward", 148), ("backward", 4 * 148)):
-        found = candidates(kind, device=device, **sizes)  # type: ignore[arg-type]
-        plans[kind] = streamed(next(each for each in found if each.batch_tiles > each.groups), depth)
+    for kind in BOTH:
+        shape = ScanShape(kind, 20, 5, 148, dtype, device, allow_tf32=False)
+        several_tiles = next(each for each in candidates(shape) if each.batch_tiles > each.groups)
+        plans[kind] = streamed(several_tiles, shape.depth)
     return LaneCase(3, 20, 5, 148, dtype, **plans)
 
 
@@ -178,15 +179,13 @@ def test_offsets_beyond_32_bits(which: str) -> None:
     stride = 2**31 + 16
     memory = torch.frombuffer(mmap.mmap(-1, 2 * (stride + 64)), dtype=torch.float16)
     device = Device("one of each", "interpreter", 4, 200 * 1024)
-    sizes = {"batch_size": 1, "input_size": 16, "hidden_size": 16, "dtype": torch.float16, "allow_tf32": False}
-    fused = next(each for each in candidates("forward", device=device, **sizes) if each.fuse_input)
+    shape, backward_shape = (ScanShape(kind, 1, 16, 16, torch.float16, device, allow_tf32=False) for kind in BOTH)
+    fused = next(each for each in candidates(shape) if each.fuse_input)
     layer = LaneCase(2, 1, 16, 16, torch.float16, forward=fused)
     far = memory.as_strided((2, 1, 16), (stride, 16, 1))
     arguments = [tensor for tensor in layer.tensors() if tensor is not None]
     far.copy_(arguments[0])
-    with interpreter.interpret(), pytest.MonkeyPatch.context() as patch:
-        plans = {"forward": fused, "backward": plan("backward", device=device, **sizes)}
-        patch.setattr(launch, "launches_of", lambda kind, **_: (Launch(0, plans[kind]),))
+    with interpreter.interpret(), planner.forced(fused), planner.forced(plan(backward_shape), "backward"):
         input, h_0, c_0, *weights = arguments
         stack = (weights, 1, True, False)
         expected = forward.scan_forward(input, h_0.unsqueeze(0), c_0.unsqueeze(0), *stack, True, True, ())
@@ -221,8 +220,8 @@ def test_outputs_are_contiguous() -> None:
 
 
 def test_interpretable_plans_keep_everything_else() -> None:
-    sizes = {"batch_size": 16, "input_size": 64, "hidden_size": 64, "dtype": torch.float16, "allow_tf32": False}
-    chosen = plan("forward", device=Device("GPU", "sm_90", 132, 232448), **sizes)
+    gpu = Device("GPU", "sm_90", 132, 232448)
+    chosen = plan(ScanShape("forward", 16, 64, 64, torch.float16, gpu, allow_tf32=False))
     assert chosen.packed
     assert chosen.thread_elements > 0
     same = {name: getattr(chosen, name) for name in ("packed", "thread_elements", "dot_precision")}

@@ -3,7 +3,6 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,42 +11,51 @@ from hypothesis import strategies as st
 
 from bench.resources import DEVICES
 from lstm_triton.scan import planner
-from lstm_triton.scan.planner import candidates, forced, launches, plan, state_stride
+from lstm_triton.scan.cost import DATA_CENTRE
+from lstm_triton.scan.plan import Kind, ScanShape, state_stride
+from lstm_triton.scan.planner import candidates, forced, launches, plan
 from lstm_triton.target import Device
 
-SIZES = st.fixed_dictionaries(
-    {
-        "batch_size": st.integers(1, 300) | st.integers(1, 200_000),
-        "input_size": st.integers(1, 3000),
-        "hidden_size": st.integers(1, 2200) | st.integers(1, 8000),
-        "dtype": st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-        "allow_tf32": st.booleans(),
-    }
-)
 H200 = DEVICES["sm_90"]
+KINDS: tuple[Kind, ...] = ("forward", "backward")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@given(st.sampled_from(["forward", "backward"]), SIZES, st.sampled_from(sorted(DEVICES)))
-def test_every_candidate_covers_the_layer_and_fits_the_device(
-    kind: planner.Kind, sizes: dict[str, object], arch: str
-) -> None:
-    device = DEVICES[arch]
-    for each in candidates(kind, device=device, **sizes):  # type: ignore[arg-type]
+def shapes(*devices: Device) -> st.SearchStrategy[ScanShape]:
+    """Any layer on one of the devices."""
+    return st.builds(
+        ScanShape,
+        kind=st.sampled_from(KINDS),
+        batch_size=st.integers(1, 300) | st.integers(1, 200_000),
+        input_size=st.integers(1, 3000),
+        hidden_size=st.integers(1, 2200) | st.integers(1, 8000),
+        dtype=st.sampled_from(DTYPES),
+        device=st.sampled_from(devices),
+        allow_tf32=st.booleans(),
+        lanes=st.just(1),
+        chained=st.just(False),
+    )
+
+
+@given(shapes(*DEVICES.values()))
+def test_every_candidate_covers_the_layer_and_fits_the_device(shape: ScanShape) -> None:
+    device = shape.device
+    for each in candidates(shape):
         assert each.programs <= device.multiprocessors
-        assert each.slices * each.block_hidden >= sizes["hidden_size"] > (each.slices - 1) * each.block_hidden
-        assert each.batch_tiles * each.block_batch >= sizes["batch_size"] > (each.batch_tiles - 1) * each.block_batch
+        assert each.slices * each.block_hidden >= shape.hidden_size > (each.slices - 1) * each.block_hidden
+        assert each.batch_tiles * each.block_batch >= shape.batch_size > (each.batch_tiles - 1) * each.block_batch
         assert 1 <= each.groups <= each.batch_tiles
-        depth = sizes["hidden_size"] * (1 if kind == "forward" else 4)
+        depth = shape.hidden_size * (1 if shape.kind == "forward" else 4)
         assert each.chunks * each.block_k >= depth > (each.chunks - 1) * each.block_k
         assert 1 <= each.group_chunks <= each.resident_chunks <= each.chunks
         assert each.block_k // each.split_k >= 16
-        size = sizes["dtype"].itemsize  # type: ignore[attr-defined]
+        size = shape.dtype.itemsize
         # Every element of a state tile is polled by one thread, and each thread polls 32 bits or more.
         threads = each.num_warps * device.threads_per_warp
         assert each.block_batch * each.block_k * size >= 4 * threads
         assert each.thread_elements in (0, each.block_batch * each.block_k // threads)
         assert (each.thread_elements > 0) == (device.capability > 0)
-        rows = each.block_hidden * (4 if kind == "forward" else 1)
+        rows = each.block_hidden * (4 if shape.kind == "forward" else 1)
         assert 0 <= each.register_chunks <= each.resident_chunks
         assert each.register_chunks == 0 or each.split_k > 1
         in_shared = each.resident_chunks - each.register_chunks
@@ -56,9 +64,9 @@ def test_every_candidate_covers_the_layer_and_fits_the_device(
         assert in_shared * weights + partial_sums <= device.shared_bytes
         # Programs hold back only where the values they look for are on their way, and where they can look.
         waits = device.capability > 0 and each.slices > 1 and each.batch_tiles <= each.groups
-        assert each.hold == 0 or (waits and planner.LEAST_HOLD <= each.hold <= planner.MOST_HOLD)
+        assert each.hold == 0 or (waits and DATA_CENTRE.least_hold <= each.hold <= DATA_CENTRE.most_hold)
         if each.fuse_input:
-            chunks = -(-sizes["input_size"] // each.block_input)  # type: ignore[operator]
+            chunks = -(-shape.input_size // each.block_input)
             assert weights // each.block_k * each.block_input * chunks + in_shared * weights < device.shared_bytes
         for block in (
             each.block_batch,
@@ -71,34 +79,31 @@ def test_every_candidate_covers_the_layer_and_fits_the_device(
             assert block & (block - 1) == 0
 
 
-@given(st.sampled_from(["forward", "backward"]), SIZES)
-def test_the_first_candidate_is_the_plan(kind: planner.Kind, sizes: dict[str, object]) -> None:
-    found = candidates(kind, device=H200, **sizes)  # type: ignore[arg-type]
-    assert plan(kind, device=H200, **sizes) == found[0]  # type: ignore[arg-type]
+@given(shapes(H200))
+def test_the_first_candidate_is_the_plan(shape: ScanShape) -> None:
+    found = candidates(shape)
+    assert plan(shape) == found[0]
     assert [each.predicted_cycles for each in found] == sorted(each.predicted_cycles for each in found)
 
 
 @pytest.mark.parametrize("hidden_size", [64, 128, 256, 384, 512, 768, 1024])
 @pytest.mark.parametrize("batch_size", [1, 16, 64, 256])
 @pytest.mark.parametrize("kind", ["forward", "backward"])
-def test_all_weights_stay_on_a_large_gpu(kind: planner.Kind, batch_size: int, hidden_size: int) -> None:
-    sizes = {"batch_size": batch_size, "input_size": hidden_size, "hidden_size": hidden_size, "allow_tf32": False}
+def test_all_weights_stay_on_a_large_gpu(kind: Kind, batch_size: int, hidden_size: int) -> None:
     for dtype in (torch.float16, torch.bfloat16):
-        assert plan(kind, dtype=dtype, device=H200, **sizes).resident_fraction == 1
+        shape = ScanShape(kind, batch_size, hidden_size, hidden_size, dtype, H200, allow_tf32=False)
+        assert plan(shape).resident_fraction == 1
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("batch_size", "hidden_size"), [(16, 4096), (100_000, 512), (100_000, 4096)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["forward", "backward"])
-def test_large_sizes_have_plans(
-    kind: planner.Kind, dtype: torch.dtype, batch_size: int, hidden_size: int, arch: str
-) -> None:
+def test_large_sizes_have_plans(kind: Kind, dtype: torch.dtype, batch_size: int, hidden_size: int, arch: str) -> None:
     """Of float32 with and without TF32: weights that do not fit on the chip are streamed, batch tiles take turns."""
     device = DEVICES[arch]
-    sizes: dict[str, Any] = {"batch_size": batch_size, "input_size": hidden_size, "hidden_size": hidden_size}
     for allow_tf32 in {False, dtype == torch.float32}:
-        found = plan(kind, dtype=dtype, allow_tf32=allow_tf32, device=device, **sizes)
+        found = plan(ScanShape(kind, batch_size, hidden_size, hidden_size, dtype, device, allow_tf32))
         assert found.programs <= device.multiprocessors
         assert found.slices * found.block_hidden >= hidden_size
         assert found.batch_tiles * found.block_batch >= batch_size
@@ -107,67 +112,73 @@ def test_large_sizes_have_plans(
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 @pytest.mark.parametrize("hidden_size", [100, 768, 1024])
-def test_batches_share_a_few_kernels(kind: planner.Kind, hidden_size: int) -> None:
+def test_batches_share_a_few_kernels(kind: Kind, hidden_size: int) -> None:
     """What is compiled in does not follow the batch size: only a few tile shapes do."""
     kernels = set()
     for batch_size in range(1, 520):
-        chosen = plan(
-            kind, batch_size=batch_size, input_size=64, hidden_size=hidden_size, dtype=torch.float16, device=H200,
-            allow_tf32=False,
-        )  # fmt: skip
+        chosen = plan(ScanShape(kind, batch_size, 64, hidden_size, torch.float16, H200, allow_tf32=False))
         several = chosen.batch_tiles > chosen.groups
         kernels.add((several, chosen.hold > 0, replace(chosen, batch_tiles=0, groups=0, predicted_cycles=0, hold=0)))
     print(f"{kind}, H={hidden_size}: {len(kernels)} kernels for 519 batch sizes")
     assert len(kernels) <= 8
 
 
+SHAPE = ScanShape("forward", 16, 64, 256, torch.float16, H200, allow_tf32=False)
+
+
 def test_precision_follows_what_cudnn_may_use() -> None:
-    sizes = {"batch_size": 16, "input_size": 64, "hidden_size": 64, "dtype": torch.float32}
-    assert plan("forward", device=H200, allow_tf32=True, **sizes).dot_precision == "tf32"
-    assert plan("forward", device=H200, allow_tf32=False, **sizes).dot_precision == "tf32x3"
-    assert plan("forward", device=DEVICES["gfx942"], allow_tf32=True, **sizes).dot_precision == "ieee"
+    shape = replace(SHAPE, dtype=torch.float32)
+    assert plan(replace(shape, allow_tf32=True)).dot_precision == "tf32"
+    assert plan(shape).dot_precision == "tf32x3"
+    assert plan(replace(shape, allow_tf32=True, device=DEVICES["gfx942"])).dot_precision == "ieee"
 
 
 def test_a_device_that_is_too_small_is_refused() -> None:
-    sizes = {"batch_size": 1, "input_size": 8, "hidden_size": 4096, "dtype": torch.float32, "allow_tf32": False}
-    with pytest.raises(ValueError, match="no plan for hidden_size 4096"):
-        plan("forward", device=Device("toy", "sm_90", 2, 16 * 1024), **sizes)
+    toy = Device("toy", "sm_90", 2, 16 * 1024)
+    refused = replace(SHAPE, hidden_size=4096, dtype=torch.float32, device=toy)
+    with pytest.raises(ValueError, match=r"no plan for hidden_size 4096 in torch\.float32 fits Device\(name='toy'"):
+        plan(refused)
+    with pytest.raises(ValueError, match=r"no plan for hidden_size 4096 in torch\.float32, 2 side by side, fits "):
+        plan(replace(refused, lanes=2))
 
 
 def test_a_measured_table_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"batch_size": 16, "input_size": 64, "hidden_size": 256, "dtype": torch.float16, "allow_tf32": False}
-    device = Device("NVIDIA Measured", "sm_90", 132, 232448)
-    second = candidates("forward", device=device, **sizes)[1]
-    path = tmp_path / planner.table_path(device).name
-    path.write_text(json.dumps({planner.key("forward", **sizes): asdict(second)}))
+    shape = replace(SHAPE, device=Device("NVIDIA Measured", "sm_90", 132, 232448))
+    second = candidates(shape)[1]
+    path = tmp_path / planner.table_path(shape.device).name
+    path.write_text(json.dumps({shape.key: asdict(second)}))
     monkeypatch.setattr(planner, "table_path", lambda device: path)
     planner._table.cache_clear()
-    planner._plan.cache_clear()
-    assert plan("forward", device=device, **sizes) == second
-    other = {**sizes, "batch_size": 17}
-    assert plan("forward", device=device, **other) == candidates("forward", device=device, **other)[0]
+    planner._best.cache_clear()
+    assert plan(shape) == second
+    other = replace(shape, batch_size=17)
+    assert plan(other) == candidates(other)[0]
     planner._table.cache_clear()
-    planner._plan.cache_clear()
+    planner._best.cache_clear()
+
+
+def test_keys_of_a_table() -> None:
+    assert SHAPE.key == "forward float16 B=16 I=64 H=256"
+    assert (
+        replace(SHAPE, dtype=torch.float32, allow_tf32=True, lanes=2).key == "forward tf32 B=16 I=64 H=256 2 directions"
+    )
+    assert replace(SHAPE, kind="backward", lanes=3, chained=True).key == "backward float16 B=16 H=256 3 layers"
 
 
 def test_the_backward_scan_does_not_depend_on_the_input() -> None:
     """Who tunes it and who runs it find the same plan and the same table entry, whatever input_size they name."""
-    sizes = {"batch_size": 16, "hidden_size": 256, "dtype": torch.float16, "allow_tf32": False}
-    plans = [plan("backward", device=H200, input_size=input_size, **sizes) for input_size in (1, 256, 1024)]
-    keys = {planner.key("backward", input_size=input_size, **sizes) for input_size in (1, 256, 1024)}
-    assert plans[0] == plans[1] == plans[2]
-    assert len(keys) == 1
-    assert planner.key("forward", input_size=1, **sizes) != planner.key("forward", input_size=2, **sizes)
+    backward = [replace(SHAPE, kind="backward", input_size=input_size) for input_size in (1, 256, 1024)]
+    assert len({plan(shape) for shape in backward}) == 1
+    assert len({shape.key for shape in backward}) == 1
+    assert SHAPE.key != replace(SHAPE, input_size=2).key
 
 
 def test_a_forced_plan_holds_for_its_kind_only() -> None:
-    sizes = {"batch_size": 16, "input_size": 64, "hidden_size": 256, "dtype": torch.float16, "allow_tf32": False}
-    usual = plan("forward", device=H200, **sizes)
-    other = candidates("forward", device=H200, **sizes)[-1]
+    usual, other = plan(SHAPE), candidates(SHAPE)[-1]
     with forced(other, "forward"):
-        assert plan("forward", device=H200, **sizes) == other
-        assert plan("backward", device=H200, **sizes) != other
-    assert plan("forward", device=H200, **sizes) == usual
+        assert plan(SHAPE) == other
+        assert plan(replace(SHAPE, kind="backward")) != other
+    assert plan(SHAPE) == usual
 
 
 def test_state_rows_are_aligned() -> None:
@@ -178,43 +189,39 @@ def test_state_rows_are_aligned() -> None:
 
 # --- The launches of a stack ---
 
-STACK = {"batch_size": 32, "input_size": 512, "hidden_size": 512, "dtype": torch.bfloat16, "allow_tf32": False}
+FIRST = ScanShape("forward", 32, 512, 512, torch.bfloat16, H200, allow_tf32=False)  # one lane of the first layer
 
 
-def lanes_of(kind: planner.Kind, num_layers: int, directions: int = 1, **changes: Any) -> list[list[int]]:
-    sizes: dict[str, Any] = {**STACK, **changes}
-    found = launches(kind, num_layers=num_layers, directions=directions, device=H200, **sizes)
+def lanes_of(first: ScanShape, num_layers: int, directions: int = 1) -> list[list[int]]:
+    found = launches(first, num_layers, directions)
     assert all(each.plan.chained == (directions == 1 and each.plan.lanes > 1) for each in found)
     assert all(each.plan.programs <= H200.multiprocessors for each in found)
     return [list(each.lanes) for each in found]
 
 
 def test_layers_go_together_where_they_fit() -> None:
-    assert lanes_of("forward", 4) == [[0, 1, 2, 3]]
-    assert lanes_of("forward", 8) == [[0, 1, 2, 3, 4, 5, 6, 7]]
-    assert lanes_of("forward", 6) == [[0, 1], [2, 3], [4, 5]]
+    assert lanes_of(FIRST, 4) == [[0, 1, 2, 3]]
+    assert lanes_of(FIRST, 8) == [[0, 1, 2, 3, 4, 5, 6, 7]]
+    assert lanes_of(FIRST, 6) == [[0, 1], [2, 3], [4, 5]]
     # As the weights of one layer alone fill the device.
-    for kind in ("forward", "backward"):
-        assert lanes_of(kind, 3, input_size=2048, hidden_size=2048) == [[0], [1], [2]]
+    for kind in KINDS:
+        assert lanes_of(replace(FIRST, kind=kind, input_size=2048, hidden_size=2048), 3) == [[0], [1], [2]]
 
 
 @pytest.mark.parametrize("kind", ["forward", "backward"])
-def test_both_directions_go_together(kind: planner.Kind) -> None:
-    assert lanes_of(kind, 2, directions=2) == [[0, 1], [2, 3]]
+def test_both_directions_go_together(kind: Kind) -> None:
+    assert lanes_of(replace(FIRST, kind=kind), 2, directions=2) == [[0, 1], [2, 3]]
 
 
-@given(st.sampled_from(["forward", "backward"]), SIZES, st.integers(1, 9), st.integers(1, 2))
+@given(shapes(H200), st.integers(1, 9), st.integers(1, 2))
 @settings(max_examples=20)
-def test_launches_take_every_lane_once_and_fit(
-    kind: planner.Kind, sizes: dict[str, Any], num_layers: int, directions: int
-) -> None:
-    sizes = {**sizes, "batch_size": min(sizes["batch_size"], 300)}
-    arguments = {"num_layers": num_layers, "directions": directions, "device": H200, **sizes}
+def test_launches_take_every_lane_once_and_fit(first: ScanShape, num_layers: int, directions: int) -> None:
+    first = replace(first, batch_size=min(first.batch_size, 300))
     try:
-        found = launches(kind, **arguments)
+        found = launches(first, num_layers, directions)
     except ValueError:  # no plan for one lane alone either
         with pytest.raises(ValueError, match="no plan"):
-            plan(kind, device=H200, **{**sizes, "input_size": max(sizes["input_size"], 2 * sizes["hidden_size"])})
+            plan(replace(first, input_size=max(first.input_size, 2 * first.hidden_size)))
         return
     assert [lane for each in found for lane in each.lanes] == list(range(num_layers * directions))
     for each in found:
@@ -222,15 +229,15 @@ def test_launches_take_every_lane_once_and_fit(
         assert each.plan.chained == (directions == 1 and each.plan.lanes > 1)
         if each.plan.chained:
             assert each.plan.resident_fraction == 1
-    planner._plan.cache_clear()
-    planner._lane_counts.cache_clear()
-    assert launches(kind, **arguments) == found
+    planner._best.cache_clear()
+    planner._launches.cache_clear()
+    assert launches(first, num_layers, directions) == found
 
 
 def test_a_forced_plan_decides_how_many_layers_go_together() -> None:
     for lanes, expected in ((1, [1, 1, 1, 1]), (2, [2, 2]), (4, [4])):
-        chosen = candidates("forward", device=H200, lanes=lanes, chained=lanes > 1, **STACK)[-1]
+        chosen = candidates(replace(FIRST, lanes=lanes, chained=lanes > 1))[-1]
         with forced(chosen):
-            found = launches("forward", num_layers=4, directions=1, device=H200, **STACK)
+            found = launches(FIRST, num_layers=4, directions=1)
         assert [each.plan for each in found] == [chosen] * len(expected)
         assert [each.plan.lanes for each in found] == expected

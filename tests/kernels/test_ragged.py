@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from lstm_triton import ragged
 from lstm_triton.reference import lstm_layer
+from lstm_triton.scan.plan import Kind, ScanShape
 from lstm_triton.scan.planner import candidates
 from lstm_triton.target import Device
 from tests.support.lanes import DTYPES, LaneCase, lane_cases, scan_layer, streamed
@@ -47,12 +48,13 @@ def test_kinds(kind: str, reverse: bool, dtype: torch.dtype) -> None:
 def streamed_layer(reverse: bool, **options: Any) -> LaneCase:
     """Weights that do not all fit on the device, and several batch tiles of very different lengths for each program."""
     lengths = (2, 1, 0, 0, 0, 0, 0, 0) + (0,) * 8 + (3, 3, 2, 0, 1, 3, 2, 1) + (1, 1, 0)
-    sizes = {"batch_size": 27, "input_size": 5, "hidden_size": 90, "dtype": torch.float16, "allow_tf32": False}
     device = Device("few", "interpreter", 12, 64 * 1024)
     plans = {}
-    for kind, depth in (("forward", 90), ("backward", 4 * 90)):
-        found = candidates(kind, device=device, **sizes)  # type: ignore[arg-type]
-        plans[kind] = streamed(next(each for each in found if each.batch_tiles > each.groups == 1), depth)
+    kinds: tuple[Kind, Kind] = ("forward", "backward")
+    for kind in kinds:
+        shape = ScanShape(kind, 27, 5, 90, torch.float16, device, allow_tf32=False)
+        several_tiles = next(each for each in candidates(shape) if each.batch_tiles > each.groups == 1)
+        plans[kind] = streamed(several_tiles, shape.depth)
     return LaneCase(3, 27, 5, 90, torch.float16, reverse, lengths=lengths, **plans, **options)
 
 

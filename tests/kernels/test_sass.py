@@ -18,7 +18,8 @@ from bench import sass
 from bench.resources import DEVICES, DTYPES, KINDS, Case, plan_of
 from bench.sass import REGISTERS, Scan, allocated
 from lstm_triton.scan.launch import compiler_options
-from lstm_triton.scan.planner import Plan, candidates
+from lstm_triton.scan.plan import Plan, ScanShape
+from lstm_triton.scan.planner import candidates
 from tests.support.processes import output_of_python
 
 pytest.importorskip("triton")
@@ -319,10 +320,8 @@ def test_no_plan_asks_for_registers_that_do_not_exist(arch: str) -> None:
     for kind, hidden, batch, (dtype, allow_tf32), (lanes, chained) in product(
         KINDS, (1, 8, 37, 64, 256, 768, 1024, 2048, 4096), (1, 16, 100, 512), DTYPES.values(), ((1, False), (4, True))
     ):
-        for plan in candidates(
-            kind, batch_size=batch, input_size=hidden, hidden_size=hidden, dtype=dtype, device=DEVICES[arch],
-            allow_tf32=allow_tf32, lanes=lanes, chained=chained,
-        ):  # fmt: skip
+        shape = ScanShape(kind, batch, hidden, hidden, dtype, DEVICES[arch], allow_tf32, lanes, chained)
+        for plan in candidates(shape):
             assert most_registers(plan) <= REGISTERS, plan
             count += 1
     assert count > 1000

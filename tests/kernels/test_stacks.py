@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lstm_triton import interpreter
 from lstm_triton.scan import alignment, launch, windows
-from lstm_triton.scan.planner import Kind
+from lstm_triton.scan.plan import Kind
 from lstm_triton.stack import Stack
 from tests.support.comparing import assert_same
 from tests.support.lanes import DTYPES

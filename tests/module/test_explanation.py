@@ -1,6 +1,7 @@
 """What `explain` says of a call beforehand."""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_triton
-from lstm_triton.scan import planner
+from lstm_triton.interpreter import interpret
+from lstm_triton.scan import planner, windows
+from lstm_triton.scan.plan import Kind, ScanShape
 from lstm_triton.target import Device
-from tests.support.comparing import run
 from tests.support.fake_gpu import FakeGPU
+from tests.support.launches import recorded_launches
 
 
 @pytest.mark.parametrize("cls", [lstm_triton.LSTM, nn.LSTM])
@@ -65,13 +68,13 @@ def test_explained_on_a_gpu(gpu: FakeGPU) -> None:
     explanation = lstm_triton.explain(module, input)
     assert explanation.device == "cuda:0"
     assert {each.path for each in explanation.layers} == {"triton"}
-    sizes = {"batch_size": 16, "hidden_size": 768, "dtype": torch.float16, "allow_tf32": True}
     gpu_device = Device("NVIDIA H100", "sm_90", 132, 227 * 1024)
-    kinds: tuple[planner.Kind, planner.Kind] = ("forward", "backward")
+    kinds: tuple[Kind, Kind] = ("forward", "backward")
+    shapes = [ScanShape(kind, 16, 3, 768, torch.float16, gpu_device, allow_tf32=True) for kind in kinds]
     expected = [
-        (kind, launch.plan, tuple(launch.lanes))
-        for kind in kinds
-        for launch in planner.launches(kind, num_layers=2, directions=2, input_size=3, device=gpu_device, **sizes)
+        (shape.kind, launch.plan, tuple(launch.lanes))
+        for shape in shapes
+        for launch in planner.launches(shape, num_layers=2, directions=2)
     ]
     assert [(scan.kind, scan.plan, scan.lanes) for scan in explanation.scans] == expected
     assert explanation.launches == 4  # of either scan, one for each layer, with both of its directions
@@ -86,24 +89,65 @@ def test_explained_on_a_gpu(gpu: FakeGPU) -> None:
         }
 
 
+RUNS: dict[str, dict[str, Any]] = {
+    "both directions": {"bidirectional": True},
+    "layers": {},
+    "low memory": {"memory": "low"},
+    "projections": {"proj_size": 5},
+}
+
+
 @pytest.mark.interpreted
-def test_explained_plans_are_those_that_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lstm_triton.interpreter import interpret
+@pytest.mark.parametrize("windows_of_time", [False, True], ids=["all steps at once", "in windows"])
+@pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+def test_explained_launches_are_those_that_run(
+    options: dict[str, Any], trains: bool, windows_of_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if windows_of_time:
+        monkeypatch.setattr(windows, "PREACTIVATION_BYTES", 1)
+        monkeypatch.setattr(windows, "LOW_MEMORY_STEPS", 3)
+    module, input = lstm_triton.LSTM(3, 20, num_layers=2, **options), torch.randn(5, 3, 3)
+    hx = (torch.randn(module.num_layers * (1 + module.bidirectional), 3, options.get("proj_size", 20)),)
+    hx = (*hx, torch.randn(*hx[0].shape[:2], 20))
+    with interpret(), torch.set_grad_enabled(trains), recorded_launches() as launches:
+        explanation = lstm_triton.explain(module, input, hx)
+        assert not launches
+        output, _ = module(input, hx)
+        if trains:
+            output.sum().backward()
+    for kind in ("forward", "backward"):
+        told = [scan for scan in explanation.scans if scan.kind == kind]
+        ran = [each.plan for each in launches if each.kernel == f"{kind}_scan"]
+        assert len(ran) == sum(scan.times for scan in told)
+        assert {dataclasses.replace(plan, lanes=1) for plan in ran} == {
+            dataclasses.replace(scan.plan, lanes=1) for scan in told
+        }
+        if all(scan.times == 1 for scan in told):
+            assert ran[:: 1 if kind == "forward" else -1] == [scan.plan for scan in told]
 
-    plans: list[tuple[str, planner.Plan]] = []
 
-    def recorded(kind: planner.Kind, **sizes: Any) -> planner.Plan:
-        plans.append((kind, plan(kind, **sizes)))
-        return plans[-1][1]
+@pytest.mark.interpreted
+@pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "dropout": 0.5}, {"dropout": 0.5}, {"proj_size": 5}], ids=str
+)
+def test_explained_launches_of_a_single_step(options: dict[str, Any], states: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dropout of one layer has no effect
+        module = lstm_triton.LSTM(3, 20, **options)
+    hx = (torch.randn(module.num_layers, 3, options.get("proj_size", 20)), torch.randn(module.num_layers, 3, 20))
+    with interpret(), torch.no_grad(), recorded_launches() as launches:
+        explanation = lstm_triton.explain(module, torch.randn(1, 3, 3), hx if states else None)
+        module(torch.randn(1, 3, 3), hx if states else None)
+    names = {"cell": "cell_forward", "forward": "forward_scan"}
+    assert launches.kernels == [names[scan.kind] for scan in explanation.scans]
 
-    module, input = lstm_triton.LSTM(3, 20, num_layers=2, bidirectional=True), torch.randn(2, 3, 3)
-    with interpret():
-        explanation = lstm_triton.explain(module, input)
-        plan = planner.plan
-        monkeypatch.setattr(planner, "plan", recorded)
-        run(module, input)
-    assert plans == [(scan.kind, scan.plan) for scan in explanation.scans]
-    assert explanation.launches == len(plans)
+
+def test_a_notebook_shows_what_print_prints() -> None:
+    explanation = lstm_triton.explain(lstm_triton.LSTM(3, 4), torch.zeros(5, 2, 3))
+    for each in (explanation, lstm_triton.replace_lstm(nn.LSTM(3, 4)), lstm_triton.accelerate()):
+        assert repr(each) == str(each)
 
 
 def test_explain_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

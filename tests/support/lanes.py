@@ -14,7 +14,7 @@ from lstm_triton import interpreter
 from lstm_triton.ragged import Ragged, dense, packed
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import layers, planner
-from lstm_triton.scan.planner import Kind, Plan
+from lstm_triton.scan.plan import Kind, Plan, ScanShape
 from lstm_triton.stack import Lane, LaneResults, LaneWeights, Options, Stack, Start
 from lstm_triton.target import Device
 from tests.support.comparing import assert_as_accurate, floor_of, loop_layer, nudged
@@ -236,7 +236,7 @@ def lane_cases(draw: st.DrawFn, largest_hidden: int = 50, ragged: bool = False) 
             multiprocessors=draw(st.integers(1, 12)),
             shared_bytes=draw(st.sampled_from((16, 32, 64, 200))) * 1024,
         )
-        found = planner.candidates(kind, **sizes, device=device, allow_tf32=False)  # type: ignore[arg-type]
+        found = planner.candidates(ScanShape(kind, **sizes, device=device, allow_tf32=False))
         if found:
             plan = draw(st.sampled_from(found))
             if plan.split_k > 1 and draw(st.booleans()):

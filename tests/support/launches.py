@@ -10,7 +10,7 @@ import torch
 
 from lstm_triton import target
 from lstm_triton.scan import backward, forward, launch
-from lstm_triton.scan.planner import Plan
+from lstm_triton.scan.plan import Plan
 
 
 @dataclass

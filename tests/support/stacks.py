@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import lstm_triton
 from lstm_triton import interpreter
 from lstm_triton.scan import dropout, planner
-from lstm_triton.scan.planner import Kind, Plan, candidates
+from lstm_triton.scan.plan import Kind, Plan, ScanShape
 from lstm_triton.target import Device
 from tests.support.comparing import LoopLSTM, assert_results_as_accurate, run
 from tests.support.lanes import DTYPES, interpretable
@@ -159,7 +159,7 @@ class StackCase:
         self, kind: Kind, lanes: int, multiprocessors: int = 16, shared_bytes: int = 64 * 1024
     ) -> list[Plan]:
         """Every plan for launches of so many lanes on such a device."""
-        found = candidates(
+        shape = ScanShape(
             kind,
             batch_size=self.batch_size,
             input_size=max(self.input_size, self.directions * (self.proj_size or self.hidden_size)),
@@ -170,7 +170,7 @@ class StackCase:
             lanes=lanes,
             chained=lanes > 1 and not self.bidirectional,
         )
-        return [interpretable(each) for each in found]
+        return [interpretable(each) for each in planner.candidates(shape)]
 
     def launched(self, lanes: int, several_tiles: bool = False, kinds: tuple[Kind, ...] = BOTH) -> "StackCase":
         """The same with so many lanes in every launch; `several_tiles`: one program takes all batch tiles of a lane."""

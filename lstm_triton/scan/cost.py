@@ -1,0 +1,144 @@
+"""What a step costs: an estimate in cycles, from what has to move and what has to wait.
+
+Only the ratios of the rates matter. Plans that were measured on a device replace what the rates lead to.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .fit import Division, Placement
+from .plan import divide_up
+
+SECTOR_BYTES = 32  # bytes of a sector of L2
+SCHEDULERS = 4  # of a multiprocessor, each with a tensor core
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a family of GPUs moves and computes in a cycle of its clock, and how long it takes to wait there.
+
+    Latencies were read off compiled kernels (bench/resources.py), where no other source is named.
+    """
+
+    link_bytes: int  # bytes a cycle, from L2 to one multiprocessor
+    l2_bytes: int  # bytes a cycle, from L2 to all multiprocessors, which read the same lines at the same time
+    shared_bytes: int  # bytes a cycle, within one multiprocessor
+    memory_bytes: int  # bytes a cycle, to and from the device's memory
+    operations: int  # operations a cycle, of a large product of 16-bit matrices; of 32-bit ones half as many
+    multiplied: Mapping[str, int]  # pairs of numbers a cycle, of one multiprocessor, by `ScanShape.operands`
+    load: int  # cycles from asking L2 for a value to having it
+    exchange: int  # cycles from publishing a value to having it elsewhere
+    round: int  # cycles of asking again, for a further group of chunks
+    fixed: int  # cycles of a step for addresses, sentinels, barriers, and the gates of the first unit
+    half_sector: int  # cycles of a step, for states of which two programs write a sector of L2, each half of it
+    projection: int  # cycles of a step, for an input projection of its own: its launch, and reading its result
+    staging: int  # cycles of a step, for states on their way to asynchronous tensor cores
+    least_hold: int  # cycles that threads hold back at least, if they hold back (kernels/hold.py)
+    most_hold: int  # cycles that threads hold back at most
+    hold_from: int  # cycles that L2 takes for what all programs read, from which on threads hold back
+
+
+# l2_bytes and projection were measured on an H100, projection at H = 256, B = 16: 220 cycles.
+DATA_CENTRE = Rates(
+    link_bytes=64,
+    l2_bytes=2000,
+    shared_bytes=128,
+    memory_bytes=2500,
+    operations=300_000,
+    multiplied={"16 bit": 1300, "tf32": 650, "tf32x3": 220, "ieee": 128},
+    load=600,
+    exchange=1000,
+    round=1200,
+    fixed=500,
+    half_sector=200,
+    projection=250,
+    staging=400,
+    least_hold=320,
+    most_hold=768,
+    hold_from=70,
+)
+
+
+def cycles(placement: Placement, rates: Rates = DATA_CENTRE) -> int:
+    """Cycles of one step of all lanes and all batch tiles."""
+    division, shape = placement.division, placement.division.shape
+    work = _moving(placement, rates) + _multiplying(placement, rates) + _around_products(division, rates)
+    work += (placement.rounds - 1) * rates.round
+    # What the input takes passes while the state is under way. One state is asked for after the other.
+    waiting = shape.states * rates.load + placement.input_bytes // rates.shared_bytes
+    # A program that serves several tiles works on the others while one is exchanged.
+    turns = divide_up(division.batch_tiles, division.groups)
+    return max(work + max(rates.exchange, waiting), turns * (work + waiting)) + _projecting(division, rates)
+
+
+def hold(placement: Placement, rates: Rates = DATA_CENTRE) -> int:
+    """Cycles after publishing before a program first looks for its peers' values; 0: at once.
+
+    A program of several tiles does not hold back, as the next tile's states are there. Few programs with little to read
+    do not slow each other down.
+    """
+    division, shape = placement.division, placement.division.shape
+    waits = shape.device.capability > 0 and (division.slices > 1 or shape.chained)
+    traffic = _exchanged_bytes(placement) * division.programs // rates.l2_bytes  # cycles
+    if not waits or division.batch_tiles > division.groups or traffic < rates.hold_from:
+        return 0
+    return min(rates.least_hold + traffic // 2, rates.most_hold)
+
+
+def _state_bytes(division: Division) -> int:
+    """Bytes of the states of a batch tile."""
+    return division.shape.states * division.block_batch * division.shape.depth * division.shape.itemsize
+
+
+def _exchanged_bytes(placement: Placement) -> int:
+    """Bytes that a program reads from L2 while programs wait for each other."""
+    return _state_bytes(placement.division) + placement.streamed_chunks * placement.division.chunk_bytes
+
+
+def _moving(placement: Placement, rates: Rates) -> int:
+    """Cycles of what a step reads from L2."""
+    division, shape = placement.division, placement.division.shape
+    loaded = _exchanged_bytes(placement)
+    loaded += division.block_batch * shape.input_size * shape.itemsize if division.fuse_input else 0
+    return max(loaded // rates.link_bytes, loaded * division.programs // rates.l2_bytes)
+
+
+def _multiplying(placement: Placement, rates: Rates) -> int:
+    """Cycles of the products of a step, and of their way through shared memory."""
+    division, shape = placement.division, placement.division.shape
+    if division.operands_in_registers:
+        weights_bytes = division.chunk_bytes * (placement.resident_chunks - placement.register_chunks)
+        other_bytes = 2 * division.partial_sum_bytes
+    else:
+        weights_bytes = division.chunk_bytes * (division.chunks + placement.streamed_chunks)
+        other_bytes = 2 * (_state_bytes(division) + division.partial_sum_bytes)
+    pairs = shape.states * division.weight_rows * division.chunks * division.block_k * division.block_batch
+    multiplying = _idle(division) * pairs // rates.multiplied[shape.operands]
+    return max(weights_bytes // rates.shared_bytes, multiplying) + other_bytes // rates.shared_bytes
+
+
+def _around_products(division: Division, rates: Rates) -> int:
+    """Cycles of gates, addresses and barriers of a step."""
+    shape = division.shape
+    found = rates.fixed + _idle(division) * division.block_batch * division.block_hidden
+    found += rates.staging if division.asynchronous else 0
+    halves = division.block_hidden * shape.itemsize < SECTOR_BYTES and division.slices > 1
+    if shape.kind == "forward" and halves and min(shape.batch_size, division.block_batch) >= 8:
+        found += rates.half_sector
+    return found
+
+
+def _idle(division: Division) -> int:
+    """How many times longer a program takes, as it has fewer warps than a multiprocessor has schedulers."""
+    return max(1, SCHEDULERS // division.num_warps)
+
+
+def _projecting(division: Division, rates: Rates) -> int:
+    """Cycles of a step for an input projection of its own, which is written to memory and read back."""
+    shape = division.shape
+    if division.fuse_input or shape.kind == "backward":
+        return 0
+    projected_lanes = 1 if shape.chained else shape.lanes
+    numbers = 4 * shape.hidden_size * shape.batch_size * projected_lanes
+    moving = 2 * numbers * shape.itemsize // rates.memory_bytes
+    return rates.projection + moving + numbers * shape.input_size * shape.itemsize // rates.operations
