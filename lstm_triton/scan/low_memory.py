@@ -171,7 +171,8 @@ def _of_lane(
         grad_below: (rows, K), to which the gradient of what the lane reads is added; None: it is not needed.
     """
     stack, layout = read.stack, read.layout
-    part, weights, reverse = stack.part(slice(lane, lane + 1)), stack.weights[lane], stack.is_reverse(lane)
+    weights, reverse = stack.weights[lane], stack.is_reverse(lane)
+    alone = Stack((weights,), 1, reverse)
     batch_size, hidden_size = layout.batch_size, layout.hidden_size
     all_weights, all_starts = LaneWeights(*(True,) * 4), Start(True, None, True, None, True, True)  # type: ignore[arg-type]
     sums = LaneWeights(*(each.new_zeros(each.shape, dtype=torch.float32) for each in weights.given))
@@ -191,14 +192,14 @@ def _of_lane(
         cell[0, own.initial(reverse)] = cell_starts[number]
         if own.ragged is not None:
             cell[0, own.resets, :hidden_size] = 0 if start.c_reset is None else start.c_reset
-        recompute_gates(gates, cell, part, own)
+        recompute_gates(gates, cell, alone, own)
 
         output = None if grads.output is None else grads.output[window.rows]
         if output is not None and own.ragged is None:
             output = output.unflatten(0, (-1, batch_size))
         tables = () if own.ragged is None else tuple(own.ragged)
         grad_gates, grad_cell = invoke(
-            scan_backward, output, grad_h, grad_c, *part.arguments, cell, gates, tables, batch_size
+            scan_backward, output, grad_h, grad_c, *alone.arguments, cell, gates, tables, batch_size
         )
         found, found_start = of_lane(
             grad_gates[0], own, reverse, weights, [rows], hidden_before, all_weights, all_starts

@@ -113,7 +113,7 @@ def test_float32_is_as_precise_as_what_it_stands_in_for(monkeypatch: pytest.Monk
         asked.append(allow_tf32)
         return plain(allow_tf32=allow_tf32, **sizes)
 
-    monkeypatch.setattr("lstm_triton.scan.cell.plan_cell", recorded)
+    monkeypatch.setattr(planner, "plan_cell", recorded)
     with interpreter.interpret(), torch.no_grad():
         for cudnn in (True, False):
             with tf32(cudnn):
