@@ -80,30 +80,33 @@ def plan_of(case: Case) -> Plan | CellPlan:
     return plan(kind, lanes=case.lanes, chained=case.chained, **sizes)
 
 
-def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chosen: CellPlan) -> Any:
-    """A kernel of LSTMCell, compiled for an architecture: what a training step launches."""
+def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chosen: CellPlan, **others: object) -> Any:
+    """A kernel of LSTMCell, compiled for an architecture: what a training step launches.
+
+    others: constants of the kernel that are to differ from a training step's.
+    """
     from lstm_triton.cell_ops import BACKWARD_OPTIONS, compiler_options, constants_of
     from lstm_triton.kernels.cell import cell_backward, cell_forward
 
     constants: dict[str, Any] = {"HIDDEN": hidden, "HAS_STATE": True}
     if kernel == "cell_backward":
         constants["BLOCK"] = planner.CELL_BACKWARD_BLOCK
-        return _compiled(cell_backward, arch, dtype, constants, BACKWARD_OPTIONS, {})
+        return _compiled(cell_backward, arch, dtype, constants | others, BACKWARD_OPTIONS, {})
     unit = 16 if hidden % 16 == 0 else 1
     constants |= {"INPUT": hidden, "INPUT_STRIDE_UNIT": unit, "HAS_BIAS": True, "HAS_OUTPUT": False, "KEEP_GATES": True}
     constants |= constants_of(chosen)
-    return _compiled(cell_forward, arch, dtype, constants, compiler_options(chosen), {})
+    return _compiled(cell_forward, arch, dtype, constants | others, compiler_options(chosen), {})
 
 
-def compiled_again(case: Case) -> Any:
+def compiled_again(case: Case, **others: object) -> Any:
     """The kernel of kernels/again.py, compiled for an architecture."""
     from lstm_triton.kernels.again import gates_again
 
     block_batch, block_hidden = planner.AGAIN_BLOCK
-    constants = {"HIDDEN": case.hidden, "STATE_STRIDE": state_stride(case.hidden), "HAS_BIAS": True}
+    constants: dict[str, Any] = {"HIDDEN": case.hidden, "STATE_STRIDE": state_stride(case.hidden), "HAS_BIAS": True}
     constants |= {"RAGGED": case.ragged, "BLOCK_BATCH": block_batch, "BLOCK_HIDDEN": block_hidden}
     options = {"num_warps": planner.AGAIN_WARPS}
-    return _compiled(gates_again, case.arch, DTYPES[case.dtype][0], constants, options, TYPES)
+    return _compiled(gates_again, case.arch, DTYPES[case.dtype][0], constants | others, options, TYPES)
 
 
 def compiled(
@@ -114,8 +117,12 @@ def compiled(
     chosen: Plan,
     ragged: bool = False,
     dropout: bool = False,
+    **others: object,
 ) -> Any:
-    """The scan of a plan, compiled for an architecture: what a training step launches."""
+    """The scan of a plan, compiled for an architecture: what a training step launches.
+
+    others: constants of the kernel that are to differ from a training step's.
+    """
     from lstm_triton.kernels.backward import backward_scan
     from lstm_triton.kernels.forward import forward_scan
     from lstm_triton.ops import compiler_options, constants_of, input_constants_of
@@ -134,7 +141,7 @@ def compiled(
     else:
         constants |= {"GRAD_CELLS": False}
     options = compiler_options(chosen, is_nvidia=arch.startswith("sm_"))
-    return _compiled(kernel, arch, dtype, constants, options, TYPES, chosen.lanes)
+    return _compiled(kernel, arch, dtype, constants | others, options, TYPES, chosen.lanes)
 
 
 def _compiled(
