@@ -7,8 +7,7 @@ only along time: c_t = f_t * c_{t-1} + i_t * g_t, for every sequence and unit by
 import triton
 import triton.language as tl
 
-from .forward import load_bias
-from .gates import activate, update_state
+from .gates import activate, add_gates, load_bias, load_gates, store_gates, update_state
 
 
 @triton.jit(do_not_specialize=["seq_len", "batch_size", "reverse"])
@@ -34,10 +33,7 @@ def gates_again(
     units = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     columns = units[None, :]
     if HAS_BIAS:
-        input_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 0, HIDDEN)
-        forget_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 1, HIDDEN)
-        cell_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 2, HIDDEN)
-        output_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 3, HIDDEN)
+        bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, HIDDEN)
     if RAGGED:
         sources_ptr = tl.where(reverse != 0, after_ptr, before_ptr)
     for index in range(seq_len):
@@ -52,24 +48,13 @@ def gates_again(
             rows = time * batch_size + sequences
             sources = tl.where(sequences < batch_size, rows + tl.where(reverse != 0, 2 * batch_size, 0), -1)
         mask = (sources >= 0)[:, None] & (columns < HIDDEN)
-        gates = gates_ptr + rows[:, None] * (4 * HIDDEN) + columns
-        input_preact = tl.load(gates, mask=mask, other=0.0).to(tl.float32)
-        forget_preact = tl.load(gates + HIDDEN, mask=mask, other=0.0).to(tl.float32)
-        cell_preact = tl.load(gates + 2 * HIDDEN, mask=mask, other=0.0).to(tl.float32)
-        output_preact = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0).to(tl.float32)
+        gates_ptrs = gates_ptr + rows[:, None] * (4 * HIDDEN) + columns
+        preact = load_gates(gates_ptrs, mask, HIDDEN, tl.float32)
         if HAS_BIAS:
-            input_preact += input_bias
-            forget_preact += forget_bias
-            cell_preact += cell_bias
-            output_preact += output_bias
+            preact = add_gates(preact, bias)
         tl.debug_barrier()  # other threads of this program may have written it, one step ago
         cell_prev = tl.load(cell_ptr + sources[:, None] * STATE_STRIDE + columns, mask=mask, other=0.0)
-        input_gate, forget_gate, candidate, output_gate = activate(
-            input_preact, forget_preact, cell_preact, output_preact
-        )
-        cell, _ = update_state(input_gate, forget_gate, candidate, output_gate, cell_prev)
+        gates = activate(preact)
+        cell, _ = update_state(gates, cell_prev)
         tl.store(cell_ptr + (rows[:, None] + batch_size) * STATE_STRIDE + columns, cell, mask=mask)
-        tl.store(gates, input_gate.to(gates_ptr.dtype.element_ty), mask=mask)
-        tl.store(gates + HIDDEN, forget_gate.to(gates_ptr.dtype.element_ty), mask=mask)
-        tl.store(gates + 2 * HIDDEN, candidate.to(gates_ptr.dtype.element_ty), mask=mask)
-        tl.store(gates + 3 * HIDDEN, output_gate.to(gates_ptr.dtype.element_ty), mask=mask)
+        store_gates(gates_ptrs, gates, mask, HIDDEN)

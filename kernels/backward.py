@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .exchange import publish, request
-from .gates import differentiate
+from .gates import as_float32, differentiate, load_gates
 from .hold import clock, hold_back
 from .lanes import dropout_scale, of_lane, place
 from .product import add_received, load_resident, no_sums, places, total
@@ -240,11 +240,7 @@ def backward_scan(
                 SEVERAL_TILES,
             )  # fmt: skip
 
-        gates = gates_ptrs + step_row * (4 * HIDDEN)
-        input_gate = tl.load(gates, mask=mask, other=0.0)
-        forget_gate = tl.load(gates + HIDDEN, mask=mask, other=0.0)
-        candidate = tl.load(gates + 2 * HIDDEN, mask=mask, other=0.0)
-        output_gate = tl.load(gates + 3 * HIDDEN, mask=mask, other=0.0)
+        gates = load_gates(gates_ptrs + step_row * (4 * HIDDEN), mask, HIDDEN, gates_ptr.dtype.element_ty)
         cell = tl.load(cell_ptrs + state_row * STATE_STRIDE, mask=mask, other=0.0)
         cell_prev = tl.load(cell_prev_ptrs, mask=mask, other=0.0)
         output_mask = row_mask & (units < tl.where(lane == LANES - 1, HIDDEN, 0)) if CHAINED else mask
@@ -290,12 +286,9 @@ def backward_scan(
         grad_hidden += from_outside + grad_last.to(tl.float32)
 
         grad_cell_now = grad_cell + grad_here.to(tl.float32) if GRAD_CELLS else grad_cell
-        grad_input_preact, grad_forget_preact, grad_cell_preact, grad_output_preact, grad_cell_prev = differentiate(
-            input_gate.to(tl.float32), forget_gate.to(tl.float32), candidate.to(tl.float32), output_gate.to(tl.float32),
-            cell_prev, cell, grad_hidden, grad_cell_now,
-        )  # fmt: skip
-        even = tl.where(pairs % 2 == 0, grad_input_preact, grad_cell_preact)
-        odd = tl.where(pairs % 2 == 0, grad_forget_preact, grad_output_preact)
+        grad_preact, grad_cell_prev = differentiate(as_float32(gates), cell_prev, cell, grad_hidden, grad_cell_now)
+        even = tl.where(pairs % 2 == 0, grad_preact.input, grad_preact.candidate)
+        odd = tl.where(pairs % 2 == 0, grad_preact.forget, grad_preact.output)
         if HIDDEN % BLOCK_HIDDEN != 0:
             even, odd = tl.where(units < HIDDEN, even, 0.0), tl.where(units < HIDDEN, odd, 0.0)  # see forward.py
         written_mask = (row_mask & (gate_minor < WRITTEN))[:, None]

@@ -18,20 +18,12 @@ import triton
 import triton.language as tl
 
 from .exchange import publish, request
-from .gates import activate, split_gates, update_state
+from .gates import activate, add_gates, load_bias, load_gates, split_gates, store_gates, update_state
 from .hold import clock, hold_back
 from .lanes import dropout_scale, of_lane, place
 from .product import add_products, add_received, load_resident, no_sums, places, total
 from .ragged import count_turns, look_up, next_turn, no_turn
 from .sizes import smaller
-
-
-@triton.jit
-def load_bias(bias_ih_ptr, bias_hh_ptr, units, gate: tl.constexpr, HIDDEN: tl.constexpr):
-    """(1, units) of b_ih + b_hh in float32, for one gate."""
-    bias_ih = tl.load(bias_ih_ptr + gate * HIDDEN + units, mask=units < HIDDEN, other=0.0).to(tl.float32)
-    bias_hh = tl.load(bias_hh_ptr + gate * HIDDEN + units, mask=units < HIDDEN, other=0.0).to(tl.float32)
-    return (bias_ih + bias_hh)[None, :]
 
 
 @triton.jit
@@ -190,12 +182,7 @@ def forward_scan(
             TF32_ROUNDING, 0, INPUT_CHUNKS,
         )  # fmt: skip
     if HAS_BIAS:
-        bias_ih_ptr = of_lane(bias_ih_ptrs, lane, LANES)
-        bias_hh_ptr = of_lane(bias_hh_ptrs, lane, LANES)
-        input_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 0, HIDDEN)
-        forget_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 1, HIDDEN)
-        cell_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 2, HIDDEN)
-        output_bias = load_bias(bias_ih_ptr, bias_hh_ptr, units, 3, HIDDEN)
+        bias = load_bias(of_lane(bias_ih_ptrs, lane, LANES), of_lane(bias_hh_ptrs, lane, LANES), units, HIDDEN)
 
     hidden_ptrs = hidden_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     cell_ptrs = cell_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
@@ -248,7 +235,7 @@ def forward_scan(
         state_row = step_row + batch_size
         mask = row_mask & unit_mask
         state_mask = row_mask & written_mask
-        gates = gates_ptrs + step_row * (4 * HIDDEN)
+        step_gates_ptrs = gates_ptrs + step_row * (4 * HIDDEN)
         if RAGGED:
             turn_next = turn_after
             source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
@@ -275,10 +262,7 @@ def forward_scan(
                 input_tiles = input_tiles + (tl.load(inputs + chunk * BLOCK_INPUT, mask=input_mask, other=0.0),)
         else:
             share_mask = row_mask & (units < tl.where(lane == 0, HIDDEN, 0))[None, :] if CHAINED else mask
-            input_share = tl.load(gates, mask=share_mask, other=0.0)
-            forget_share = tl.load(gates + HIDDEN, mask=share_mask, other=0.0)
-            cell_share = tl.load(gates + 2 * HIDDEN, mask=share_mask, other=0.0)
-            output_share = tl.load(gates + 3 * HIDDEN, mask=share_mask, other=0.0)
+            shares = load_gates(step_gates_ptrs, share_mask, HIDDEN, gates_ptr.dtype.element_ty)
         if SEVERAL_TILES:
             tl.debug_barrier()  # other threads of this program may have written it, one step ago
         if RAGGED:
@@ -325,24 +309,15 @@ def forward_scan(
             weight_ks, ks, STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
             DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED,
         )  # fmt: skip
-        preact = total(sums, SPLIT_K, ACCUMULATORS)
-        input_preact, forget_preact, cell_preact, output_preact = split_gates(preact, BLOCK_HIDDEN, BLOCK_BATCH)
+        preact = split_gates(total(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
         if not FUSE_INPUT:
             # Added last: as the sums' starting value the shares would be waited for before h_{t-1} is.
-            input_preact += input_share.to(tl.float32)
-            forget_preact += forget_share.to(tl.float32)
-            cell_preact += cell_share.to(tl.float32)
-            output_preact += output_share.to(tl.float32)
+            preact = add_gates(preact, shares)
         if HAS_BIAS:
-            input_preact += input_bias
-            forget_preact += forget_bias
-            cell_preact += cell_bias
-            output_preact += output_bias
+            preact = add_gates(preact, bias)
 
-        input_gate, forget_gate, candidate, output_gate = activate(
-            input_preact, forget_preact, cell_preact, output_preact
-        )
-        cell_next, hidden = update_state(input_gate, forget_gate, candidate, output_gate, cell)
+        gates = activate(preact)
+        cell_next, hidden = update_state(gates, cell)
         cell = tl.where(row_mask, cell_next, cell) if RAGGED else cell_next
         if HIDDEN % BLOCK_HIDDEN != 0:
             # Units past the last one stay 0 even beside an infinity or a NaN, which weights of 0 would let through.
@@ -357,9 +332,6 @@ def forward_scan(
         elif SEVERAL_TILES:
             tl.store(cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, cell, mask=state_mask)
         if KEEP_GATES:
-            tl.store(gates, input_gate.to(gates_ptr.dtype.element_ty), mask=mask)
-            tl.store(gates + HIDDEN, forget_gate.to(gates_ptr.dtype.element_ty), mask=mask)
-            tl.store(gates + 2 * HIDDEN, candidate.to(gates_ptr.dtype.element_ty), mask=mask)
-            tl.store(gates + 3 * HIDDEN, output_gate.to(gates_ptr.dtype.element_ty), mask=mask)
+            store_gates(step_gates_ptrs, gates, mask, HIDDEN)
     if not KEEP_CELLS and not SEVERAL_TILES:
         tl.store(cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, cell, mask=cell_mask)
