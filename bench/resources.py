@@ -99,14 +99,14 @@ def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chose
 
 
 def compiled_again(case: Case, **others: object) -> Any:
-    """The kernel of kernels/again.py, compiled for an architecture."""
-    from lstm_triton.kernels.again import gates_again
+    """The kernel of kernels/recompute.py, compiled for an architecture."""
+    from lstm_triton.kernels.recompute import recompute_gates
 
     block_batch, block_hidden = planner.AGAIN_BLOCK
     constants: dict[str, Any] = {"HIDDEN": case.hidden, "STATE_STRIDE": state_stride(case.hidden), "HAS_BIAS": True}
     constants |= {"RAGGED": case.ragged, "BLOCK_BATCH": block_batch, "BLOCK_HIDDEN": block_hidden}
     options = {"num_warps": planner.AGAIN_WARPS}
-    return _compiled(gates_again, case.arch, DTYPES[case.dtype][0], constants | others, options, TYPES)
+    return _compiled(recompute_gates, case.arch, DTYPES[case.dtype][0], constants | others, options, TYPES)
 
 
 def compiled(

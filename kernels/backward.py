@@ -17,42 +17,32 @@ thread: there are tiles of *pairs*, (BLOCK_BATCH * 2 * BLOCK_HIDDEN,).
 import triton
 import triton.language as tl
 
-from .exchange import publish, request
+from .exchange import Polling, publish, request
 from .gates import as_float32, differentiate, load_gates
 from .hold import clock, hold_back
 from .lanes import dropout_scale, of_lane, place
-from .product import add_received, load_resident, no_sums, places, total
-from .ragged import count_turns, look_up, next_turn, no_turn
+from .product import add_received, load_weights, places, total, zero_sums
 from .sizes import smaller
+from .tiling import Tiling
+from .turns import count_turns, look_up, next_turn, no_turn
 
 
 @triton.jit
-def load_weights(
-    pointer,  # (STATE_STRIDE, 4 * STATE_STRIDE), transposed: rows of units, gate-minor columns
-    slice_index,
-    units_end,
-    HIDDEN: tl.constexpr,
-    STATE_STRIDE: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    TF32_ROUNDING: tl.constexpr,
-    REGISTER_CHUNKS: tl.constexpr,
-    RESIDENT_CHUNKS: tl.constexpr,
-):
-    """The rows of a program's units, as `load_weights` in forward.py has those of its gates."""
-    units, ks = places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K)
-    shared_units, shared_ks = places(BLOCK_HIDDEN, BLOCK_K, SPLIT_K, True)
-    units += slice_index * BLOCK_HIDDEN
-    shared_units += slice_index * BLOCK_HIDDEN
+def load_weight_columns(
+    pointer, slice_index, units_end, HIDDEN: tl.constexpr, STATE_STRIDE: tl.constexpr, tiling
+):  # fmt: skip
+    """The columns of a weight (4H, H) that belong to a program's units; none from units_end on.
+
+    pointer: to the weight transposed, (STATE_STRIDE, 4 * STATE_STRIDE): a row for each unit, gate-minor.
+    """
+    units, ks = places(tiling.BLOCK_HIDDEN, tiling)
+    shared_units, shared_ks = places(tiling.BLOCK_HIDDEN, tiling, SHARED=True)
+    units += slice_index * tiling.BLOCK_HIDDEN
+    shared_units += slice_index * tiling.BLOCK_HIDDEN
     pointers = pointer + units.to(tl.int64)[:, None] * (4 * STATE_STRIDE) + ks
     mask = units < units_end
-    weights = load_resident(
-        pointers, mask, ks, pointer + shared_units.to(tl.int64)[:, None] * (4 * STATE_STRIDE) + shared_ks,
-        shared_units < units_end, shared_ks, 4 * HIDDEN, BLOCK_K, SPLIT_K, TF32_ROUNDING, REGISTER_CHUNKS,
-        RESIDENT_CHUNKS,
-    )  # fmt: skip
-    return weights, pointers, mask, ks
+    shared_pointers = pointer + shared_units.to(tl.int64)[:, None] * (4 * STATE_STRIDE) + shared_ks
+    return load_weights(pointers, mask, ks, shared_pointers, shared_units < units_end, shared_ks, 4 * HIDDEN, tiling)
 
 
 @triton.jit
@@ -134,6 +124,11 @@ def backward_scan(
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
     WRITTEN: tl.constexpr = 4 * smaller(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of gradients that are written
     GROUP: tl.constexpr = smaller(GROUP_CHUNKS, RESIDENT_CHUNKS)
+    tiling: tl.constexpr = Tiling(
+        BLOCK_BATCH, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, RESIDENT_CHUNKS, REGISTER_CHUNKS, GROUP, ACCUMULATORS,
+        DOT_PRECISION, TF32_ROUNDING,
+    )  # fmt: skip
+    polling: tl.constexpr = Polling(THREAD_ELEMENTS, PACKED, CHAINED)
 
     slice_index, group, groups, lane = place(SLICES, LANES)
     if not CHAINED:
@@ -149,22 +144,17 @@ def backward_scan(
     weight_hh_ptr = of_lane(weight_hh_ptrs, lane, LANES)
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
-    tile_rows, ks = places(BLOCK_BATCH, BLOCK_K, SPLIT_K)
+    tile_rows, ks = places(BLOCK_BATCH, tiling)
     pairs = tl.arange(0, BLOCK_BATCH * 2 * BLOCK_HIDDEN)
     rows = pairs // (2 * BLOCK_HIDDEN)
     units = slice_index * BLOCK_HIDDEN + pairs // 2 % BLOCK_HIDDEN
     gate_minor = slice_index * 4 * BLOCK_HIDDEN + pairs % (2 * BLOCK_HIDDEN) * 2  # the first of two neighbours
 
-    weights, weight_ptrs, weight_mask, weight_ks = load_weights(
-        weight_hh_ptr, slice_index, STATE_STRIDE, HIDDEN, STATE_STRIDE, BLOCK_HIDDEN, BLOCK_K, SPLIT_K,
-        TF32_ROUNDING, REGISTER_CHUNKS, RESIDENT_CHUNKS,
-    )  # fmt: skip
+    weights_hh = load_weight_columns(weight_hh_ptr, slice_index, STATE_STRIDE, HIDDEN, STATE_STRIDE, tiling)
     if CHAINED:
         above_end = tl.where(lane < LANES - 1, STATE_STRIDE, 0)
-        weights_above, above_ptrs, above_mask, _ = load_weights(
-            of_lane(weight_ih_ptrs, lane + 1, LANES), slice_index, above_end, HIDDEN, STATE_STRIDE, BLOCK_HIDDEN,
-            BLOCK_K, SPLIT_K, TF32_ROUNDING, REGISTER_CHUNKS, RESIDENT_CHUNKS,
-        )  # fmt: skip
+        weight_above_ptr = of_lane(weight_ih_ptrs, lane + 1, LANES)
+        weights_above = load_weight_columns(weight_above_ptr, slice_index, above_end, HIDDEN, STATE_STRIDE, tiling)
         above_ptr = grad_gates_ptr + state_rows * (4 * STATE_STRIDE)
 
     grad_output_ptrs = grad_output_ptr + rows.to(tl.int64) * grad_output_stride_batch + units
@@ -255,7 +245,7 @@ def backward_scan(
         if DROPOUT:
             elements = (step_row + rows) * HIDDEN + units
             scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
-        sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
+        sums = zero_sums(BLOCK_HIDDEN, tiling)
         hold_back(hold, published, HOLDS)
         if CHAINED:
             if lane < LANES - 1:
@@ -264,22 +254,19 @@ def backward_scan(
                 else:
                     above_rows = state_row + read_rows
                 above = (above_ptr + above_rows * (4 * STATE_STRIDE))[:, None] + ks
-                above_tiles = request(above, ks, 0, GROUP, WRITTEN, BLOCK_K)
+                above_chunks = request(above, ks, 0, GROUP, WRITTEN, BLOCK_K)
                 sums = add_received(
-                    sums, above_tiles, above, step >= 0, weights_above, above_ptrs, above_mask, weight_ks, ks,
-                    4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-                    DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED,
-                )  # fmt: skip
+                    sums, above_chunks, above, ks, step >= 0, weights_above, 4 * HIDDEN, WRITTEN, tiling, polling
+                )
         if CHAINED and DROPOUT:  # what the layer above gives back passes through dropout, the own next step does not
-            from_above = as_pairs(total(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
-            sums = no_sums(BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
-        grad_gates_tiles = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)  # not before: see forward.py
+            from_above = as_pairs(total(sums, tiling), BLOCK_HIDDEN, BLOCK_BATCH)
+            sums = zero_sums(BLOCK_HIDDEN, tiling)
+        grad_gates_chunks = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)  # not before: see forward.py
+        wait = step >= (0 if RAGGED else 1)
         sums = add_received(
-            sums, grad_gates_tiles, grad_gates_next, step >= (0 if RAGGED else 1), weights, weight_ptrs,
-            weight_mask, weight_ks, ks, 4 * HIDDEN, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K,
-            SPLIT_K, DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED,
-        )  # fmt: skip
-        grad_hidden = as_pairs(total(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
+            sums, grad_gates_chunks, grad_gates_next, ks, wait, weights_hh, 4 * HIDDEN, WRITTEN, tiling, polling
+        )
+        grad_hidden = as_pairs(total(sums, tiling), BLOCK_HIDDEN, BLOCK_BATCH)
         from_outside = grad_output.to(tl.float32)
         if DROPOUT:
             from_outside = (from_outside + from_above) * scale if CHAINED else from_outside * scale

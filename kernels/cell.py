@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .gates import activate, add_bias, differentiate, load_gates, split_gates, store_gates, update_state
-from .product import load_left, rounded
+from .product import load_weight_chunk, rounded
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def add_linear(
     ks = tl.arange(0, BLOCK_K)[None, :]
     weight_ptrs = weight_ptr + gate_rows[:, None] * SIZE + ks
     for chunk in range((SIZE + BLOCK_K - 1) // BLOCK_K):
-        left = load_left(weight_ptrs, gate_mask, ks, chunk, SIZE, BLOCK_K, 1, TF32_ROUNDING)
+        left = load_weight_chunk(weight_ptrs, gate_mask, ks, chunk, SIZE, BLOCK_K, 1, TF32_ROUNDING)
         mask = row_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)
         right = tl.load(row_ptrs[:, None] + chunk * BLOCK_K + ks, mask=mask, other=0.0)
         sums = tl.dot(left, tl.trans(rounded(right, TF32_ROUNDING)), sums, input_precision=DOT_PRECISION)

@@ -17,45 +17,27 @@ and B rows more hold the states of sequences that start anew.
 import triton
 import triton.language as tl
 
-from .exchange import publish, request
+from .exchange import Polling, publish, request
 from .gates import activate, add_gates, load_bias, load_gates, split_gates, store_gates, update_state
 from .hold import clock, hold_back
 from .lanes import dropout_scale, of_lane, place
-from .product import add_products, add_received, load_resident, no_sums, places, total
-from .ragged import count_turns, look_up, next_turn, no_turn
+from .product import add_products, add_received, load_weights, places, total, zero_sums
 from .sizes import smaller
+from .tiling import Tiling
+from .turns import count_turns, look_up, next_turn, no_turn
 
 
 @triton.jit
-def load_weights(
-    pointer,  # (4H, SIZE)
-    slice_index,
-    gates_end,
-    HIDDEN: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    TF32_ROUNDING: tl.constexpr,
-    REGISTER_CHUNKS: tl.constexpr,
-    RESIDENT_CHUNKS: tl.constexpr,
-):
-    """Gate-minor rows of a weight that stay on the chip.
-
-    Then, for those that do not, the first chunk's pointers, mask and k's: see load_left.
-    """
-    gates, ks = places(4 * BLOCK_HIDDEN, BLOCK_K, SPLIT_K)
-    shared_gates, shared_ks = places(4 * BLOCK_HIDDEN, BLOCK_K, SPLIT_K, True)
-    gates += slice_index * 4 * BLOCK_HIDDEN
-    shared_gates += slice_index * 4 * BLOCK_HIDDEN
+def load_weight_rows(pointer, slice_index, gates_end, HIDDEN: tl.constexpr, SIZE: tl.constexpr, tiling):
+    """The rows of a weight (4H, SIZE) that belong to a program's units, gate-minor; none from gates_end on."""
+    gates, ks = places(4 * tiling.BLOCK_HIDDEN, tiling)
+    shared_gates, shared_ks = places(4 * tiling.BLOCK_HIDDEN, tiling, SHARED=True)
+    gates += slice_index * 4 * tiling.BLOCK_HIDDEN
+    shared_gates += slice_index * 4 * tiling.BLOCK_HIDDEN
     pointers = pointer + (gates % 4 * HIDDEN + gates // 4).to(tl.int64)[:, None] * SIZE + ks
     mask = gates < gates_end
-    weights = load_resident(
-        pointers, mask, ks,
-        pointer + (shared_gates % 4 * HIDDEN + shared_gates // 4).to(tl.int64)[:, None] * SIZE + shared_ks,
-        shared_gates < gates_end, shared_ks, SIZE, BLOCK_K, SPLIT_K, TF32_ROUNDING, REGISTER_CHUNKS, RESIDENT_CHUNKS,
-    )  # fmt: skip
-    return weights, pointers, mask, ks
+    shared_pointers = pointer + (shared_gates % 4 * HIDDEN + shared_gates // 4).to(tl.int64)[:, None] * SIZE + shared_ks
+    return load_weights(pointers, mask, ks, shared_pointers, shared_gates < gates_end, shared_ks, SIZE, tiling)
 
 
 @triton.jit(
@@ -141,6 +123,15 @@ def forward_scan(
     WRITTEN: tl.constexpr = smaller(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of a state row that are written
     INPUT_CHUNKS: tl.constexpr = (INPUT + BLOCK_INPUT - 1) // BLOCK_INPUT if FUSE_INPUT else 0
     GROUP: tl.constexpr = smaller(GROUP_CHUNKS, RESIDENT_CHUNKS)
+    tiling: tl.constexpr = Tiling(
+        BLOCK_BATCH, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, RESIDENT_CHUNKS, REGISTER_CHUNKS, GROUP, ACCUMULATORS,
+        DOT_PRECISION, TF32_ROUNDING,
+    )  # fmt: skip
+    input_tiling: tl.constexpr = Tiling(
+        BLOCK_BATCH, BLOCK_HIDDEN, BLOCK_INPUT, SPLIT_K, INPUT_CHUNKS, 0, INPUT_CHUNKS, ACCUMULATORS,
+        DOT_PRECISION, TF32_ROUNDING,
+    )  # fmt: skip
+    polling: tl.constexpr = Polling(THREAD_ELEMENTS, PACKED, CHAINED)
 
     slice_index, group, groups, lane = place(SLICES, LANES)
     if not CHAINED:
@@ -158,29 +149,20 @@ def forward_scan(
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
     rows = tl.arange(0, BLOCK_BATCH)
-    tile_rows, ks = places(BLOCK_BATCH, BLOCK_K, SPLIT_K)
-    _, input_ks = places(BLOCK_BATCH, BLOCK_INPUT, SPLIT_K)
+    tile_rows, ks = places(BLOCK_BATCH, tiling)
+    _, input_ks = places(BLOCK_BATCH, input_tiling)
     units = slice_index * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     unit_mask = (units < HIDDEN)[None, :]
     written_mask = (units < WRITTEN)[None, :]
 
-    weights_hh, weight_ptrs, weight_mask, weight_ks = load_weights(
-        weight_hh_ptr, slice_index, 4 * HIDDEN, HIDDEN, BLOCK_HIDDEN, STATE_STRIDE, BLOCK_K, SPLIT_K, TF32_ROUNDING,
-        REGISTER_CHUNKS, RESIDENT_CHUNKS,
-    )  # fmt: skip
+    weights_hh = load_weight_rows(weight_hh_ptr, slice_index, 4 * HIDDEN, HIDDEN, STATE_STRIDE, tiling)
     if CHAINED:
         # The layer below has as many units, so its chunks are those of the own state.
         below_end = tl.where(lane > 0, 4 * HIDDEN, 0)
-        weights_ih, below_ptrs, below_mask, _ = load_weights(
-            weight_ih_ptr, slice_index, below_end, HIDDEN, BLOCK_HIDDEN, STATE_STRIDE, BLOCK_K, SPLIT_K, TF32_ROUNDING,
-            REGISTER_CHUNKS, RESIDENT_CHUNKS,
-        )  # fmt: skip
+        weights_ih = load_weight_rows(weight_ih_ptr, slice_index, below_end, HIDDEN, STATE_STRIDE, tiling)
         below_ptr = (passed_ptr if DROPOUT else hidden_ptr) - state_rows.to(tl.int64) * STATE_STRIDE
     else:
-        weights_ih, _, _, _ = load_weights(
-            weight_ih_ptr, slice_index, 4 * HIDDEN, HIDDEN, BLOCK_HIDDEN, INPUT, BLOCK_INPUT, SPLIT_K,
-            TF32_ROUNDING, 0, INPUT_CHUNKS,
-        )  # fmt: skip
+        weights_ih = load_weight_rows(weight_ih_ptr, slice_index, 4 * HIDDEN, HIDDEN, INPUT, input_tiling)
     if HAS_BIAS:
         bias = load_bias(of_lane(bias_ih_ptrs, lane, LANES), of_lane(bias_hh_ptrs, lane, LANES), units, HIDDEN)
 
@@ -246,7 +228,7 @@ def forward_scan(
             )  # fmt: skip
 
         # What does not depend on h_{t-1} is computed, or asked for, while h_{t-1} is under way.
-        sums = no_sums(4 * BLOCK_HIDDEN, BLOCK_BATCH, SPLIT_K, ACCUMULATORS)
+        sums = zero_sums(4 * BLOCK_HIDDEN, tiling)
         if DROPOUT:
             elements = (step_row + rows)[:, None] * HIDDEN + units[None, :]
             scale = dropout_scale(seed_ptr, first_lane + lane, elements, tl.where(lane < dropped_lanes, dropout, 0.0))
@@ -256,10 +238,10 @@ def forward_scan(
             else:
                 input_row = time * input_stride_step + first_row.to(tl.int64) * input_stride_batch
             inputs = input_ptrs + input_row * INPUT_STRIDE_UNIT
-            input_tiles = ()
+            input_chunks = ()
             for chunk in tl.static_range(INPUT_CHUNKS):
                 input_mask = tile_mask & (chunk * BLOCK_INPUT + input_ks < INPUT)
-                input_tiles = input_tiles + (tl.load(inputs + chunk * BLOCK_INPUT, mask=input_mask, other=0.0),)
+                input_chunks = input_chunks + (tl.load(inputs + chunk * BLOCK_INPUT, mask=input_mask, other=0.0),)
         else:
             share_mask = row_mask & (units < tl.where(lane == 0, HIDDEN, 0))[None, :] if CHAINED else mask
             shares = load_gates(step_gates_ptrs, share_mask, HIDDEN, gates_ptr.dtype.element_ty)
@@ -291,25 +273,19 @@ def forward_scan(
                 else:
                     below_rows = state_row + read_rows
                 below = below_ptr + below_rows * STATE_STRIDE + ks
-                below_tiles = request(below, ks, 0, GROUP, WRITTEN, BLOCK_K)
+                below_chunks = request(below, ks, 0, GROUP, WRITTEN, BLOCK_K)
                 sums = add_received(
-                    sums, below_tiles, below, step >= 0, weights_ih, below_ptrs, below_mask, weight_ks, ks,
-                    STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K, DOT_PRECISION,
-                    TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED,
-                )  # fmt: skip
+                    sums, below_chunks, below, ks, step >= 0, weights_ih, STATE_STRIDE, WRITTEN, tiling, polling
+                )
         # Not before: both states at once would take too many registers, and the layer below is a step ahead.
-        hidden_tiles = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
+        hidden_chunks = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if FUSE_INPUT:
-            sums = add_products(
-                sums, weights_ih, 0, input_tiles, INPUT_CHUNKS, BLOCK_BATCH, BLOCK_INPUT, SPLIT_K, DOT_PRECISION,
-                TF32_ROUNDING,
-            )  # fmt: skip
+            sums = add_products(sums, weights_ih.chunks, 0, input_chunks, input_tiling)
+        wait = step >= (0 if RAGGED else 1)
         sums = add_received(
-            sums, hidden_tiles, hidden_prev, step >= (0 if RAGGED else 1), weights_hh, weight_ptrs, weight_mask,
-            weight_ks, ks, STATE_STRIDE, WRITTEN, RESIDENT_CHUNKS, GROUP, BLOCK_BATCH, BLOCK_K, SPLIT_K,
-            DOT_PRECISION, TF32_ROUNDING, THREAD_ELEMENTS, PACKED, CHAINED,
-        )  # fmt: skip
-        preact = split_gates(total(sums, SPLIT_K, ACCUMULATORS), BLOCK_HIDDEN, BLOCK_BATCH)
+            sums, hidden_chunks, hidden_prev, ks, wait, weights_hh, STATE_STRIDE, WRITTEN, tiling, polling
+        )
+        preact = split_gates(total(sums, tiling), BLOCK_HIDDEN, BLOCK_BATCH)
         if not FUSE_INPUT:
             # Added last: as the sums' starting value the shares would be waited for before h_{t-1} is.
             preact = add_gates(preact, shares)

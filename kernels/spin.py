@@ -73,25 +73,22 @@ def _types(dtype, COUNT):
 
 @triton.jit
 def spin(
-    tiles,  # as requested: COUNT neighbouring (rows, BLOCK_K) tiles
-    pointers,  # of the first tile
+    chunks,  # as requested: neighbours, each (rows, BLOCK_K)
+    pointers,  # of the first chunk
     wait,
-    COUNT: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    THREAD_ELEMENTS: tl.constexpr,  # of a tile, in one thread
-    PACKED: tl.constexpr,  # there are instructions for two 16-bit elements at a time
-    # The threads of a warp end their waits together. What is the same for all of them may then stay in registers that a
-    # warp has once, but the compiler may move loads from before the wait to behind it.
-    TOGETHER: tl.constexpr,
+    polling,
 ):
-    """The tiles when none of their elements is the sentinel, or at once if not to `wait`."""
-    BITS: tl.constexpr = tiles[0].dtype.primitive_bitwidth
+    """The chunks when none of their elements is the sentinel, or at once if not to `wait`."""
+    COUNT: tl.constexpr = len(chunks)
+    BITS: tl.constexpr = chunks[0].dtype.primitive_bitwidth
+    ELEMENTS: tl.constexpr = polling.THREAD_ELEMENTS
     sign_bits = tl.where(wait, -0x7FFF8000 if BITS == 16 else -0x80000000, 0).to(tl.int32)
     return tl.inline_asm_elementwise(
-        _code(COUNT, THREAD_ELEMENTS, BITS, BLOCK_K * BITS // 8, PACKED, TOGETHER),
-        _constraints(COUNT, THREAD_ELEMENTS, BITS),
-        tiles + (pointers.to(tl.int64), sign_bits),
-        dtype=_types(tiles[0].dtype, COUNT),
+        _code(COUNT, ELEMENTS, BITS, BLOCK_K * BITS // 8, polling.PACKED, polling.TOGETHER),
+        _constraints(COUNT, ELEMENTS, BITS),
+        chunks + (pointers.to(tl.int64), sign_bits),
+        dtype=_types(chunks[0].dtype, COUNT),
         is_pure=False,
-        pack=THREAD_ELEMENTS,
+        pack=ELEMENTS,
     )

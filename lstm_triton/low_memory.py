@@ -1,8 +1,8 @@
 """The backward pass of a stack of which little was kept: every h, and the c from which windows of time start.
 
 Window after window, from the last one on: the pre-activations of its steps again, by two large matrix products over
-inputs and known h; gates and c from them (kernels/again.py); the backward scan; and the products over what that leaves.
-What flows from one window into the one before it is handed on like the gradients of final states.
+inputs and known h; gates and c from them (kernels/recompute.py); the backward scan; and the products over what that
+leaves. What flows from one window into the one before it is handed on like the gradients of final states.
 """
 
 from collections.abc import Sequence

@@ -699,7 +699,7 @@ def gates_again(gates: Tensor, cell: Tensor, stack: Stack, tables: Sequence[Tens
         gates: (1, rows, 4H), pre-activations without biases on entry, activated gates on return.
         cell: (1, state rows, state_stride(H)), c of the states that sequences start from on entry, of all on return.
     """
-    from .kernels.again import gates_again as kernel
+    from .kernels.recompute import recompute_gates as kernel
 
     ragged = Ragged(*tables) if tables else None
     block_batch, block_hidden = planner.AGAIN_BLOCK

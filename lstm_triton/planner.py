@@ -31,7 +31,7 @@ MIN_DOT_DEPTH = 16
 MAX_RESIDENT_CHUNKS = 32  # each is unrolled into the kernel
 MAX_INPUT_CHUNKS = 8
 DROPOUT_BLOCK = 1024  # elements of a program of dropout_scales (kernels/lanes.py)
-AGAIN_BLOCK, AGAIN_WARPS = (4, 64), 4  # of kernels/again.py, in which every sequence and unit is by itself
+AGAIN_BLOCK, AGAIN_WARPS = (4, 64), 4  # of kernels/recompute.py, in which every sequence and unit is by itself
 
 # Rates of a data-centre GPU per clock cycle, and latencies in cycles read off compiled kernels (bench/resources.py).
 # Only their ratios matter, and plans measured on a device replace what they lead to.

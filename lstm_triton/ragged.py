@@ -1,7 +1,7 @@
 """Batches whose sequences differ in length, or start anew on the way: which step of which row follows on which.
 
 All of it ends in tables that are the same for every layer and direction, made on the device without asking it for a
-value. The kernels look their rows up in them (kernels/ragged.py), the formula its masks.
+value. The kernels look their rows up in them (kernels/turns.py), the formula its masks.
 
 The rows of the steps are numbered as they lie in memory, step after step: t * B + b, or, packed, offsets[t] + b. State
 rows (kernels/forward.py) are these, after B rows of initial states, and before B rows of initial states of the reverse

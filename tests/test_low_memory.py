@@ -204,7 +204,7 @@ def test_explain_counts_the_launches(options: dict[str, Any], memory: str, monke
     plain = ops.launch
 
     def recorded(kernel: Any, *others: Any) -> None:
-        if kernel.fn.__name__ != "gates_again":  # what is explained are scans and cells
+        if kernel.fn.__name__ != "recompute_gates":  # what is explained are scans and cells
             launched.append(kernel.fn.__name__)
         plain(kernel, *others)
 

@@ -11,7 +11,7 @@ from .gates import activate, add_gates, load_bias, load_gates, store_gates, upda
 
 
 @triton.jit(do_not_specialize=["seq_len", "batch_size", "reverse"])
-def gates_again(
+def recompute_gates(
     gates_ptr,  # (rows, 4H) I/O dtype: pre-activations without biases on entry, activated gates on return
     bias_ih_ptr,  # (4H,), read only if HAS_BIAS
     bias_hh_ptr,
