@@ -24,7 +24,7 @@ from .lanes import dropout_scale, of_lane, place
 from .product import add_received, load_weights, places, total, zero_sums
 from .sizes import smaller
 from .tiling import Tiling
-from .turns import count_turns, look_up, next_turn, no_turn
+from .turns import Schedule, count_turns, dense_turn, look_ahead, next_turn, no_turn
 
 
 @triton.jit
@@ -125,8 +125,8 @@ def backward_scan(
     WRITTEN: tl.constexpr = 4 * smaller(SLICES * BLOCK_HIDDEN, STATE_STRIDE)  # columns of gradients that are written
     GROUP: tl.constexpr = smaller(GROUP_CHUNKS, RESIDENT_CHUNKS)
     tiling: tl.constexpr = Tiling(
-        BLOCK_BATCH, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, RESIDENT_CHUNKS, REGISTER_CHUNKS, GROUP, ACCUMULATORS,
-        DOT_PRECISION, TF32_ROUNDING,
+        SEVERAL_TILES, BLOCK_BATCH, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, RESIDENT_CHUNKS, REGISTER_CHUNKS, GROUP,
+        ACCUMULATORS, DOT_PRECISION, TF32_ROUNDING,
     )  # fmt: skip
     polling: tl.constexpr = Polling(THREAD_ELEMENTS, PACKED, CHAINED)
 
@@ -144,7 +144,7 @@ def backward_scan(
     weight_hh_ptr = of_lane(weight_hh_ptrs, lane, LANES)
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
-    tile_rows, ks = places(BLOCK_BATCH, tiling)
+    chunk_rows, ks = places(BLOCK_BATCH, tiling)
     pairs = tl.arange(0, BLOCK_BATCH * 2 * BLOCK_HIDDEN)
     rows = pairs // (2 * BLOCK_HIDDEN)
     units = slice_index * BLOCK_HIDDEN + pairs // 2 % BLOCK_HIDDEN
@@ -173,44 +173,36 @@ def backward_scan(
     if RAGGED:
         sources_ptr = tl.where(reverse != 0, after_ptr, before_ptr)
         successors_ptr = tl.where(reverse != 0, before_successors_ptr, after_ptr)
-        turns = count_turns(tile_steps_ptr, group, groups, batch_tiles)
-        backwards = reverse == 0
-        turn_next = no_turn(tile_steps_ptr, group, batch_tiles, SEVERAL_TILES)
-        turn_next = next_turn(
-            turn_next, turns, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
+        schedule = Schedule(
+            tile_steps_ptr, offsets_ptr, sources_ptr, successors_ptr, reverse == 0, group, groups, batch_tiles
         )
-        source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
-        successor_next = look_up(successors_ptr, turn_next, rows, BLOCK_BATCH)
-        tile_source_next = look_up(sources_ptr, turn_next, tile_rows, BLOCK_BATCH)
-        tile_successor_next = look_up(successors_ptr, turn_next, tile_rows, BLOCK_BATCH)
-        turn_after = next_turn(
-            turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
-        )
+        turns = count_turns(schedule)
+        turn = next_turn(no_turn(schedule, tiling), turns, schedule, tiling)
+        ahead = look_ahead(turn, schedule, rows, chunk_rows, tiling)
+        turn_after = next_turn(turn, turns - 1, schedule, tiling)
     published = clock(HOLDS)
     for index in range(turns):
-        step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
-            source, successor = source_next, successor_next
-            tile_source, tile_successor = tile_source_next, tile_successor_next
-            first_row = turn_next[1] * BLOCK_BATCH
-            step_row = turn_next[3].to(tl.int64) + first_row
+            step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
+            source, chunk_source = ahead.sources
+            successor, chunk_successor = ahead.successors
+            first_row = ahead.turn.tile * BLOCK_BATCH
+            step_row = ahead.turn.first.to(tl.int64) + first_row
             row_mask = source >= 0
             end = tl.where(reverse != 0, 0, row_count + batch_size)  # of the rows after the last steps
             last_mask = (successor >= end) & (successor < end + batch_size) & (units < HIDDEN)
             # Rows without a step read row 0, which nobody has to be waited for.
-            grad_gates_next = grad_gates_ptr + tl.maximum(tile_successor, 0).to(tl.int64) * (4 * STATE_STRIDE)
+            grad_gates_next = grad_gates_ptr + tl.maximum(chunk_successor, 0).to(tl.int64) * (4 * STATE_STRIDE)
             cell_prev_ptrs = cell_ptr + source.to(tl.int64) * STATE_STRIDE + units
             output_row = step_row * grad_output_stride_batch
         else:
-            if SEVERAL_TILES:
-                step = step // tiles_per_step
-                first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH
+            step, first_row = dense_turn(index, group, groups, tiles_per_step, tiling)
             time = tl.where(reverse != 0, step, seq_len - 1 - step).to(tl.int64)
             step_row = time * batch_size + first_row
             to_next_row = tl.where(reverse != 0, -batch_size, batch_size)
             row_mask = first_row + rows < batch_size
             last_mask = (first_row + rows < tl.where(step == 0, batch_size, 0)) & (units < HIDDEN)
-            read_rows = tl.minimum(tile_rows, batch_size - 1 - first_row)  # past the batch: its last row once more
+            read_rows = tl.minimum(chunk_rows, batch_size - 1 - first_row)  # past the batch: its last row once more
             grad_gates_next = grad_gates_ptr + (step_row + batch_size + to_next_row) * (4 * STATE_STRIDE)
             grad_gates_next += read_rows * (4 * STATE_STRIDE)
             cell_prev_ptrs = cell_ptrs + (step_row + batch_size - to_next_row) * STATE_STRIDE
@@ -220,15 +212,8 @@ def backward_scan(
 
         grad_gates_next = grad_gates_next[:, None] + ks
         if RAGGED:
-            turn_next = turn_after
-            source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
-            successor_next = look_up(successors_ptr, turn_next, rows, BLOCK_BATCH)
-            tile_source_next = look_up(sources_ptr, turn_next, tile_rows, BLOCK_BATCH)
-            tile_successor_next = look_up(successors_ptr, turn_next, tile_rows, BLOCK_BATCH)
-            turn_after = next_turn(
-                turn_after, turns - 2 - index, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles,
-                SEVERAL_TILES,
-            )  # fmt: skip
+            ahead = look_ahead(turn_after, schedule, rows, chunk_rows, tiling)
+            turn_after = next_turn(turn_after, turns - 2 - index, schedule, tiling)
 
         gates = load_gates(gates_ptrs + step_row * (4 * HIDDEN), mask, HIDDEN, gates_ptr.dtype.element_ty)
         cell = tl.load(cell_ptrs + state_row * STATE_STRIDE, mask=mask, other=0.0)
@@ -250,7 +235,7 @@ def backward_scan(
         if CHAINED:
             if lane < LANES - 1:
                 if RAGGED:
-                    above_rows = tl.where(tile_source >= 0, state_row + tile_rows, 0)
+                    above_rows = tl.where(chunk_source >= 0, state_row + chunk_rows, 0)
                 else:
                     above_rows = state_row + read_rows
                 above = (above_ptr + above_rows * (4 * STATE_STRIDE))[:, None] + ks

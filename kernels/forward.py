@@ -24,7 +24,7 @@ from .lanes import dropout_scale, of_lane, place
 from .product import add_products, add_received, load_weights, places, total, zero_sums
 from .sizes import smaller
 from .tiling import Tiling
-from .turns import count_turns, look_up, next_turn, no_turn
+from .turns import Schedule, count_turns, dense_turn, look_ahead, next_turn, no_turn
 
 
 @triton.jit
@@ -124,12 +124,12 @@ def forward_scan(
     INPUT_CHUNKS: tl.constexpr = (INPUT + BLOCK_INPUT - 1) // BLOCK_INPUT if FUSE_INPUT else 0
     GROUP: tl.constexpr = smaller(GROUP_CHUNKS, RESIDENT_CHUNKS)
     tiling: tl.constexpr = Tiling(
-        BLOCK_BATCH, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, RESIDENT_CHUNKS, REGISTER_CHUNKS, GROUP, ACCUMULATORS,
-        DOT_PRECISION, TF32_ROUNDING,
+        SEVERAL_TILES, BLOCK_BATCH, BLOCK_HIDDEN, BLOCK_K, SPLIT_K, RESIDENT_CHUNKS, REGISTER_CHUNKS, GROUP,
+        ACCUMULATORS, DOT_PRECISION, TF32_ROUNDING,
     )  # fmt: skip
     input_tiling: tl.constexpr = Tiling(
-        BLOCK_BATCH, BLOCK_HIDDEN, BLOCK_INPUT, SPLIT_K, INPUT_CHUNKS, 0, INPUT_CHUNKS, ACCUMULATORS,
-        DOT_PRECISION, TF32_ROUNDING,
+        SEVERAL_TILES, BLOCK_BATCH, BLOCK_HIDDEN, BLOCK_INPUT, SPLIT_K, INPUT_CHUNKS, 0, INPUT_CHUNKS,
+        ACCUMULATORS, DOT_PRECISION, TF32_ROUNDING,
     )  # fmt: skip
     polling: tl.constexpr = Polling(THREAD_ELEMENTS, PACKED, CHAINED)
 
@@ -149,7 +149,7 @@ def forward_scan(
     tiles_per_step = (batch_tiles - group + groups - 1) // groups
 
     rows = tl.arange(0, BLOCK_BATCH)
-    tile_rows, ks = places(BLOCK_BATCH, tiling)
+    chunk_rows, ks = places(BLOCK_BATCH, tiling)
     _, input_ks = places(BLOCK_BATCH, input_tiling)
     units = slice_index * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
     unit_mask = (units < HIDDEN)[None, :]
@@ -170,7 +170,7 @@ def forward_scan(
     cell_ptrs = cell_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     passed_ptrs = passed_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     gates_ptrs = gates_ptr + rows[:, None] * (4 * HIDDEN) + units[None, :]
-    input_ptrs = input_ptr + tile_rows[:, None].to(tl.int64) * input_stride_batch * INPUT_STRIDE_UNIT + input_ks
+    input_ptrs = input_ptr + chunk_rows[:, None].to(tl.int64) * input_stride_batch * INPUT_STRIDE_UNIT + input_ks
 
     first_row = group * BLOCK_BATCH
     cell_row = first_row.to(tl.int64)
@@ -181,51 +181,38 @@ def forward_scan(
     turns = seq_len * tiles_per_step
     if RAGGED:
         sources_ptr = tl.where(reverse != 0, after_ptr, before_ptr)
-        turns = count_turns(tile_steps_ptr, group, groups, batch_tiles)
-        backwards = reverse != 0
-        turn_next = no_turn(tile_steps_ptr, group, batch_tiles, SEVERAL_TILES)
-        turn_next = next_turn(
-            turn_next, turns, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
-        )
-        source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
-        tile_source_next = look_up(sources_ptr, turn_next, tile_rows, BLOCK_BATCH)
-        turn_after = next_turn(
-            turn_next, turns - 1, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles, SEVERAL_TILES
-        )
+        schedule = Schedule(tile_steps_ptr, offsets_ptr, sources_ptr, None, reverse != 0, group, groups, batch_tiles)
+        turns = count_turns(schedule)
+        turn = next_turn(no_turn(schedule, tiling), turns, schedule, tiling)
+        ahead = look_ahead(turn, schedule, rows, chunk_rows, tiling)
+        turn_after = next_turn(turn, turns - 1, schedule, tiling)
     published = clock(HOLDS)
     for index in range(turns):
-        step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
         if RAGGED:
-            source, tile_source = source_next, tile_source_next
-            first_row = turn_next[1] * BLOCK_BATCH
-            step_row = turn_next[3].to(tl.int64) + first_row
+            step = tl.cast(index, tl.int32)  # when interpreted, index is a Python integer
+            source, chunk_source = ahead.sources
+            first_row = ahead.turn.tile * BLOCK_BATCH
+            step_row = ahead.turn.first.to(tl.int64) + first_row
             row_mask = (source >= 0)[:, None]
-            tile_mask = (tile_source >= 0)[:, None]
+            chunk_mask = (chunk_source >= 0)[:, None]
             # Rows without a step read row 0, which nobody has to be waited for.
-            hidden_prev = hidden_ptr + tl.maximum(tile_source, 0)[:, None].to(tl.int64) * STATE_STRIDE + ks
+            hidden_prev = hidden_ptr + tl.maximum(chunk_source, 0)[:, None].to(tl.int64) * STATE_STRIDE + ks
         else:
-            if SEVERAL_TILES:
-                step = step // tiles_per_step
-                first_row = (group + index % tiles_per_step * groups) * BLOCK_BATCH
+            step, first_row = dense_turn(index, group, groups, tiles_per_step, tiling)
             time = (first_step + tl.where(reverse != 0, seq_len - 1 - step, step)).to(tl.int64)
             step_row = time * batch_size + first_row
             previous_row = step_row + batch_size + tl.where(reverse != 0, batch_size, -batch_size)
             row_mask = (first_row + rows < batch_size)[:, None]
-            tile_mask = (first_row + tile_rows < batch_size)[:, None]
-            read_rows = tl.minimum(tile_rows, batch_size - 1 - first_row)[:, None]  # past it: the last row once more
+            chunk_mask = (first_row + chunk_rows < batch_size)[:, None]
+            read_rows = tl.minimum(chunk_rows, batch_size - 1 - first_row)[:, None]  # past it: the last row once more
             hidden_prev = hidden_ptr + previous_row * STATE_STRIDE + read_rows * STATE_STRIDE + ks
         state_row = step_row + batch_size
         mask = row_mask & unit_mask
         state_mask = row_mask & written_mask
         step_gates_ptrs = gates_ptrs + step_row * (4 * HIDDEN)
         if RAGGED:
-            turn_next = turn_after
-            source_next = look_up(sources_ptr, turn_next, rows, BLOCK_BATCH)
-            tile_source_next = look_up(sources_ptr, turn_next, tile_rows, BLOCK_BATCH)
-            turn_after = next_turn(
-                turn_after, turns - 2 - index, tile_steps_ptr, offsets_ptr, backwards, group, groups, batch_tiles,
-                SEVERAL_TILES,
-            )  # fmt: skip
+            ahead = look_ahead(turn_after, schedule, rows, chunk_rows, tiling)
+            turn_after = next_turn(turn_after, turns - 2 - index, schedule, tiling)
 
         # What does not depend on h_{t-1} is computed, or asked for, while h_{t-1} is under way.
         sums = zero_sums(4 * BLOCK_HIDDEN, tiling)
@@ -240,7 +227,7 @@ def forward_scan(
             inputs = input_ptrs + input_row * INPUT_STRIDE_UNIT
             input_chunks = ()
             for chunk in tl.static_range(INPUT_CHUNKS):
-                input_mask = tile_mask & (chunk * BLOCK_INPUT + input_ks < INPUT)
+                input_mask = chunk_mask & (chunk * BLOCK_INPUT + input_ks < INPUT)
                 input_chunks = input_chunks + (tl.load(inputs + chunk * BLOCK_INPUT, mask=input_mask, other=0.0),)
         else:
             share_mask = row_mask & (units < tl.where(lane == 0, HIDDEN, 0))[None, :] if CHAINED else mask
@@ -269,7 +256,7 @@ def forward_scan(
         if CHAINED:
             if lane > 0:
                 if RAGGED:
-                    below_rows = tl.where(tile_mask, state_row + tile_rows[:, None], 0)
+                    below_rows = tl.where(chunk_mask, state_row + chunk_rows[:, None], 0)
                 else:
                     below_rows = state_row + read_rows
                 below = below_ptr + below_rows * STATE_STRIDE + ks

@@ -11,6 +11,7 @@ import triton.language as tl
 class Tiling(NamedTuple):
     """How a scan is cut up. A kernel makes one of its constants in its first lines."""
 
+    SEVERAL_TILES: tl.constexpr  # a program serves more than one batch tile
     BLOCK_BATCH: tl.constexpr  # rows of a batch tile
     BLOCK_HIDDEN: tl.constexpr  # units of a program
     BLOCK_K: tl.constexpr  # depth of a chunk of weights, states or inputs
