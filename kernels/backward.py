@@ -1,17 +1,18 @@
 """The backward scan: from the gradients of all h_t to those of all gate pre-activations, in one launch.
 
-Notation and state rows as in forward.py. A program owns BLOCK_HIDDEN units, that is 4H x BLOCK_HIDDEN of W_hh, and
-walks against the forward direction:
+Notation and state rows as in forward.py. A program owns BLOCK_HIDDEN units, that is BLOCK_HIDDEN columns of W_hh, and
+walks over time against the forward direction:
 
     dh_t = dL/dh_t + dgates_{t+1} W_hh          (the exchange: dgates_{t+1} of all units, written by the peers)
     dgates_t, dc_{t-1} = differentiate(...)     (gates.py)
 
-Of CHAINED layers, each but the last one also gets dgates_t W_ih from the layer above, waiting for its dgates_t. The
-gradients of inputs, weights, biases and of h_0 are plain matrix products over dgates, done afterwards.
+Each CHAINED layer but the last one also gets dgates_t W_ih from the layer above, and waits for that layer's dgates_t.
+The gradients of inputs, weights, biases and of h_0 are plain matrix products over dgates, done afterwards.
 
-dgates rows are gate-minor, so that a unit's four gradients leave in one piece. What belongs to a unit is computed
-twice, by the threads that store its first two and its last two gradients, which so need not be handed from thread to
-thread: there are tiles of *pairs*, (BLOCK_BATCH * 2 * BLOCK_HIDDEN,).
+dgates rows are gate-minor, so that a unit's four gradients leave in one piece. Two neighbouring threads store them, one
+those of i and f, the other those of g and o. Each of the two computes the whole unit: twice the arithmetic, but nothing
+moves between threads. Values therefore have one element for each row, unit and half: (BLOCK_BATCH * 2 * BLOCK_HIDDEN,).
+Such an element is called a *pair*.
 """
 
 import triton
@@ -67,32 +68,39 @@ def as_pairs(values, UNITS: tl.constexpr, ROWS: tl.constexpr):
     ]
 )
 def backward_scan(
-    # (T, B, H), RAGGED (rows, H), I/O dtype: gradients of the h_t as outputs: of every lane, CHAINED of the last one
+    # Gradients of the results
+    # (T, B, H), RAGGED (rows, H), I/O dtype: of the outputs h_t of every lane; CHAINED, of the last lane only
     grad_output_ptr,
     grad_output_stride_step,
     grad_output_stride_batch,
     grad_output_stride_lane,
-    grad_hidden_ptr,  # (LANES, B, H) I/O dtype: gradient of h_n
-    grad_cells_ptr,  # (LANES, rows, H) I/O dtype: gradients of the c_t as results, read only if GRAD_CELLS
-    # (LANES, B, STATE_STRIDE) float32: gradient of c_n on entry, of c_0 on return; followed in each lane, if RAGGED, by
-    # the B rows of that of the c to start anew from
+    grad_hidden_ptr,  # (LANES, B, H) I/O dtype: of h_n
+    grad_cells_ptr,  # (LANES, rows, H) I/O dtype: of the c_t as results, read only if GRAD_CELLS
+    # (LANES, B, STATE_STRIDE) float32: of c_n on entry, of c_0 on return. RAGGED (LANES, 2B, STATE_STRIDE): rows B to
+    # 2B are the gradients of the c for resets
     grad_cell_ptr,
+    # What the forward scan left
     gates_ptr,  # (LANES, rows, 4H) I/O dtype: activated gates
     cell_ptr,  # (LANES, state rows, STATE_STRIDE) float32 c
-    weight_ih_ptrs,  # of each lane, as the next one; read only if CHAINED
-    weight_hh_ptrs,  # of each lane (STATE_STRIDE, 4 * STATE_STRIDE): (4H, H), transposed, gate-minor, padded
-    # (LANES, state rows, 4 * STATE_STRIDE) I/O dtype: the pre-activations' gradients, gate-minor; on entry sentinels,
-    # and zeros in the rows after the last step, if RAGGED in all rows that are none of a step
+    # Weights, a pointer for each lane; each (STATE_STRIDE, 4 * STATE_STRIDE): (4H, H), transposed, gate-minor, padded
+    weight_ih_ptrs,  # read only if CHAINED
+    weight_hh_ptrs,
+    # State
+    # (LANES, state rows, 4 * STATE_STRIDE) I/O dtype, gate-minor: the pre-activations' gradients. On entry sentinels in
+    # the steps' rows and zeros in the B rows after the last step; RAGGED, zeros in all rows without a step
     grad_gates_ptr,
-    before_ptr,  # (rows,), read only if RAGGED, as the next four: the state row a step started from, -1 for no step
-    after_ptr,  # the same of the reverse direction, and so the row of the step that started from this one, or of zeros
-    before_successors_ptr,  # that of the reverse direction: `before`, but for the steps with which sequences begin
-    offsets_ptr,  # (T + 1,)
-    tile_steps_ptr,  # (batch_tiles,)
-    seed_ptr,  # (1,) int64, of dropout, as the forward scan had it; this and the next three are read only if DROPOUT
+    # Tables, read only if RAGGED
+    before_ptr,  # (rows,) the state row that a step started from, -1 for no step
+    after_ptr,  # (rows,) the same for the reverse direction; forward in time, these are the successors
+    before_successors_ptr,  # (rows,) the successors of the reverse direction: `before`, but for sequences' first steps
+    offsets_ptr,  # (T + 1,) the first row of every time step
+    tile_steps_ptr,  # (batch_tiles,) the steps of every batch tile
+    # Dropout, read only if DROPOUT: as the forward scan had it
+    seed_ptr,  # (1,) int64
     dropout,
     dropped_lanes,
     first_lane,
+    # Sizes
     seq_len,
     row_count,  # rows of the steps
     batch_size,
@@ -101,23 +109,25 @@ def backward_scan(
     hold,
     HIDDEN: tl.constexpr,
     STATE_STRIDE: tl.constexpr,
+    # What is computed
     GRAD_CELLS: tl.constexpr,
     DROPOUT: tl.constexpr,
     LANES: tl.constexpr,
     CHAINED: tl.constexpr,
     RAGGED: tl.constexpr,
+    # The plan: see Tiling (tiling.py) and Polling (exchange.py)
     SEVERAL_TILES: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     RESIDENT_CHUNKS: tl.constexpr,
-    REGISTER_CHUNKS: tl.constexpr,  # of the resident ones
+    REGISTER_CHUNKS: tl.constexpr,
     GROUP_CHUNKS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
     TF32_ROUNDING: tl.constexpr,
-    THREAD_ELEMENTS: tl.constexpr,  # of a state chunk, that a thread waits for by itself; 0: all wait together
+    THREAD_ELEMENTS: tl.constexpr,
     PACKED: tl.constexpr,
     HOLDS: tl.constexpr,
 ):
@@ -167,8 +177,8 @@ def backward_scan(
     first_row = group * BLOCK_BATCH
     grad_cell_mask = (first_row + rows < batch_size) & (units < STATE_STRIDE)
     grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=grad_cell_mask, other=0.0)
-    grad_anew = tl.zeros_like(grad_cell)  # of the states to start anew from
-    grad_anew_ptrs = grad_cell_ptrs + batch_size.to(tl.int64) * STATE_STRIDE
+    grad_reset = tl.zeros_like(grad_cell)  # of the c for resets
+    grad_reset_ptrs = grad_cell_ptrs + batch_size.to(tl.int64) * STATE_STRIDE
     turns = seq_len * tiles_per_step
     if RAGGED:
         sources_ptr = tl.where(reverse != 0, after_ptr, before_ptr)
@@ -189,9 +199,9 @@ def backward_scan(
             first_row = ahead.turn.tile * BLOCK_BATCH
             step_row = ahead.turn.first.to(tl.int64) + first_row
             row_mask = source >= 0
-            end = tl.where(reverse != 0, 0, row_count + batch_size)  # of the rows after the last steps
+            end = tl.where(reverse != 0, 0, row_count + batch_size)  # the first of the B rows after the last steps
             last_mask = (successor >= end) & (successor < end + batch_size) & (units < HIDDEN)
-            # Rows without a step read row 0, which nobody has to be waited for.
+            # Rows without a step read state row 0: it is there from the beginning.
             grad_gates_next = grad_gates_ptr + tl.maximum(chunk_successor, 0).to(tl.int64) * (4 * STATE_STRIDE)
             cell_prev_ptrs = cell_ptr + source.to(tl.int64) * STATE_STRIDE + units
             output_row = step_row * grad_output_stride_batch
@@ -202,7 +212,7 @@ def backward_scan(
             to_next_row = tl.where(reverse != 0, -batch_size, batch_size)
             row_mask = first_row + rows < batch_size
             last_mask = (first_row + rows < tl.where(step == 0, batch_size, 0)) & (units < HIDDEN)
-            read_rows = tl.minimum(chunk_rows, batch_size - 1 - first_row)  # past the batch: its last row once more
+            read_rows = tl.minimum(chunk_rows, batch_size - 1 - first_row)  # past the batch: its last row
             grad_gates_next = grad_gates_ptr + (step_row + batch_size + to_next_row) * (4 * STATE_STRIDE)
             grad_gates_next += read_rows * (4 * STATE_STRIDE)
             cell_prev_ptrs = cell_ptrs + (step_row + batch_size - to_next_row) * STATE_STRIDE
@@ -224,7 +234,7 @@ def backward_scan(
         if GRAD_CELLS:
             grad_here = tl.load(grad_cells_ptr + (step_row + rows) * HIDDEN + units, mask=mask, other=0.0)
         if SEVERAL_TILES:
-            tl.debug_barrier()  # other threads of this program may have written it, one step ago
+            tl.debug_barrier()  # other threads of this program may have written it one step ago
             grad_cell = tl.load(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, mask=mask, other=0.0)
 
         if DROPOUT:
@@ -243,10 +253,10 @@ def backward_scan(
                 sums = add_received(
                     sums, above_chunks, above, ks, step >= 0, weights_above, 4 * HIDDEN, WRITTEN, tiling, polling
                 )
-        if CHAINED and DROPOUT:  # what the layer above gives back passes through dropout, the own next step does not
+        if CHAINED and DROPOUT:  # dropout lies between the layers, but not between the steps of this one
             from_above = as_pairs(total(sums, tiling), BLOCK_HIDDEN, BLOCK_BATCH)
             sums = zero_sums(BLOCK_HIDDEN, tiling)
-        grad_gates_chunks = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)  # not before: see forward.py
+        grad_gates_chunks = request(grad_gates_next, ks, 0, GROUP, WRITTEN, BLOCK_K)  # no earlier: see forward.py
         wait = step >= (0 if RAGGED else 1)
         sums = add_received(
             sums, grad_gates_chunks, grad_gates_next, ks, wait, weights_hh, 4 * HIDDEN, WRITTEN, tiling, polling
@@ -267,15 +277,15 @@ def backward_scan(
         publish(grad_gates_ptrs + state_row * (4 * STATE_STRIDE), tl.join(even, odd), written_mask)
         published = clock(HOLDS)
         if RAGGED:
-            # What flows into a state to start anew from stays there.
-            anew = source >= row_count + 2 * batch_size
+            # The gradient of the c before a reset is that of the c for resets.
+            reset = source >= row_count + 2 * batch_size
             if SEVERAL_TILES:
-                anew_ptrs = grad_anew_ptrs + first_row.to(tl.int64) * STATE_STRIDE
-                grad_anew = tl.load(anew_ptrs, mask=mask & anew, other=0.0)
-                tl.store(anew_ptrs, grad_anew + grad_cell_prev, mask=mask & anew)
+                reset_ptrs = grad_reset_ptrs + first_row.to(tl.int64) * STATE_STRIDE
+                grad_reset = tl.load(reset_ptrs, mask=mask & reset, other=0.0)
+                tl.store(reset_ptrs, grad_reset + grad_cell_prev, mask=mask & reset)
             else:
-                grad_anew += tl.where(anew, grad_cell_prev, 0.0)
-            grad_cell = tl.where(row_mask, tl.where(anew, 0.0, grad_cell_prev), grad_cell)
+                grad_reset += tl.where(reset, grad_cell_prev, 0.0)
+            grad_cell = tl.where(row_mask, tl.where(reset, 0.0, grad_cell_prev), grad_cell)
         else:
             grad_cell = grad_cell_prev
         if SEVERAL_TILES:
@@ -283,4 +293,4 @@ def backward_scan(
     if not SEVERAL_TILES:
         tl.store(grad_cell_ptrs + first_row.to(tl.int64) * STATE_STRIDE, grad_cell, mask=grad_cell_mask)
         if RAGGED:
-            tl.store(grad_anew_ptrs + first_row.to(tl.int64) * STATE_STRIDE, grad_anew, mask=grad_cell_mask)
+            tl.store(grad_reset_ptrs + first_row.to(tl.int64) * STATE_STRIDE, grad_reset, mask=grad_cell_mask)

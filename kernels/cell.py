@@ -1,4 +1,4 @@
-"""The cell: one step of an LSTM layer, and its derivative. Any number of programs: they do not wait for each other.
+"""The cell: one step of an LSTM layer, and its derivative. The programs do not wait for each other.
 
 Notation: B batch rows, I input_size, H hidden_size; gate order i, f, g, o; formula in gates.py. A program of the
 forward kernel owns a tile of BLOCK_BATCH rows x BLOCK_HIDDEN units, that is 4 * BLOCK_HIDDEN gate-minor rows of both
@@ -7,8 +7,8 @@ weights, which it reads chunk by chunk:
     gates = activate(x W_ih^T + b_ih + h W_hh^T + b_hh)
     c', h' = update_state(gates, c)
 
-The backward kernel goes from the gradients of h' and c' to those of the pre-activations and of c, element by element.
-Those of x, h, the weights and the biases are plain matrix products and sums over them, done afterwards.
+The backward kernel goes from the gradients of h' and c' to the gradients of the pre-activations and of c, element by
+element. The gradients of x, h, the weights and the biases are plain matrix products and sums, done afterwards.
 """
 
 import triton
@@ -24,7 +24,7 @@ def add_linear(
     weight_ptr,  # (4H, SIZE)
     gate_rows,  # (M,) rows of the weight
     gate_mask,
-    row_ptrs,  # (rows,) where the rows of the other factor begin
+    row_ptrs,  # (rows,) to the first elements of the other factor's rows
     row_mask,
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,

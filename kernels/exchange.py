@@ -22,9 +22,7 @@ MOST_LOOKS = tl.constexpr(MOST_POLLS)
 class Polling(NamedTuple):
     """How a program waits for its peers' values."""
 
-    THREAD_ELEMENTS: (
-        tl.constexpr
-    )  # of a chunk, that a thread waits for by itself (spin.py); 0: all threads wait together
+    THREAD_ELEMENTS: tl.constexpr  # of a chunk, for which a thread waits by itself (spin.py); 0: all wait together
     PACKED: tl.constexpr  # test 16-bit sentinels two at a time
     TOGETHER: tl.constexpr  # the threads of a warp end their waits together (spin.py)
 

@@ -1,17 +1,18 @@
 """The forward scan: all steps of one LSTM layer, or of several, in one launch.
 
-Notation: T steps, B batch rows, I input_size, H hidden_size; gate order i, f, g, o; formula in gates.py. A program
-owns BLOCK_HIDDEN units, that is 4 * BLOCK_HIDDEN gate-minor rows of W_hh, which stay on the chip while it walks over
-time, for its batch tiles of BLOCK_BATCH rows. h_{t-1} of all units comes from its peers through hidden_ptr
-(exchange.py).
+Notation: T steps, B batch rows, I input_size, H hidden_size; gate order i, f, g, o; formula in gates.py.
+
+A program owns BLOCK_HIDDEN units (a *slice*), that is 4 * BLOCK_HIDDEN gate-minor rows of W_hh. They stay on the chip
+while the program walks over time, for its batch tiles of BLOCK_BATCH rows. A step needs h_{t-1} of all units: the
+program reads in hidden_ptr what its peers have written there (exchange.py).
 
 One launch runs LANES scans side by side (lanes.py): the two directions of a layer, or, CHAINED, consecutive layers of a
-stack, each of which waits for the h_t of the one below as it waits for its own h_{t-1}.
+stack. A chained layer waits for the h_t of the layer below as it waits for its own h_{t-1}.
 
-State rows: the B initial states of the forward direction, the rows of the steps, the B initial states of the reverse
-direction. There are T * B rows of steps, and those of h_{t-1} are always B rows away from those of h_t, whatever the
-step and the direction. Of a RAGGED batch there may be fewer, a table says where each step's h_{t-1} is (ragged.py),
-and B rows more hold the states of sequences that start anew.
+State rows: a buffer of states begins with B rows for the initial states of the forward direction. Then come the rows of
+the steps, then B rows for the initial states of the reverse direction. There are T * B rows of steps, and h_{t-1} is
+always B rows away from h_t, whatever the step and the direction. In a RAGGED batch there may be fewer rows of steps. A
+table then says where each step's h_{t-1} is (turns.py), and B more rows at the end hold the states for resets.
 """
 
 import triton
@@ -59,29 +60,35 @@ def load_weight_rows(pointer, slice_index, gates_end, HIDDEN: tl.constexpr, SIZE
     do_not_specialize_on_alignment=["offsets_ptr"],  # a window begins anywhere
 )
 def forward_scan(
-    # (LANES, rows, 4H) I/O dtype: x_t W_ih^T on entry, unless FUSE_INPUT or of a lane CHAINED to one below; activated
-    # gates on return if KEEP_GATES
+    # Input
+    # (LANES, rows, 4H) I/O dtype. On entry x_t W_ih^T, unless FUSE_INPUT; CHAINED, only in the first lane. On return
+    # activated gates if KEEP_GATES
     gates_ptr,
     input_ptr,  # (T, B, I), RAGGED (rows, I); read only if FUSE_INPUT
-    input_stride_step,  # this and the next one: in units of INPUT_STRIDE_UNIT elements
-    input_stride_batch,
-    weight_ih_ptrs,  # of each lane (4H, I), read only if FUSE_INPUT or CHAINED: then (4H, STATE_STRIDE)
-    weight_hh_ptrs,  # of each lane (4H, STATE_STRIDE): (4H, H), padded
-    bias_ih_ptrs,  # of each lane (4H,), read only if HAS_BIAS
-    bias_hh_ptrs,  # of each lane (4H,), read only if HAS_BIAS
+    input_stride_step,  # in units of INPUT_STRIDE_UNIT elements
+    input_stride_batch,  # in units of INPUT_STRIDE_UNIT elements
+    # Weights, a pointer for each lane
+    weight_ih_ptrs,  # (4H, I), read only if FUSE_INPUT; or CHAINED, (4H, STATE_STRIDE)
+    weight_hh_ptrs,  # (4H, STATE_STRIDE): (4H, H), padded
+    bias_ih_ptrs,  # (4H,), read only if HAS_BIAS
+    bias_hh_ptrs,  # (4H,), read only if HAS_BIAS
+    # State
     hidden_ptr,  # (LANES, state rows, STATE_STRIDE) h, I/O dtype; the steps' rows are sentinels on entry
-    passed_ptr,  # the same of h after dropout, for the layer above; written only if DROPOUT
-    # c, float32: state rows if KEEP_CELLS; otherwise (LANES, B, STATE_STRIDE), c_0 on entry and c_n on return, followed
-    # in each lane, if RAGGED, by the B rows to start anew from
+    hidden_dropped_ptr,  # like hidden_ptr: h after dropout, for the layer above; written only if DROPOUT
+    # float32 c. KEEP_CELLS: (LANES, state rows, STATE_STRIDE), every c_t. Otherwise (LANES, B, STATE_STRIDE), c_0 on
+    # entry and c_n on return; RAGGED (LANES, 2B, STATE_STRIDE), where rows B to 2B are the c for resets
     cell_ptr,
-    before_ptr,  # (rows,), read only if RAGGED, as the next three: the state row a step starts from, -1 for no step
-    after_ptr,  # the same of the reverse direction
+    # Tables, read only if RAGGED
+    before_ptr,  # (rows,) the state row that a step starts from, -1 for no step
+    after_ptr,  # (rows,) the same for the reverse direction
     offsets_ptr,  # (T + 1,) the first row of every time step
-    tile_steps_ptr,  # (batch_tiles,)
-    seed_ptr,  # (1,) int64, of dropout; this and the next three are read only if DROPOUT
+    tile_steps_ptr,  # (batch_tiles,) the steps of every batch tile
+    # Dropout, read only if DROPOUT
+    seed_ptr,  # (1,) int64
     dropout,  # probability
-    dropped_lanes,  # lanes with dropout: the first ones
-    first_lane,  # of this launch, in the whole stack
+    dropped_lanes,  # how many lanes have dropout: the first ones
+    first_lane,  # number of this launch's first lane in the whole stack
+    # Sizes
     seq_len,  # steps of this launch
     row_count,  # rows of all steps
     state_rows,  # in each lane of the buffers
@@ -89,34 +96,36 @@ def forward_scan(
     first_step,  # of this launch, among all T; RAGGED, offsets_ptr and tile_steps_ptr begin there
     batch_size,
     batch_tiles,  # tiles of BLOCK_BATCH rows in the batch
-    reverse,  # 0: forward in time, 1: backward in time; that of the first lane
+    reverse,  # of the first lane; 0: forward in time, 1: backward in time
     hold,  # cycles that threads hold back (hold.py); read only if HOLDS
     HIDDEN: tl.constexpr,
     INPUT: tl.constexpr,
     STATE_STRIDE: tl.constexpr,  # elements between state rows: a multiple of 16
     INPUT_STRIDE_UNIT: tl.constexpr,  # 16 tells the compiler that rows are aligned, without a compilation per stride
+    # What is computed
     HAS_BIAS: tl.constexpr,
     KEEP_CELLS: tl.constexpr,  # every c
     KEEP_GATES: tl.constexpr,
     DROPOUT: tl.constexpr,
     LANES: tl.constexpr,
     CHAINED: tl.constexpr,  # the lanes are layers, one above the other; otherwise directions
-    RAGGED: tl.constexpr,  # sequences differ in length, are packed, or start anew
+    RAGGED: tl.constexpr,  # sequences differ in length, are packed, or are reset
+    # The plan: see Tiling (tiling.py) and Polling (exchange.py)
     FUSE_INPUT: tl.constexpr,  # compute x_t W_ih^T here
-    SEVERAL_TILES: tl.constexpr,  # a program serves more than one batch tile, taking turns within every step
+    SEVERAL_TILES: tl.constexpr,
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_INPUT: tl.constexpr,  # BLOCK_K's counterpart for the input projection
+    BLOCK_INPUT: tl.constexpr,  # depth of a chunk of the input and of W_ih
     SPLIT_K: tl.constexpr,
-    RESIDENT_CHUNKS: tl.constexpr,  # how many chunks of W_hh stay on the chip; the others are read every step
-    REGISTER_CHUNKS: tl.constexpr,  # of these, how many stay in registers
+    RESIDENT_CHUNKS: tl.constexpr,
+    REGISTER_CHUNKS: tl.constexpr,
     GROUP_CHUNKS: tl.constexpr,
     ACCUMULATORS: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
-    TF32_ROUNDING: tl.constexpr,  # "rn" or "rna": how operands are rounded where DOT_PRECISION is "tf32"; "": not
-    THREAD_ELEMENTS: tl.constexpr,  # of a state chunk, that a thread waits for by itself; 0: all wait together
-    PACKED: tl.constexpr,  # test 16-bit sentinels two at a time
+    TF32_ROUNDING: tl.constexpr,
+    THREAD_ELEMENTS: tl.constexpr,
+    PACKED: tl.constexpr,
     HOLDS: tl.constexpr,  # threads hold back before they look for their peers' values
 ):
     SLICES: tl.constexpr = (HIDDEN + BLOCK_HIDDEN - 1) // BLOCK_HIDDEN
@@ -137,7 +146,7 @@ def forward_scan(
     if not CHAINED:
         reverse += lane
     hidden_ptr += lane.to(tl.int64) * state_rows * STATE_STRIDE
-    passed_ptr += lane.to(tl.int64) * state_rows * STATE_STRIDE
+    hidden_dropped_ptr += lane.to(tl.int64) * state_rows * STATE_STRIDE
     rows_before = tl.load(offsets_ptr).to(tl.int64) if RAGGED else first_step.to(tl.int64) * batch_size
     gates_ptr += (lane.to(tl.int64) * gate_rows - rows_before) * (4 * HIDDEN)
     if KEEP_CELLS:
@@ -157,10 +166,10 @@ def forward_scan(
 
     weights_hh = load_weight_rows(weight_hh_ptr, slice_index, 4 * HIDDEN, HIDDEN, STATE_STRIDE, tiling)
     if CHAINED:
-        # The layer below has as many units, so its chunks are those of the own state.
+        # The layer below has as many units as this one, so the states of both have the same chunks.
         below_end = tl.where(lane > 0, 4 * HIDDEN, 0)
         weights_ih = load_weight_rows(weight_ih_ptr, slice_index, below_end, HIDDEN, STATE_STRIDE, tiling)
-        below_ptr = (passed_ptr if DROPOUT else hidden_ptr) - state_rows.to(tl.int64) * STATE_STRIDE
+        below_ptr = (hidden_dropped_ptr if DROPOUT else hidden_ptr) - state_rows.to(tl.int64) * STATE_STRIDE
     else:
         weights_ih = load_weight_rows(weight_ih_ptr, slice_index, 4 * HIDDEN, HIDDEN, INPUT, input_tiling)
     if HAS_BIAS:
@@ -168,13 +177,13 @@ def forward_scan(
 
     hidden_ptrs = hidden_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     cell_ptrs = cell_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
-    passed_ptrs = passed_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
+    hidden_dropped_ptrs = hidden_dropped_ptr + rows[:, None] * STATE_STRIDE + units[None, :]
     gates_ptrs = gates_ptr + rows[:, None] * (4 * HIDDEN) + units[None, :]
     input_ptrs = input_ptr + chunk_rows[:, None].to(tl.int64) * input_stride_batch * INPUT_STRIDE_UNIT + input_ks
 
     first_row = group * BLOCK_BATCH
     cell_row = first_row.to(tl.int64)
-    if KEEP_CELLS and not RAGGED:  # ragged, every sequence looks up where it starts from
+    if KEEP_CELLS and not RAGGED:  # in a ragged batch every sequence looks up its source
         cell_row += rows_before + (seq_len.to(tl.int64) + 1) * batch_size * reverse
     cell_mask = (first_row + rows < batch_size)[:, None] & written_mask
     cell = tl.load(cell_ptrs + cell_row * STATE_STRIDE, mask=cell_mask, other=0.0)
@@ -195,7 +204,7 @@ def forward_scan(
             step_row = ahead.turn.first.to(tl.int64) + first_row
             row_mask = (source >= 0)[:, None]
             chunk_mask = (chunk_source >= 0)[:, None]
-            # Rows without a step read row 0, which nobody has to be waited for.
+            # Rows without a step read state row 0, an initial state: it is there from the beginning.
             hidden_prev = hidden_ptr + tl.maximum(chunk_source, 0)[:, None].to(tl.int64) * STATE_STRIDE + ks
         else:
             step, first_row = dense_turn(index, group, groups, tiles_per_step, tiling)
@@ -204,7 +213,7 @@ def forward_scan(
             previous_row = step_row + batch_size + tl.where(reverse != 0, batch_size, -batch_size)
             row_mask = (first_row + rows < batch_size)[:, None]
             chunk_mask = (first_row + chunk_rows < batch_size)[:, None]
-            read_rows = tl.minimum(chunk_rows, batch_size - 1 - first_row)[:, None]  # past it: the last row once more
+            read_rows = tl.minimum(chunk_rows, batch_size - 1 - first_row)[:, None]  # past the batch: its last row
             hidden_prev = hidden_ptr + previous_row * STATE_STRIDE + read_rows * STATE_STRIDE + ks
         state_row = step_row + batch_size
         mask = row_mask & unit_mask
@@ -233,12 +242,13 @@ def forward_scan(
             share_mask = row_mask & (units < tl.where(lane == 0, HIDDEN, 0))[None, :] if CHAINED else mask
             shares = load_gates(step_gates_ptrs, share_mask, HIDDEN, gates_ptr.dtype.element_ty)
         if SEVERAL_TILES:
-            tl.debug_barrier()  # other threads of this program may have written it, one step ago
+            tl.debug_barrier()  # other threads of this program may have written c, one step ago
         if RAGGED:
-            anew = source >= row_count + 2 * batch_size
-            # In the first step any row may be another launch's: that of the steps before.
+            reset = source >= row_count + 2 * batch_size
+            # Sequences whose c is not in the registers. In a launch's first step these are all: the launch before had
+            # the steps before.
             starts = (source < tl.where(step == 0, state_rows, batch_size)) | (source >= row_count + batch_size)
-            cell_rows = source if KEEP_CELLS else first_row + rows + tl.where(anew, batch_size, 0)
+            cell_rows = source if KEEP_CELLS else first_row + rows + tl.where(reset, batch_size, 0)
             cell_sources = cell_ptr + cell_rows[:, None].to(tl.int64) * STATE_STRIDE + units[None, :]
             if SEVERAL_TILES:
                 cell = tl.load(cell_sources, mask=state_mask, other=0.0)
@@ -264,7 +274,7 @@ def forward_scan(
                 sums = add_received(
                     sums, below_chunks, below, ks, step >= 0, weights_ih, STATE_STRIDE, WRITTEN, tiling, polling
                 )
-        # Not before: both states at once would take too many registers, and the layer below is a step ahead.
+        # Asked for no earlier: both states at once would take too many registers, and the layer below is a step ahead.
         hidden_chunks = request(hidden_prev, ks, 0, GROUP, WRITTEN, BLOCK_K)
         if FUSE_INPUT:
             sums = add_products(sums, weights_ih.chunks, 0, input_chunks, input_tiling)
@@ -274,7 +284,7 @@ def forward_scan(
         )
         preact = split_gates(total(sums, tiling), BLOCK_HIDDEN, BLOCK_BATCH)
         if not FUSE_INPUT:
-            # Added last: as the sums' starting value the shares would be waited for before h_{t-1} is.
+            # Added last: if the sums started from the shares, the program would wait for these before h_{t-1}.
             preact = add_gates(preact, shares)
         if HAS_BIAS:
             preact = add_gates(preact, bias)
@@ -283,11 +293,11 @@ def forward_scan(
         cell_next, hidden = update_state(gates, cell)
         cell = tl.where(row_mask, cell_next, cell) if RAGGED else cell_next
         if HIDDEN % BLOCK_HIDDEN != 0:
-            # Units past the last one stay 0 even beside an infinity or a NaN, which weights of 0 would let through.
+            # Units past the last one stay 0. Their weights of 0 are not enough: 0 times an infinity or a NaN is a NaN.
             hidden = tl.where(unit_mask, hidden, 0.0)
         publish(hidden_ptrs + state_row * STATE_STRIDE, hidden, state_mask)
         if DROPOUT:
-            publish(passed_ptrs + state_row * STATE_STRIDE, hidden * scale, state_mask)
+            publish(hidden_dropped_ptrs + state_row * STATE_STRIDE, hidden * scale, state_mask)
         published = clock(HOLDS)
 
         if KEEP_CELLS:

@@ -22,7 +22,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def sigmoid(x):
-    # exp2 overflows to inf for very negative x, and 1 / (1 + inf) is the exact limit 0: never inf / inf.
+    # For very negative x, exp2 overflows to inf, and 1 / (1 + inf) is the exact limit 0. There is no inf / inf.
     return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
 
 
@@ -78,6 +78,7 @@ def differentiate(gates, cell_prev, cell, grad_hidden, grad_cell):
 
 @triton.jit
 def as_float32(gates):
+    """The gates in float32."""
     return Gates(
         gates.input.to(tl.float32),
         gates.forget.to(tl.float32),
@@ -88,7 +89,7 @@ def as_float32(gates):
 
 @triton.jit
 def add_gates(preact, others):
-    """Pre-activations and something in any dtype that belongs to them, added in float32."""
+    """The sums of pre-activations and of values in any dtype, gate by gate, in float32."""
     return Gates(
         preact.input + others.input.to(tl.float32),
         preact.forget + others.forget.to(tl.float32),
@@ -138,7 +139,7 @@ def load_bias(bias_ih_ptr, bias_hh_ptr, units, HIDDEN: tl.constexpr):
 
 @triton.jit
 def add_bias(preact, bias_ih_ptr, bias_hh_ptr, units, HIDDEN: tl.constexpr):
-    """The same added to pre-activations gate by gate, where it is needed once."""
+    """Pre-activations and b_ih + b_hh. Where a bias is needed once, it need not be held until all four are there."""
     return Gates(
         preact.input + load_gate_bias(bias_ih_ptr, bias_hh_ptr, units, 0, HIDDEN),
         preact.forget + load_gate_bias(bias_ih_ptr, bias_hh_ptr, units, 1, HIDDEN),

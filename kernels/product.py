@@ -68,7 +68,7 @@ def zero_sums(M: tl.constexpr, tiling):
 
 @triton.jit
 def add_products(sums, weight_chunks, first: tl.constexpr, chunks, tiling):
-    """Add weight_chunks[first + i] @ chunks[i]^T to the sums, for every one of the chunks, to one sum after another."""
+    """Add weight_chunks[first + i] @ chunks[i]^T for all i, each to another one of the sums in turn."""
     for chunk in tl.static_range(len(chunks)):
         right = right_operand(rounded(chunks[chunk], tiling.TF32_ROUNDING), tiling)
         # Tuples cannot be assigned to: the chain whose turn it is comes first.
@@ -84,7 +84,7 @@ def total(sums, tiling):
     for chain in tl.static_range(1, tiling.ACCUMULATORS):
         result += sums[chain]
     if tiling.SPLIT_K > 1:
-        # By halves: all parts of an element then come to one thread at once. tl.sum makes three exchanges of it.
+        # By halves: all parts of an element then come to one thread at once. With tl.sum there are three exchanges.
         result = tl.permute(result, (1, 2, 0))
         for _ in tl.static_range(4):  # enough for 16 parts
             if result.shape[2] > 1:
@@ -140,7 +140,7 @@ def load_weights(
     SIZE: tl.constexpr,
     tiling,
 ):
-    """A program's weights: the first chunks in registers, others in shared memory, the rest left where they are."""
+    """A program's weights: the first chunks in registers, the next in shared memory, the others left in memory."""
     in_registers = load_weight_chunks(pointers, mask, ks, 0, tiling.REGISTER_CHUNKS, SIZE, tiling)
     in_shared = load_weight_chunks(
         shared_pointers, shared_mask, shared_ks, tiling.REGISTER_CHUNKS, tiling.RESIDENT_CHUNKS, SIZE, tiling,

@@ -1,7 +1,8 @@
-"""The gates and cell states of a layer again, from what is known after the forward scan: for backward without them.
+"""The gates and cell states of a layer, computed again for a backward scan: the forward scan did not keep them.
 
-All h are known, so the pre-activations of all steps come from two large matrix products. What is left is sequential
-only along time: c_t = f_t * c_{t-1} + i_t * g_t, for every sequence and unit by itself. Nothing is exchanged.
+All h are known, so the pre-activations of all steps come from two large matrix products. What is left for this kernel
+is sequential only along time: c_t = f_t * c_{t-1} + i_t * g_t. Every sequence and unit is by itself, and nothing is
+exchanged.
 """
 
 import triton
@@ -15,8 +16,8 @@ def recompute_gates(
     gates_ptr,  # (rows, 4H) I/O dtype: pre-activations without biases on entry, activated gates on return
     bias_ih_ptr,  # (4H,), read only if HAS_BIAS
     bias_hh_ptr,
-    cell_ptr,  # (state rows, STATE_STRIDE) float32 c: what steps start from on entry; those of the steps on return
-    before_ptr,  # (rows,), read only if RAGGED, as the next two: see forward.py
+    cell_ptr,  # (state rows, STATE_STRIDE) float32 c: on entry those that sequences start from, on return all
+    before_ptr,  # this and the next two as in forward.py, read only if RAGGED
     after_ptr,
     offsets_ptr,
     seq_len,
@@ -52,7 +53,7 @@ def recompute_gates(
         preact = load_gates(gates_ptrs, mask, HIDDEN, tl.float32)
         if HAS_BIAS:
             preact = add_gates(preact, bias)
-        tl.debug_barrier()  # other threads of this program may have written it, one step ago
+        tl.debug_barrier()  # other threads of this program may have written c, one step ago
         cell_prev = tl.load(cell_ptr + sources[:, None] * STATE_STRIDE + columns, mask=mask, other=0.0)
         gates = activate(preact)
         cell, _ = update_state(gates, cell_prev)

@@ -1,6 +1,7 @@
-"""What travels together through the helpers of a scan: how it is cut up, and the weights of a program.
+"""What travels together through the helpers of a scan: how the scan is cut up, and the weights of a program.
 
-The kernels themselves take flat lists of arguments: a bundle as an argument costs the host time at every launch.
+The kernels themselves take flat lists of arguments: a bundle among the arguments would cost the host time at every
+launch.
 """
 
 from typing import NamedTuple
@@ -9,7 +10,7 @@ import triton.language as tl
 
 
 class Tiling(NamedTuple):
-    """How a scan is cut up. A kernel makes one of its constants in its first lines."""
+    """How a scan is cut up. A kernel makes it from its constants in its first lines."""
 
     SEVERAL_TILES: tl.constexpr  # a program serves more than one batch tile
     BLOCK_BATCH: tl.constexpr  # rows of a batch tile

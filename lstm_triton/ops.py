@@ -410,7 +410,7 @@ def _run_forward(
                 bias_ih_ptrs=_contiguous(part_stack.named("bias_ih" if stack.bias else "weight_hh")),
                 bias_hh_ptrs=_contiguous(part_stack.named("bias_hh" if stack.bias else "weight_hh")),
                 hidden_ptr=hidden,
-                passed_ptr=buffers.passed[part] if dropped else hidden,
+                hidden_dropped_ptr=buffers.passed[part] if dropped else hidden,
                 cell_ptr=buffers.cell[part],
                 before_ptr=hidden if ragged is None else ragged.before,
                 after_ptr=hidden if ragged is None else ragged.after,
