@@ -44,27 +44,33 @@ def add_linear(
 
 @triton.jit(do_not_specialize=["input_stride", "output_stride", "batch_size"])
 def cell_forward(
+    # Input and state
     input_ptr,  # (B, I)
     input_stride,  # between rows, in units of INPUT_STRIDE_UNIT elements
-    hidden_ptr,  # (B, H), read only if HAS_STATE, as the next one
-    cell_ptr,  # (B, H)
+    hidden_ptr,  # (B, H), read only if HAS_STATE
+    cell_ptr,  # (B, H), read only if HAS_STATE
+    # Weights
     weight_ih_ptr,  # (4H, I)
     weight_hh_ptr,  # (4H, H)
     bias_ih_ptr,  # (4H,), read only if HAS_BIAS
     bias_hh_ptr,  # (4H,), read only if HAS_BIAS
+    # Results
     hidden_next_ptr,  # (B, H) h'
     cell_next_ptr,  # (B, H) c'
     output_ptr,  # (B, H) h' once more, written only if HAS_OUTPUT
     output_stride,  # elements between rows
     gates_ptr,  # (B, 4H) activated gates, written only if KEEP_GATES
+    # Sizes
     batch_size,
     INPUT: tl.constexpr,
-    INPUT_STRIDE_UNIT: tl.constexpr,  # as of the forward scan
+    INPUT_STRIDE_UNIT: tl.constexpr,  # as in the forward scan
     HIDDEN: tl.constexpr,
+    # What is computed
     HAS_STATE: tl.constexpr,  # otherwise h and c are zeros
     HAS_BIAS: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
     KEEP_GATES: tl.constexpr,
+    # The plan
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INPUT: tl.constexpr,  # columns of a chunk of x and W_ih

@@ -23,8 +23,10 @@ class Polling(NamedTuple):
     """How a program waits for its peers' values."""
 
     THREAD_ELEMENTS: tl.constexpr  # of a chunk, for which a thread waits by itself (spin.py); 0: all wait together
-    PACKED: tl.constexpr  # test 16-bit sentinels two at a time
-    TOGETHER: tl.constexpr  # the threads of a warp end their waits together (spin.py)
+    PACKED: tl.constexpr  # there are instructions for two 16-bit elements at a time
+    # The threads of a warp end their waits together. A value that is the same for all of them may then stay in a
+    # register of the warp. But the compiler may move loads from before the wait to behind it.
+    TOGETHER: tl.constexpr
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def tanh(x):
 
 
 class Gates(NamedTuple):
-    """A value for each of the four gates: pre-activations, biases, activated gates, or gradients."""
+    """A value for each of the four gates: pre-activations, biases, activated gates, or their gradients."""
 
     input: tl.tensor
     forget: tl.tensor
@@ -139,7 +139,7 @@ def load_bias(bias_ih_ptr, bias_hh_ptr, units, HIDDEN: tl.constexpr):
 
 @triton.jit
 def add_bias(preact, bias_ih_ptr, bias_hh_ptr, units, HIDDEN: tl.constexpr):
-    """Pre-activations and b_ih + b_hh. Where a bias is needed once, it need not be held until all four are there."""
+    """Pre-activations plus b_ih + b_hh, for a kernel that adds them once: each one as soon as it is there."""
     return Gates(
         preact.input + load_gate_bias(bias_ih_ptr, bias_hh_ptr, units, 0, HIDDEN),
         preact.forget + load_gate_bias(bias_ih_ptr, bias_hh_ptr, units, 1, HIDDEN),
@@ -149,9 +149,9 @@ def add_bias(preact, bias_ih_ptr, bias_hh_ptr, units, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def split_gates(tile, UNITS: tl.constexpr, ROWS: tl.constexpr):
+def split_gates(values, UNITS: tl.constexpr, ROWS: tl.constexpr):
     """(4 * UNITS, ROWS), gate-minor along the first axis -> gates (ROWS, UNITS)."""
-    pairs = tl.permute(tl.reshape(tile, (UNITS, 2, 2, ROWS)), (3, 0, 1, 2))
+    pairs = tl.permute(tl.reshape(values, (UNITS, 2, 2, ROWS)), (3, 0, 1, 2))
     even, odd = tl.split(pairs)
     input_gate, candidate = tl.split(even)
     forget_gate, output_gate = tl.split(odd)

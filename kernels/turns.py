@@ -32,15 +32,15 @@ class Turn(NamedTuple):
     tile: tl.tensor
     steps: tl.tensor  # of the tile
     first: tl.tensor  # row of the first sequence at that time
-    count: tl.tensor  # of sequences at that time
+    sequences: tl.tensor  # how many there are at that time
 
 
 class Ahead(NamedTuple):
-    """A turn, and what the tables say of its rows."""
+    """A turn to come, and what the tables say of its rows."""
 
     turn: Turn
-    sources: tl.tuple  # of the rows, then of the chunk rows
-    successors: tl.tuple  # the same; nothing in the forward scan
+    sources: tl.tuple  # one tensor for `rows`, one for `chunk_rows`: see look_ahead
+    successors: tl.tuple  # the same; empty in the forward scan
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def no_turn(schedule, tiling):
 
 @triton.jit
 def next_turn(turn, left, schedule, tiling):
-    """The turn after another one, past the tiles that have ended. left: how many there are; if none, the same turn."""
+    """The turn after another one, past the tiles that have ended; the same turn if no turns are left."""
     step, tile, steps = turn.step, turn.tile, turn.steps
     if left > 0:
         if tiling.SEVERAL_TILES:
@@ -99,12 +99,15 @@ def next_turn(turn, left, schedule, tiling):
 def look_up(table_ptr, turn, rows, tiling):
     """A table's entries for rows of a turn's tile, -1 for those past the batch."""
     tile_rows = turn.tile * tiling.BLOCK_BATCH + rows
-    return tl.load(table_ptr + turn.first + tile_rows, mask=tile_rows < turn.count, other=-1)
+    return tl.load(table_ptr + turn.first + tile_rows, mask=tile_rows < turn.sequences, other=-1)
 
 
 @triton.jit
 def look_ahead(turn, schedule, rows, chunk_rows, tiling):
-    """Ask for what the tables say of a turn; rows, chunk_rows: those of a tile, as `Ahead` is to have them."""
+    """Ask for what the tables say of a turn.
+
+    rows, chunk_rows: the rows of a tile, as a scan holds them in what it computes and in the chunks that it requests.
+    """
     sources = look_up(schedule.sources_ptr, turn, rows, tiling)
     if schedule.successors_ptr is None:
         chunk_sources = look_up(schedule.sources_ptr, turn, chunk_rows, tiling)
