@@ -13,13 +13,16 @@ from .gates import activate, add_gates, load_bias, load_gates, store_gates, upda
 
 @triton.jit(do_not_specialize=["seq_len", "batch_size", "reverse"])
 def recompute_gates(
+    # State and weights
     gates_ptr,  # (rows, 4H) I/O dtype: pre-activations without biases on entry, activated gates on return
     bias_ih_ptr,  # (4H,), read only if HAS_BIAS
-    bias_hh_ptr,
+    bias_hh_ptr,  # (4H,), read only if HAS_BIAS
     cell_ptr,  # (state rows, STATE_STRIDE) float32 c: on entry those that sequences start from, on return all
-    before_ptr,  # this and the next two as in forward.py, read only if RAGGED
+    # Tables, read only if RAGGED: see forward.py
+    before_ptr,
     after_ptr,
     offsets_ptr,
+    # Sizes
     seq_len,
     batch_size,
     reverse,
