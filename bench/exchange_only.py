@@ -8,7 +8,7 @@ read, nothing is computed.
 import triton
 import triton.language as tl
 
-from lstm_triton.kernels.exchange import MOST_LOOKS, any_missing, give_up, publish, receive, request
+from lstm_triton.kernels.exchange import MOST_LOOKS, Polling, any_missing, give_up, publish, receive, request
 from lstm_triton.kernels.hold import clock, hold_back
 from lstm_triton.kernels.lanes import place
 from lstm_triton.kernels.sizes import smaller
@@ -16,21 +16,21 @@ from lstm_triton.kernels.sizes import smaller
 
 @triton.jit
 def wait_for(
-    tiles, pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, wait,
-    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, MASKED: tl.constexpr = False,
+    chunks, pointers, ks, first: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, wait, polling,
+    MASKED: tl.constexpr = False,
 ):  # fmt: skip
     """`receive`, of which nobody uses what it returns."""
-    if THREAD_ELEMENTS > 0:
-        receive(tiles, pointers, ks, first, COUNT, SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, False, MASKED)
+    if polling.THREAD_ELEMENTS > 0:
+        receive(chunks, pointers, ks, first, SIZE, BLOCK_K, wait, polling, MASKED)
     else:
-        # Not with `receive`: tiles carried by its loop and then not used crash the compiler of Triton 3.6.
-        missing, looks = any_missing(tiles, COUNT, PACKED) & wait, 0
+        # Not with `receive`: chunks carried by its loop and then not used crash the compiler of Triton 3.6.
+        missing, looks = any_missing(chunks, polling.PACKED) & wait, 0
         while missing:
             looks += 1
             if looks > MOST_LOOKS:
                 give_up()
-            again = request(pointers, ks, first, COUNT, SIZE, BLOCK_K, MASKED)
-            missing = any_missing(again, COUNT, PACKED)
+            again = request(pointers, ks, first, len(chunks), SIZE, BLOCK_K, MASKED)
+            missing = any_missing(again, polling.PACKED)
 
 
 @triton.jit(do_not_specialize=["seq_len", "batch_size", "batch_tiles", "hold"])
@@ -68,6 +68,7 @@ def exchange_scan(
     WIDTH: tl.constexpr = COPIES * STATE_STRIDE
     WRITTEN: tl.constexpr = COPIES * smaller(SLICES * BLOCK_HIDDEN, STATE_STRIDE)
     GROUP: tl.constexpr = smaller(GROUP_CHUNKS, RESIDENT_CHUNKS)
+    polling: tl.constexpr = Polling(THREAD_ELEMENTS, PACKED, False)
 
     slice_index, group, groups, lane = place(SLICES, LANES)
     state_ptr += lane.to(tl.int64) * (seq_len + 1) * batch_size * WIDTH
@@ -117,35 +118,17 @@ def exchange_scan(
             if lane > 0:  # the lane beside it waits for this one: which way makes no difference here
                 beside = previous + tl.cast(batch_size, tl.int64) * WIDTH - to_neighbour
                 for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
-                    tiles = request(beside, ks, first, smaller(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
-                    wait_for(
-                        tiles, beside, ks, first, smaller(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step >= 0,
-                        THREAD_ELEMENTS, PACKED,
-                    )  # fmt: skip
-        tiles = request(previous, ks, 0, GROUP, WRITTEN, BLOCK_K)
+                    chunks = request(beside, ks, first, smaller(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
+                    wait_for(chunks, beside, ks, first, WRITTEN, BLOCK_K, step >= 0, polling)
+        chunks = request(previous, ks, 0, GROUP, WRITTEN, BLOCK_K)
         for first in tl.static_range(0, RESIDENT_CHUNKS, GROUP):
             if first > 0:
-                tiles = request(previous, ks, first, smaller(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
-            wait_for(
-                tiles, previous, ks, first, smaller(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K, step > 0,
-                THREAD_ELEMENTS, PACKED,
-            )  # fmt: skip
+                chunks = request(previous, ks, first, smaller(GROUP, RESIDENT_CHUNKS - first), WRITTEN, BLOCK_K)
+            wait_for(chunks, previous, ks, first, WRITTEN, BLOCK_K, step > 0, polling)
         for streamed in range(RESIDENT_CHUNKS, CHUNKS):
             pointers, streamed_ks = previous + streamed * BLOCK_K, streamed * BLOCK_K + ks
-            streamed_tiles = request(pointers, streamed_ks, 0, 1, WRITTEN, BLOCK_K, MASKED=True)
-            wait_for(
-                streamed_tiles,
-                pointers,
-                streamed_ks,
-                0,
-                1,
-                WRITTEN,
-                BLOCK_K,
-                step > 0,
-                THREAD_ELEMENTS,
-                PACKED,
-                MASKED=True,
-            )
+            asked = request(pointers, streamed_ks, 0, 1, WRITTEN, BLOCK_K, MASKED=True)
+            wait_for(asked, pointers, streamed_ks, 0, WRITTEN, BLOCK_K, step > 0, polling, MASKED=True)
 
         publish(state_ptr + (step_rows + batch_size) * WIDTH + own, values, row_mask & (own < WIDTH))
         published = clock(HOLDS)

@@ -106,11 +106,11 @@ def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None)
     import triton.compiler
     from triton.runtime import driver
 
-    from lstm_triton.kernels.again import gates_again
     from lstm_triton.kernels.backward import backward_scan
     from lstm_triton.kernels.cell import cell_backward, cell_forward
     from lstm_triton.kernels.forward import forward_scan
     from lstm_triton.kernels.lanes import dropout_scales
+    from lstm_triton.kernels.recompute import recompute_gates
 
     compilations = compilations or Compilations()
 
@@ -136,7 +136,7 @@ def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None)
         patch(torch.cuda, "_exchange_device", lambda index: index)
         patch(torch.cuda, "_maybe_exchange_device", lambda index: index)
         patch(triton.compiler, "compile", compilations)
-        for kernel in (forward_scan, backward_scan, cell_forward, cell_backward, gates_again, dropout_scales):
+        for kernel in (forward_scan, backward_scan, cell_forward, cell_backward, recompute_gates, dropout_scales):
             kernel.device_caches.clear()
         patch(driver, "_active", Driver(arch))
         yield compilations

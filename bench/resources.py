@@ -22,9 +22,9 @@ import torch
 
 from lstm_triton.scan import planner
 from lstm_triton.scan.plan import (
-    AGAIN_BLOCK,
-    AGAIN_WARPS,
     CELL_BACKWARD_BLOCK,
+    RECOMPUTE_BLOCK,
+    RECOMPUTE_WARPS,
     CellPlan,
     Kind,
     Plan,
@@ -90,38 +90,33 @@ def plan_of(case: Case) -> Plan | CellPlan:
     return planner.plan(ScanShape(kind, lanes=case.lanes, chained=case.chained, **sizes))
 
 
-def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chosen: CellPlan) -> Any:
-    """A kernel of LSTMCell, compiled for an architecture: what a training step launches."""
+def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chosen: CellPlan, **others: object) -> Any:
+    """A kernel of LSTMCell, compiled for an architecture: what a training step launches.
+
+    others: constants of the kernel that are to differ from a training step's.
+    """
     from lstm_triton.kernels.cell import cell_backward, cell_forward
-    from lstm_triton.scan.cell import (
-        BACKWARD_OPTIONS,
-    )
-    from lstm_triton.scan.cell import (
-        cell_compiler_options as compiler_options,
-    )
-    from lstm_triton.scan.cell import (
-        cell_constants_of as constants_of,
-    )
+    from lstm_triton.scan.cell import BACKWARD_OPTIONS, cell_compiler_options, cell_constants_of
 
     constants: dict[str, Any] = {"HIDDEN": hidden, "HAS_STATE": True}
     if kernel == "cell_backward":
         constants["BLOCK"] = CELL_BACKWARD_BLOCK
-        return _compiled(cell_backward, arch, dtype, constants, BACKWARD_OPTIONS, {})
+        return _compiled(cell_backward, arch, dtype, constants | others, BACKWARD_OPTIONS, {})
     unit = 16 if hidden % 16 == 0 else 1
     constants |= {"INPUT": hidden, "INPUT_STRIDE_UNIT": unit, "HAS_BIAS": True, "HAS_OUTPUT": False, "KEEP_GATES": True}
-    constants |= constants_of(chosen)
-    return _compiled(cell_forward, arch, dtype, constants, compiler_options(chosen), {})
+    constants |= cell_constants_of(chosen)
+    return _compiled(cell_forward, arch, dtype, constants | others, cell_compiler_options(chosen), {})
 
 
-def compiled_again(case: Case) -> Any:
-    """The kernel of kernels/again.py, compiled for an architecture."""
-    from lstm_triton.kernels.again import gates_again
+def compiled_recompute(case: Case, **others: object) -> Any:
+    """The kernel of kernels/recompute.py, compiled for an architecture."""
+    from lstm_triton.kernels.recompute import recompute_gates
 
-    block_batch, block_hidden = AGAIN_BLOCK
-    constants = {"HIDDEN": case.hidden, "STATE_STRIDE": state_stride(case.hidden), "HAS_BIAS": True}
+    block_batch, block_hidden = RECOMPUTE_BLOCK
+    constants: dict[str, Any] = {"HIDDEN": case.hidden, "STATE_STRIDE": state_stride(case.hidden), "HAS_BIAS": True}
     constants |= {"RAGGED": case.ragged, "BLOCK_BATCH": block_batch, "BLOCK_HIDDEN": block_hidden}
-    options = {"num_warps": AGAIN_WARPS}
-    return _compiled(gates_again, case.arch, DTYPES[case.dtype][0], constants, options, TYPES)
+    options = {"num_warps": RECOMPUTE_WARPS}
+    return _compiled(recompute_gates, case.arch, DTYPES[case.dtype][0], constants | others, options, TYPES)
 
 
 def compiled(
@@ -132,8 +127,12 @@ def compiled(
     chosen: Plan,
     ragged: bool = False,
     dropout: bool = False,
+    **others: object,
 ) -> Any:
-    """The scan of a plan, compiled for an architecture: what a training step launches."""
+    """The scan of a plan, compiled for an architecture: what a training step launches.
+
+    others: constants of the kernel that are to differ from a training step's.
+    """
     from lstm_triton.kernels.backward import backward_scan
     from lstm_triton.kernels.forward import forward_scan
     from lstm_triton.scan.launch import compiler_options, constants_of, input_constants_of
@@ -152,7 +151,7 @@ def compiled(
     else:
         constants |= {"GRAD_CELLS": False}
     options = compiler_options(chosen, is_nvidia=arch.startswith("sm_"))
-    return _compiled(kernel, arch, dtype, constants, options, TYPES, chosen.lanes)
+    return _compiled(kernel, arch, dtype, constants | others, options, TYPES, chosen.lanes)
 
 
 def _compiled(
@@ -244,9 +243,9 @@ def report(case: Case) -> dict[str, Any]:
     """One row. `error` says why a case has no resources."""
     row: dict[str, Any] = asdict(case)
     if case.kernel == AGAIN:
-        tiles = (-(-size // block) for size, block in zip((case.batch, case.hidden), AGAIN_BLOCK, strict=True))
+        tiles = (-(-size // block) for size, block in zip((case.batch, case.hidden), RECOMPUTE_BLOCK, strict=True))
         row |= {"programs": math.prod(tiles), "resident_fraction": None, "plan": None, "error": None}
-        return {**row, **resources(compiled_again(case), is_scan=False), "compile_seconds": None}
+        return {**row, **resources(compiled_recompute(case), is_scan=False), "compile_seconds": None}
     empty = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "step_cycles", "compile_seconds"))
     try:
         chosen = plan_of(case)

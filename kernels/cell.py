@@ -1,4 +1,4 @@
-"""The cell: one step of an LSTM layer, and its derivative. Any number of programs: they do not wait for each other.
+"""The cell: one step of an LSTM layer, and its derivative. The programs do not wait for each other.
 
 Notation: B batch rows, I input_size, H hidden_size; gate order i, f, g, o; formula in gates.py. A program of the
 forward kernel owns a tile of BLOCK_BATCH rows x BLOCK_HIDDEN units, that is 4 * BLOCK_HIDDEN gate-minor rows of both
@@ -7,16 +7,15 @@ weights, which it reads chunk by chunk:
     gates = activate(x W_ih^T + b_ih + h W_hh^T + b_hh)
     c', h' = update_state(gates, c)
 
-The backward kernel goes from the gradients of h' and c' to those of the pre-activations and of c, element by element.
-Those of x, h, the weights and the biases are plain matrix products and sums over them, done afterwards.
+The backward kernel goes from the gradients of h' and c' to the gradients of the pre-activations and of c, element by
+element. The gradients of x, h, the weights and the biases are plain matrix products and sums, done afterwards.
 """
 
 import triton
 import triton.language as tl
 
-from .forward import load_bias
-from .gates import activate, differentiate, split_gates, update_state
-from .product import load_left, rounded
+from .gates import activate, add_bias, differentiate, load_gates, split_gates, store_gates, update_state
+from .product import load_weight_chunk, rounded
 
 
 @triton.jit
@@ -25,7 +24,7 @@ def add_linear(
     weight_ptr,  # (4H, SIZE)
     gate_rows,  # (M,) rows of the weight
     gate_mask,
-    row_ptrs,  # (rows,) where the rows of the other factor begin
+    row_ptrs,  # (rows,) to the first elements of the other factor's rows
     row_mask,
     SIZE: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -36,7 +35,7 @@ def add_linear(
     ks = tl.arange(0, BLOCK_K)[None, :]
     weight_ptrs = weight_ptr + gate_rows[:, None] * SIZE + ks
     for chunk in range((SIZE + BLOCK_K - 1) // BLOCK_K):
-        left = load_left(weight_ptrs, gate_mask, ks, chunk, SIZE, BLOCK_K, 1, TF32_ROUNDING)
+        left = load_weight_chunk(weight_ptrs, gate_mask, ks, chunk, SIZE, BLOCK_K, 1, TF32_ROUNDING)
         mask = row_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)
         right = tl.load(row_ptrs[:, None] + chunk * BLOCK_K + ks, mask=mask, other=0.0)
         sums = tl.dot(left, tl.trans(rounded(right, TF32_ROUNDING)), sums, input_precision=DOT_PRECISION)
@@ -45,27 +44,33 @@ def add_linear(
 
 @triton.jit(do_not_specialize=["input_stride", "output_stride", "batch_size"])
 def cell_forward(
+    # Input and state
     input_ptr,  # (B, I)
     input_stride,  # between rows, in units of INPUT_STRIDE_UNIT elements
-    hidden_ptr,  # (B, H), read only if HAS_STATE, as the next one
-    cell_ptr,  # (B, H)
+    hidden_ptr,  # (B, H), read only if HAS_STATE
+    cell_ptr,  # (B, H), read only if HAS_STATE
+    # Weights
     weight_ih_ptr,  # (4H, I)
     weight_hh_ptr,  # (4H, H)
     bias_ih_ptr,  # (4H,), read only if HAS_BIAS
     bias_hh_ptr,  # (4H,), read only if HAS_BIAS
+    # Results
     hidden_next_ptr,  # (B, H) h'
     cell_next_ptr,  # (B, H) c'
     output_ptr,  # (B, H) h' once more, written only if HAS_OUTPUT
     output_stride,  # elements between rows
     gates_ptr,  # (B, 4H) activated gates, written only if KEEP_GATES
+    # Sizes
     batch_size,
     INPUT: tl.constexpr,
-    INPUT_STRIDE_UNIT: tl.constexpr,  # as of the forward scan
+    INPUT_STRIDE_UNIT: tl.constexpr,  # as in the forward scan
     HIDDEN: tl.constexpr,
+    # What is computed
     HAS_STATE: tl.constexpr,  # otherwise h and c are zeros
     HAS_BIAS: tl.constexpr,
     HAS_OUTPUT: tl.constexpr,
     KEEP_GATES: tl.constexpr,
+    # The plan
     BLOCK_BATCH: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_INPUT: tl.constexpr,  # columns of a chunk of x and W_ih
@@ -84,40 +89,33 @@ def cell_forward(
     mask = row_mask[:, None] & (units < HIDDEN)[None, :]
     states = rows[:, None] * HIDDEN + units[None, :]
 
-    preact = tl.zeros((4 * BLOCK_HIDDEN, BLOCK_BATCH), tl.float32)
+    sums = tl.zeros((4 * BLOCK_HIDDEN, BLOCK_BATCH), tl.float32)
     input_rows = input_ptr + rows * input_stride * INPUT_STRIDE_UNIT
-    preact = add_linear(
-        preact, weight_ih_ptr, gate_rows, gate_mask, input_rows, row_mask, INPUT, BLOCK_INPUT, DOT_PRECISION,
+    sums = add_linear(
+        sums, weight_ih_ptr, gate_rows, gate_mask, input_rows, row_mask, INPUT, BLOCK_INPUT, DOT_PRECISION,
         TF32_ROUNDING,
     )  # fmt: skip
     if HAS_STATE:
-        preact = add_linear(
-            preact, weight_hh_ptr, gate_rows, gate_mask, hidden_ptr + rows * HIDDEN, row_mask, HIDDEN, BLOCK_K,
+        sums = add_linear(
+            sums, weight_hh_ptr, gate_rows, gate_mask, hidden_ptr + rows * HIDDEN, row_mask, HIDDEN, BLOCK_K,
             DOT_PRECISION, TF32_ROUNDING,
         )  # fmt: skip
-    input_preact, forget_preact, cell_preact, output_preact = split_gates(preact, BLOCK_HIDDEN, BLOCK_BATCH)
+    preact = split_gates(sums, BLOCK_HIDDEN, BLOCK_BATCH)
     if HAS_BIAS:
-        input_preact += load_bias(bias_ih_ptr, bias_hh_ptr, units, 0, HIDDEN)
-        forget_preact += load_bias(bias_ih_ptr, bias_hh_ptr, units, 1, HIDDEN)
-        cell_preact += load_bias(bias_ih_ptr, bias_hh_ptr, units, 2, HIDDEN)
-        output_preact += load_bias(bias_ih_ptr, bias_hh_ptr, units, 3, HIDDEN)
+        preact = add_bias(preact, bias_ih_ptr, bias_hh_ptr, units, HIDDEN)
 
-    input_gate, forget_gate, candidate, output_gate = activate(input_preact, forget_preact, cell_preact, output_preact)
-    cell = tl.zeros_like(input_gate)
+    gates = activate(preact)
+    cell = tl.zeros_like(gates.input)
     if HAS_STATE:
         cell += tl.load(cell_ptr + states, mask=mask, other=0.0)
-    cell, hidden = update_state(input_gate, forget_gate, candidate, output_gate, cell)
+    cell, hidden = update_state(gates, cell)
     hidden = hidden.to(hidden_next_ptr.dtype.element_ty)
     tl.store(hidden_next_ptr + states, hidden, mask=mask)
     if HAS_OUTPUT:
         tl.store(output_ptr + rows[:, None] * output_stride + units[None, :], hidden, mask=mask)
     tl.store(cell_next_ptr + states, cell.to(cell_next_ptr.dtype.element_ty), mask=mask)
     if KEEP_GATES:
-        gates = gates_ptr + rows[:, None] * (4 * HIDDEN) + units[None, :]
-        tl.store(gates, input_gate.to(gates_ptr.dtype.element_ty), mask=mask)
-        tl.store(gates + HIDDEN, forget_gate.to(gates_ptr.dtype.element_ty), mask=mask)
-        tl.store(gates + 2 * HIDDEN, candidate.to(gates_ptr.dtype.element_ty), mask=mask)
-        tl.store(gates + 3 * HIDDEN, output_gate.to(gates_ptr.dtype.element_ty), mask=mask)
+        store_gates(gates_ptr + rows[:, None] * (4 * HIDDEN) + units[None, :], gates, mask, HIDDEN)
 
 
 @triton.jit(do_not_specialize=["batch_size"])
@@ -137,11 +135,8 @@ def cell_backward(
     states = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     rows = states // HIDDEN
     mask = rows < batch_size
-    gates = states + rows * (3 * HIDDEN)
-    input_gate = tl.load(gates_ptr + gates, mask=mask, other=0.0).to(tl.float32)
-    forget_gate = tl.load(gates_ptr + gates + HIDDEN, mask=mask, other=0.0).to(tl.float32)
-    candidate = tl.load(gates_ptr + gates + 2 * HIDDEN, mask=mask, other=0.0).to(tl.float32)
-    output_gate = tl.load(gates_ptr + gates + 3 * HIDDEN, mask=mask, other=0.0).to(tl.float32)
+    gate_places = states + rows * (3 * HIDDEN)  # of the input gates
+    gates = load_gates(gates_ptr + gate_places, mask, HIDDEN, tl.float32)
     cell_next = tl.load(cell_next_ptr + states, mask=mask, other=0.0).to(tl.float32)
     cell = tl.zeros_like(cell_next)
     if HAS_STATE:
@@ -149,12 +144,6 @@ def cell_backward(
     grad_hidden = tl.load(grad_hidden_ptr + states, mask=mask, other=0.0).to(tl.float32)
     grad_cell_next = tl.load(grad_cell_next_ptr + states, mask=mask, other=0.0).to(tl.float32)
 
-    grad_input_preact, grad_forget_preact, grad_cell_preact, grad_output_preact, grad_cell = differentiate(
-        input_gate, forget_gate, candidate, output_gate, cell, cell_next, grad_hidden, grad_cell_next
-    )
-    element = grad_gates_ptr.dtype.element_ty
-    tl.store(grad_gates_ptr + gates, grad_input_preact.to(element), mask=mask)
-    tl.store(grad_gates_ptr + gates + HIDDEN, grad_forget_preact.to(element), mask=mask)
-    tl.store(grad_gates_ptr + gates + 2 * HIDDEN, grad_cell_preact.to(element), mask=mask)
-    tl.store(grad_gates_ptr + gates + 3 * HIDDEN, grad_output_preact.to(element), mask=mask)
-    tl.store(grad_cell_ptr + states, grad_cell.to(element), mask=mask)
+    grad_preact, grad_cell = differentiate(gates, cell, cell_next, grad_hidden, grad_cell_next)
+    store_gates(grad_gates_ptr + gate_places, grad_preact, mask, HIDDEN)
+    tl.store(grad_cell_ptr + states, grad_cell.to(grad_gates_ptr.dtype.element_ty), mask=mask)

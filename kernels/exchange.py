@@ -1,11 +1,13 @@
 """How programs of one launch hand values to each other: a value is its own ready flag.
 
 The exchange buffer is filled beforehand with the sentinel, a bit pattern (all ones: a NaN) that `publish` never
-stores. A reader loads the tiles it needs past the first-level cache, and loads them again until no sentinel is left
+stores. A reader loads the chunks it needs past the first-level cache, and loads them again until no sentinel is left
 in them. There are no counters, fences or atomics: every element says for itself whether it has been written.
 
 A wait ends: after `MOST_LOOKS` looks in vain, which take seconds, the launch ends in an error of the device.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -15,6 +17,16 @@ from .spin import MOST_POLLS, spin
 SENTINEL_16 = tl.constexpr(0xFFFF)
 SENTINEL_32 = tl.constexpr(0xFFFFFFFF)
 MOST_LOOKS = tl.constexpr(MOST_POLLS)
+
+
+class Polling(NamedTuple):
+    """How a program waits for its peers' values."""
+
+    THREAD_ELEMENTS: tl.constexpr  # of a chunk, for which a thread waits by itself (spin.py); 0: all wait together
+    PACKED: tl.constexpr  # there are instructions for two 16-bit elements at a time
+    # The threads of a warp end their waits together. A value that is the same for all of them may then stay in a
+    # register of the warp. But the compiler may move loads from before the wait to behind it.
+    TOGETHER: tl.constexpr
 
 
 @triton.jit
@@ -29,7 +41,7 @@ def bits_of(value):
 
 @triton.jit
 def publish(pointers, value, mask):
-    """Store a tile for the peers, in the pointers' dtype; a NaN that looks like the sentinel as another quiet NaN."""
+    """Store values for the peers, in the pointers' dtype. A NaN with the sentinel's bits becomes another quiet NaN."""
     value = value.to(pointers.dtype.element_ty)
     bits = bits_of(value)
     sentinel = SENTINEL_16 if bits.dtype == tl.uint16 else SENTINEL_32
@@ -42,21 +54,22 @@ def request(
     pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr = False,
 ):  # fmt: skip
-    """Load COUNT neighbouring (rows, BLOCK_K) tiles from chunk `first` on, all in flight together; ks: their columns.
+    """Load COUNT neighbouring (rows, BLOCK_K) chunks from chunk `first` on, all in flight together.
 
-    Columns from SIZE on read 0, which is never the sentinel; MASKED, wherever the tiles lie: of a chunk that is known
-    at run time only, pointers and ks are its own. Rows are not masked (that would cost instructions before
-    every load): the caller lets rows past the batch point at one within it.
+    pointers, ks: of chunk 0. Columns from SIZE on read as 0, which is never the sentinel: nobody waits for them. Only
+    the chunk that crosses SIZE is masked. With MASKED every chunk is. That is for a chunk whose number is known at run
+    time only: `first` is then 0, and `pointers` and `ks` are that chunk's own. Rows are never masked, as a mask costs
+    instructions before every load: the caller lets rows past the batch point at a row within it.
     """
-    tiles = ()
+    chunks = ()
     for chunk in tl.static_range(first, first + COUNT):
         if MASKED or (chunk + 1) * BLOCK_K > SIZE:
             mask = chunk * BLOCK_K + ks < SIZE
-            tile = tl.load(pointers + chunk * BLOCK_K, mask=mask, other=0.0, volatile=True)
+            loaded = tl.load(pointers + chunk * BLOCK_K, mask=mask, other=0.0, volatile=True)
         else:
-            tile = tl.load(pointers + chunk * BLOCK_K, volatile=True)
-        tiles = tiles + (tile,)
-    return tiles
+            loaded = tl.load(pointers + chunk * BLOCK_K, volatile=True)
+        chunks = chunks + (loaded,)
+    return chunks
 
 
 @triton.jit
@@ -72,11 +85,11 @@ def larger_bits(left, right, PACKED: tl.constexpr):
 
 
 @triton.jit
-def any_missing(tiles, COUNT: tl.constexpr, PACKED: tl.constexpr):
-    """True while any element of the tiles is still the sentinel."""
-    largest = bits_of(tiles[0])
-    for chunk in tl.static_range(1, COUNT):
-        largest = larger_bits(largest, bits_of(tiles[chunk]), PACKED)
+def any_missing(chunks, PACKED: tl.constexpr):
+    """True while any element of the chunks is still the sentinel."""
+    largest = bits_of(chunks[0])
+    for chunk in tl.static_range(1, len(chunks)):
+        largest = larger_bits(largest, bits_of(chunks[chunk]), PACKED)
     if largest.dtype == tl.uint16:
         missing = tl.max(largest.to(tl.int32)) == SENTINEL_16
     else:
@@ -86,25 +99,25 @@ def any_missing(tiles, COUNT: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def give_up():
-    """End the launch in an error of the device: a store to the address 0, where nobody may, does so on every one."""
+    """End the launch in an error of the device. A store to the address 0 does so on every device."""
     tl.store(tl.cast(0, tl.int64).to(tl.pointer_type(tl.int32)), 0)
 
 
 @triton.jit
 def receive(
-    tiles, pointers, ks, first: tl.constexpr, COUNT: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, wait,
-    THREAD_ELEMENTS: tl.constexpr, PACKED: tl.constexpr, TOGETHER: tl.constexpr, MASKED: tl.constexpr = False,
+    chunks, pointers, ks, first: tl.constexpr, SIZE: tl.constexpr, BLOCK_K: tl.constexpr, wait, polling,
+    MASKED: tl.constexpr = False,
 ):  # fmt: skip
-    """What `request` gave, with the same arguments, once all of it has been published if to `wait` for that."""
-    if THREAD_ELEMENTS > 0:
+    """The chunks that `request` gave for the same arguments, once every element is published if told to `wait`."""
+    if polling.THREAD_ELEMENTS > 0:
         # A vector lies before SIZE or past it: past it are zeros, which nobody asks for again.
-        tl.static_assert(SIZE * tiles[0].dtype.primitive_bitwidth % 128 == 0)
-        tiles = spin(tiles, pointers + first * BLOCK_K, wait, COUNT, BLOCK_K, THREAD_ELEMENTS, PACKED, TOGETHER)
+        tl.static_assert(SIZE * chunks[0].dtype.primitive_bitwidth % 128 == 0)
+        chunks = spin(chunks, pointers + first * BLOCK_K, wait, BLOCK_K, polling)
     else:
         looks = 0
-        while any_missing(tiles, COUNT, PACKED) & wait:
+        while any_missing(chunks, polling.PACKED) & wait:
             looks += 1
             if looks > MOST_LOOKS:
                 give_up()
-            tiles = request(pointers, ks, first, COUNT, SIZE, BLOCK_K, MASKED)
-    return tiles
+            chunks = request(pointers, ks, first, len(chunks), SIZE, BLOCK_K, MASKED)
+    return chunks

@@ -1,7 +1,7 @@
-"""Several scans in one launch: the directions of a layer, or layers of a stack, each in a lane of programs of its own.
+"""Several scans in one launch: the directions of a layer, or layers of a stack. Each has programs of its own, a *lane*.
 
-All lanes have the same sizes, and a block of every buffer. Layers may have dropout on what they pass to the one above:
-whether an element is kept is a function of a seed and of its place, so that backward finds it again.
+All lanes have the same sizes, and each has its block of every buffer. Between two layers there may be dropout. Whether
+an element is kept is a function of a seed and of its place, so that backward finds the same answer.
 """
 
 import triton
@@ -14,7 +14,7 @@ def place(SLICES: tl.constexpr, LANES: tl.constexpr):
     slice_index = tl.program_id(0) % SLICES
     groups = tl.num_programs(0) // (SLICES * LANES)
     if LANES == 1:
-        group, lane = tl.program_id(0) // SLICES, tl.cast(0, tl.int32)  # known to the compiler: no offsets of lanes
+        group, lane = tl.program_id(0) // SLICES, tl.cast(0, tl.int32)  # the compiler knows the lane: no offsets
     else:
         group, lane = tl.program_id(0) // SLICES % groups, tl.program_id(0) // (SLICES * groups)
     return slice_index, group, groups, lane
@@ -22,7 +22,7 @@ def place(SLICES: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def of_lane(pointers, lane, LANES: tl.constexpr):
-    """The lane's own of LANES pointers."""
+    """The one of LANES pointers that belongs to a lane."""
     chosen = pointers[0]
     for other in tl.static_range(1, LANES):
         chosen = tl.where(lane == other, pointers[other], chosen)
@@ -33,7 +33,8 @@ def of_lane(pointers, lane, LANES: tl.constexpr):
 def dropout_scale(seed_ptr, lane, elements, probability):
     """What dropout multiplies elements with: 0 or 1 / (1 - probability).
 
-    Philox (Salmon et al., 2011), counting the elements of a lane by 64-bit numbers.
+    The random numbers are Philox's (Salmon et al., 2011). Its counter is the element's 64-bit number in the lane, and
+    the lane.
     """
     low, high = elements.to(tl.uint32), (elements >> 32).to(tl.uint32)
     bits, _, _, _ = tl.philox(tl.load(seed_ptr), low, high, tl.zeros_like(low) + lane.to(tl.uint32), tl.zeros_like(low))
@@ -48,7 +49,7 @@ def dropout_scales(
     probability,
     scale_ptr,  # (elements,)
     elements,
-    first_element,  # of the lane's
+    first_element,  # its number in the lane
     BLOCK: tl.constexpr,
 ):
     """`dropout_scale` of all elements of a lane, for what is computed outside the scans."""

@@ -1,9 +1,9 @@
 """The product at the heart of both scans: weights on the chip times the state that the peers are writing.
 
-Both are cut along K into chunks of BLOCK_K. A weight chunk is a tile (M, BLOCK_K), a state chunk (rows, BLOCK_K); the
-result is (M, rows), float32: M first, so that tensor cores see the weights as their tall operand and small batches
-waste little. SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time; both are
-then *fragments* (fragments.py), tiles of other shapes.
+Both are cut along K into chunks of BLOCK_K. A weight chunk is (M, BLOCK_K), a state chunk (rows, BLOCK_K); the result
+is (M, rows), float32. M comes first, so that tensor cores see the weights as their tall operand and small batches waste
+little. SPLIT_K > 1 cuts every chunk further into parts that different warps multiply at the same time. Chunks are then
+*fragments* (fragments.py), of other shapes.
 """
 
 import triton
@@ -12,25 +12,27 @@ import triton.language as tl
 from .exchange import receive, request
 from .fragments import fragments_of_rows, row_places
 from .sizes import smaller
+from .tiling import Weights
 
 
 @triton.jit
-def places(ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, SHARED: tl.constexpr = False):
-    """The rows and (rows or 1, columns) k's of a tile for a chunk of states or weights."""
-    if SPLIT_K > 1:
-        rows, ks = row_places(ROWS, BLOCK_K, SPLIT_K, SHARED)
+def places(ROWS: tl.constexpr, tiling, SHARED: tl.constexpr = False):
+    """The rows and (rows or 1, columns) k's of a chunk of states or weights."""
+    if tiling.SPLIT_K > 1:
+        rows, ks = row_places(ROWS, tiling.BLOCK_K, tiling.SPLIT_K, SHARED)
     else:
-        rows, ks = tl.arange(0, ROWS), tl.arange(0, BLOCK_K)[None, :]
+        rows, ks = tl.arange(0, ROWS), tl.arange(0, tiling.BLOCK_K)[None, :]
     return rows, ks
 
 
 @triton.jit
-def as_right(tile, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr):
+def right_operand(chunk, tiling):
     """A state chunk as the right operand of a dot."""
-    if SPLIT_K > 1:
-        right = tl.permute(fragments_of_rows(tile, ROWS, BLOCK_K, SPLIT_K, False), (0, 2, 1))
+    if tiling.SPLIT_K > 1:
+        fragments = fragments_of_rows(chunk, tiling.BLOCK_BATCH, tiling.BLOCK_K, tiling.SPLIT_K, False)
+        right = tl.permute(fragments, (0, 2, 1))
     else:
-        right = tl.trans(tile)
+        right = tl.trans(chunk)
     return right
 
 
@@ -40,52 +42,49 @@ def _rounding_code(TF32_ROUNDING):
 
 
 @triton.jit
-def rounded(tile, TF32_ROUNDING: tl.constexpr):
-    """A tile as tensor cores multiply it in TF32, to nearest: they would cut off the bits that they do not take.
+def rounded(values, TF32_ROUNDING: tl.constexpr):
+    """Values as tensor cores multiply them in TF32, but rounded to nearest: tensor cores cut off the bits they ignore.
 
     Cutting makes every operand smaller, so that the errors of many steps add up in one direction.
     """
     if TF32_ROUNDING != "":
-        tile = tl.inline_asm_elementwise(
-            _rounding_code(TF32_ROUNDING), "=f,f", [tile], dtype=tl.float32, is_pure=True, pack=1
+        values = tl.inline_asm_elementwise(
+            _rounding_code(TF32_ROUNDING), "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
         )
-    return tile
+    return values
 
 
 @triton.jit
-def no_sums(M: tl.constexpr, ROWS: tl.constexpr, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
-    """Zeros for ACCUMULATORS chains of dots that do not wait for each other."""
+def zero_sums(M: tl.constexpr, tiling):
+    """Zeros (M, BLOCK_BATCH) for ACCUMULATORS chains of dots that do not wait for each other."""
     sums = ()
-    for chain in tl.static_range(ACCUMULATORS):
-        if SPLIT_K > 1:
-            sums = sums + (tl.zeros((SPLIT_K, M, ROWS), tl.float32),)
+    for chain in tl.static_range(tiling.ACCUMULATORS):
+        if tiling.SPLIT_K > 1:
+            sums = sums + (tl.zeros((tiling.SPLIT_K, M, tiling.BLOCK_BATCH), tl.float32),)
         else:
-            sums = sums + (tl.zeros((M, ROWS), tl.float32),)
+            sums = sums + (tl.zeros((M, tiling.BLOCK_BATCH), tl.float32),)
     return sums
 
 
 @triton.jit
-def add_products(
-    sums, lefts, first: tl.constexpr, tiles, COUNT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, DOT_PRECISION: tl.constexpr,
-    TF32_ROUNDING: tl.constexpr,
-):  # fmt: skip
-    """Add lefts[first + k] @ tiles[k]^T to the sums in turn."""
-    for chunk in tl.static_range(COUNT):
-        right = as_right(rounded(tiles[chunk], TF32_ROUNDING), ROWS, BLOCK_K, SPLIT_K)
+def add_products(sums, weight_chunks, first: tl.constexpr, chunks, tiling):
+    """Add weight_chunks[first + i] @ chunks[i]^T for all i, each to another one of the sums in turn."""
+    for chunk in tl.static_range(len(chunks)):
+        right = right_operand(rounded(chunks[chunk], tiling.TF32_ROUNDING), tiling)
         # Tuples cannot be assigned to: the chain whose turn it is comes first.
-        sums = sums[1:] + (tl.dot(lefts[first + chunk], right, sums[0], input_precision=DOT_PRECISION),)
+        added = tl.dot(weight_chunks[first + chunk], right, sums[0], input_precision=tiling.DOT_PRECISION)
+        sums = sums[1:] + (added,)
     return sums
 
 
 @triton.jit
-def total(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
-    """(M, rows)"""
+def total(sums, tiling):
+    """(M, BLOCK_BATCH)"""
     result = sums[0]
-    for chain in tl.static_range(1, ACCUMULATORS):
+    for chain in tl.static_range(1, tiling.ACCUMULATORS):
         result += sums[chain]
-    if SPLIT_K > 1:
-        # By halves: all parts of an element then come to one thread at once. tl.sum makes three exchanges of it.
+    if tiling.SPLIT_K > 1:
+        # By halves: all parts of an element then come to one thread at once. With tl.sum there are three exchanges.
         result = tl.permute(result, (1, 2, 0))
         for _ in tl.static_range(4):  # enough for 16 parts
             if result.shape[2] > 1:
@@ -96,115 +95,90 @@ def total(sums, SPLIT_K: tl.constexpr, ACCUMULATORS: tl.constexpr):
 
 
 @triton.jit
-def load_left(
-    pointers,
-    m_mask,
-    ks,
+def load_weight_chunk(
+    pointers,  # (M, BLOCK_K) of chunk 0, at the rows and k's of `places`
+    mask,  # (M,)
+    ks,  # of chunk 0
     chunk,
-    SIZE: tl.constexpr,
+    SIZE: tl.constexpr,  # K as far as there are weights
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     TF32_ROUNDING: tl.constexpr,
     SHARED: tl.constexpr = False,
 ):
-    """One weight chunk; pointers: those of chunk 0, at the places of `places`."""
-    mask = m_mask[:, None] & (chunk * BLOCK_K + ks < SIZE)
-    tile = tl.load(pointers + tl.cast(chunk, tl.int64) * BLOCK_K, mask=mask, other=0.0)
-    tile = rounded(tile, TF32_ROUNDING)
+    full_mask = mask[:, None] & (chunk * BLOCK_K + ks < SIZE)
+    loaded = tl.load(pointers + tl.cast(chunk, tl.int64) * BLOCK_K, mask=full_mask, other=0.0)
+    loaded = rounded(loaded, TF32_ROUNDING)
     if SPLIT_K > 1:
-        tile = fragments_of_rows(tile, tile.numel // BLOCK_K, BLOCK_K, SPLIT_K, SHARED)
-    return tile
+        loaded = fragments_of_rows(loaded, loaded.numel // BLOCK_K, BLOCK_K, SPLIT_K, SHARED)
+    return loaded
 
 
 @triton.jit
-def load_lefts(
-    pointers,
-    m_mask,
-    ks,
-    FIRST: tl.constexpr,
-    END: tl.constexpr,
-    SIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    TF32_ROUNDING: tl.constexpr,
+def load_weight_chunks(
+    pointers, mask, ks, FIRST: tl.constexpr, END: tl.constexpr, SIZE: tl.constexpr, tiling,
     SHARED: tl.constexpr = False,
-):
-    """The weight chunks from FIRST up to END: loaded before the time loop, they stay on the chip throughout."""
-    lefts = ()
+):  # fmt: skip
+    """The chunks from FIRST up to END: loaded before the time loop, they stay on the chip throughout."""
+    chunks = ()
     for chunk in tl.static_range(FIRST, END):
-        left = load_left(pointers, m_mask, ks, chunk, SIZE, BLOCK_K, SPLIT_K, TF32_ROUNDING, SHARED)
-        lefts = lefts + (left,)
-    return lefts
+        loaded = load_weight_chunk(
+            pointers, mask, ks, chunk, SIZE, tiling.BLOCK_K, tiling.SPLIT_K, tiling.TF32_ROUNDING, SHARED
+        )
+        chunks = chunks + (loaded,)
+    return chunks
 
 
 @triton.jit
-def load_resident(
-    pointers,  # of chunk 0, as the next two: see load_left
+def load_weights(
+    pointers,  # of chunk 0, as the next two: see load_weight_chunk
     mask,
     ks,
-    shared_pointers,  # the same for tiles in shared memory
+    shared_pointers,  # the same for chunks in shared memory
     shared_mask,
     shared_ks,
     SIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    TF32_ROUNDING: tl.constexpr,
-    REGISTER_CHUNKS: tl.constexpr,
-    RESIDENT_CHUNKS: tl.constexpr,
+    tiling,
 ):
-    """The chunks that stay on the chip, as many in registers as there are to be, the others in shared memory."""
-    in_registers = load_lefts(pointers, mask, ks, 0, REGISTER_CHUNKS, SIZE, BLOCK_K, SPLIT_K, TF32_ROUNDING)
-    in_shared = load_lefts(
-        shared_pointers, shared_mask, shared_ks, REGISTER_CHUNKS, RESIDENT_CHUNKS, SIZE, BLOCK_K,
-        SPLIT_K, TF32_ROUNDING, SHARED=True,
+    """A program's weights: the first chunks in registers, the next in shared memory, the others left in memory."""
+    in_registers = load_weight_chunks(pointers, mask, ks, 0, tiling.REGISTER_CHUNKS, SIZE, tiling)
+    in_shared = load_weight_chunks(
+        shared_pointers, shared_mask, shared_ks, tiling.REGISTER_CHUNKS, tiling.RESIDENT_CHUNKS, SIZE, tiling,
+        SHARED=True,
     )  # fmt: skip
-    return in_registers + in_shared
+    return Weights(in_registers + in_shared, pointers, mask, ks)
 
 
 @triton.jit
 def add_received(
     sums,
-    tiles,  # the first GROUP chunks of the state as `request`ed by the caller
+    requested,  # the first GROUP_CHUNKS chunks of the state, as the caller has requested them
     state_pointers,  # of chunk 0
+    ks,  # of the state's chunk 0
     wait,  # whether the state comes from peers of this launch
-    lefts,  # RESIDENT weight chunks
-    weight_pointers,  # for the weight chunks that are not resident: see load_left
-    m_mask,
-    weight_ks,
-    ks,
+    weights,
     WEIGHT_SIZE: tl.constexpr,  # K as far as there are weights
     STATE_SIZE: tl.constexpr,  # K as far as peers write
-    RESIDENT: tl.constexpr,
-    GROUP: tl.constexpr,  # resident chunks that are waited for together
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
-    TF32_ROUNDING: tl.constexpr,
-    THREAD_ELEMENTS: tl.constexpr,
-    PACKED: tl.constexpr,
-    TOGETHER: tl.constexpr,  # see spin.py
+    tiling,
+    polling,
 ):
     """Add weights @ state^T to the sums, waiting for the state as needed."""
-    for first in tl.static_range(0, RESIDENT, GROUP):
+    for first in tl.static_range(0, tiling.RESIDENT_CHUNKS, tiling.GROUP_CHUNKS):
         if first > 0:
-            tiles = request(state_pointers, ks, first, smaller(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K)
-        tiles = receive(
-            tiles, state_pointers, ks, first, smaller(GROUP, RESIDENT - first), STATE_SIZE, BLOCK_K, wait,
-            THREAD_ELEMENTS, PACKED, TOGETHER,
-        )  # fmt: skip
-        sums = add_products(
-            sums, lefts, first, tiles, smaller(GROUP, RESIDENT - first), ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION,
-            TF32_ROUNDING,
-        )  # fmt: skip
-    for streamed in range(RESIDENT, (WEIGHT_SIZE + BLOCK_K - 1) // BLOCK_K):
+            requested = request(
+                state_pointers, ks, first, smaller(tiling.GROUP_CHUNKS, tiling.RESIDENT_CHUNKS - first), STATE_SIZE,
+                tiling.BLOCK_K,
+            )  # fmt: skip
+        received = receive(requested, state_pointers, ks, first, STATE_SIZE, tiling.BLOCK_K, wait, polling)
+        sums = add_products(sums, weights.chunks, first, received, tiling)
+    for streamed in range(tiling.RESIDENT_CHUNKS, (WEIGHT_SIZE + tiling.BLOCK_K - 1) // tiling.BLOCK_K):
         # Asked for before the wait: the weights are there already.
-        left = load_left(weight_pointers, m_mask, weight_ks, streamed, WEIGHT_SIZE, BLOCK_K, SPLIT_K, TF32_ROUNDING)
-        pointers, streamed_ks = state_pointers + streamed * BLOCK_K, streamed * BLOCK_K + ks
-        requested = request(pointers, streamed_ks, 0, 1, STATE_SIZE, BLOCK_K, MASKED=True)
-        received = receive(
-            requested, pointers, streamed_ks, 0, 1, STATE_SIZE, BLOCK_K, wait, THREAD_ELEMENTS, PACKED, TOGETHER,
-            MASKED=True,
+        weight_chunk = load_weight_chunk(
+            weights.pointers, weights.mask, weights.ks, streamed, WEIGHT_SIZE, tiling.BLOCK_K, tiling.SPLIT_K,
+            tiling.TF32_ROUNDING,
         )  # fmt: skip
-        sums = add_products(sums, (left,), 0, received, 1, ROWS, BLOCK_K, SPLIT_K, DOT_PRECISION, TF32_ROUNDING)
+        pointers, streamed_ks = state_pointers + streamed * tiling.BLOCK_K, streamed * tiling.BLOCK_K + ks
+        asked = request(pointers, streamed_ks, 0, 1, STATE_SIZE, tiling.BLOCK_K, MASKED=True)
+        found = receive(asked, pointers, streamed_ks, 0, STATE_SIZE, tiling.BLOCK_K, wait, polling, MASKED=True)
+        sums = add_products(sums, (weight_chunk,), 0, found, tiling)
     return sums

@@ -1,33 +1,36 @@
 """Waiting for published values thread by thread, in PTX: the fast form of `receive` in exchange.py.
 
-Every thread looks at its own elements only and asks again only for those that are missing. The portable form takes one
-decision for the whole program, which costs two block-wide barriers whenever it looks, and asks for everything again.
+Every thread looks at its own elements only, and asks again only for vectors with missing elements. The portable form
+takes one decision for the whole program: every look costs two block-wide barriers, and everything is asked for again.
 """
 
 import triton
 import triton.language as tl
 
-MOST_POLLS = 1 << 24  # seconds: after so many in vain, the scan ends in an error instead of never
+MOST_POLLS = 1 << 24  # they take seconds: after so many in vain, the scan ends in an error
 
 
 @triton.constexpr_function
 def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED, TOGETHER):
-    """PTX for one thread, which holds ELEMENTS elements of each of COUNT tiles.
+    """PTX for one thread, which holds ELEMENTS elements of each of COUNT chunks.
 
-    Operands: the words of all tiles on return; the same on entry; the addresses of the elements of the first tile; and,
-    as many times as there are elements, a mask. Where a word's elements have their sign bits, the mask has ones, or
-    zeros if there is nothing to wait for.
+    These are W = COUNT * ELEMENTS * BITS / 32 words. Operands, in this order:
+        W outputs: the words, complete
+        W inputs: the words as they were requested
+        ELEMENTS inputs: the addresses of the first chunk's elements
+        ELEMENTS inputs, all alike: a mask of the sign bits of a word's elements; 0 for "do not wait"
     """
-    words = ELEMENTS * BITS // 32  # of a tile
+    words = ELEMENTS * BITS // 32  # of a chunk
     width = min(words, 4)  # words of a vector, which one instruction loads: they lie side by side
     address, mask = 2 * COUNT * words, 2 * COUNT * words + ELEMENTS
     vectors = [range(first, first + width) for first in range(0, COUNT * words, width)]
-    # Maxima tell of all words at once whether one is missing. There is none of two halves a word before sm_90.
+    # A maximum over all words tells whether an element is missing. Before sm_90 there is none of two 16-bit elements.
     by_maximum = PACKED or BITS == 32
     combine = ("max.u16x2" if BITS == 16 else "max.u32") if by_maximum else "or.b32"
 
     def marks(result, value):
-        # Subtracted from the largest number but one, only an element that is all ones leaves, and keeps, a sign bit.
+        # (0xFFFE - x) & x has its sign bit set for x = 0xFFFF, the sentinel, and for no other x; with 32 bits alike.
+        # A borrow from the lower half of a word does no harm: its element is missing then.
         largest_but_one = "0xFFFEFFFE" if BITS == 16 else "0xFFFFFFFE"
         return [f"sub.u32 {result}, {largest_but_one}, {value};", f"and.b32 {result}, {result}, {value};"]
 
@@ -45,8 +48,8 @@ def _code(COUNT, ELEMENTS, BITS, CHUNK_BYTES, PACKED, TOGETHER):
     lines += [*is_missing("all"), "setp.ne.b32 yes, bits, 0;"]
     lines += ["vote.sync.any.pred yes, yes, 0xFFFFFFFF;"] if TOGETHER else []
     lines += ["@!yes bra received;"]
-    # A late thread gives up where it has met those of its warp that are not late. In the loop it might wait for them
-    # first, unless the threads of a warp stay together all the time.
+    # A late thread traps behind the loop, where the threads of its warp have met again: in the loop it might wait for
+    # the others first. Threads that stay together all the time may trap in the loop.
     lines += ["add.u32 polls, polls, 1;", f"setp.gt.u32 late, polls, {MOST_POLLS};"]
     lines += ["@late trap;"] if TOGETHER else ["@late bra received;"]
     for number, vector in enumerate(vectors):
@@ -73,25 +76,22 @@ def _types(dtype, COUNT):
 
 @triton.jit
 def spin(
-    tiles,  # as requested: COUNT neighbouring (rows, BLOCK_K) tiles
-    pointers,  # of the first tile
+    chunks,  # as requested: neighbours, each (rows, BLOCK_K)
+    pointers,  # of the first chunk
     wait,
-    COUNT: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    THREAD_ELEMENTS: tl.constexpr,  # of a tile, in one thread
-    PACKED: tl.constexpr,  # there are instructions for two 16-bit elements at a time
-    # The threads of a warp end their waits together. What is the same for all of them may then stay in registers that a
-    # warp has once, but the compiler may move loads from before the wait to behind it.
-    TOGETHER: tl.constexpr,
+    polling,
 ):
-    """The tiles when none of their elements is the sentinel, or at once if not to `wait`."""
-    BITS: tl.constexpr = tiles[0].dtype.primitive_bitwidth
+    """The chunks, once none of their elements is the sentinel; as they are if not told to `wait`."""
+    COUNT: tl.constexpr = len(chunks)
+    BITS: tl.constexpr = chunks[0].dtype.primitive_bitwidth
+    ELEMENTS: tl.constexpr = polling.THREAD_ELEMENTS
     sign_bits = tl.where(wait, -0x7FFF8000 if BITS == 16 else -0x80000000, 0).to(tl.int32)
     return tl.inline_asm_elementwise(
-        _code(COUNT, THREAD_ELEMENTS, BITS, BLOCK_K * BITS // 8, PACKED, TOGETHER),
-        _constraints(COUNT, THREAD_ELEMENTS, BITS),
-        tiles + (pointers.to(tl.int64), sign_bits),
-        dtype=_types(tiles[0].dtype, COUNT),
+        _code(COUNT, ELEMENTS, BITS, BLOCK_K * BITS // 8, polling.PACKED, polling.TOGETHER),
+        _constraints(COUNT, ELEMENTS, BITS),
+        chunks + (pointers.to(tl.int64), sign_bits),
+        dtype=_types(chunks[0].dtype, COUNT),
         is_pure=False,
-        pack=THREAD_ELEMENTS,
+        pack=ELEMENTS,
     )

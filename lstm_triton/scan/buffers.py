@@ -13,7 +13,7 @@ class Buffers(NamedTuple):
     """What the forward scan writes; each has a block for each lane, and is empty where it is not needed."""
 
     hidden: Tensor  # (lanes, state rows, state_stride(H)) h
-    passed: Tensor  # (lanes, state rows, state_stride(H)) h after dropout
+    hidden_dropped: Tensor  # (lanes, state rows, state_stride(H)) h after dropout
     cell: Tensor  # float32 c: (lanes, state rows, state_stride(H)), or only what sequences start from and end with
     gates: Tensor  # (lanes, rows, 4H)
 
@@ -30,10 +30,10 @@ class Buffers(NamedTuple):
         """Buffers in which nothing is written yet, with the dtype and device of a tensor; `hidden`: one that exists."""
         rows_of_cells = layout.state_rows if keep_cells else layout.start_rows
         hidden = sentinels((lanes, layout.state_rows, layout.stride), like) if hidden is None else hidden
-        passed = sentinels((lanes if dropped else 0, layout.state_rows, layout.stride), like)
+        hidden_dropped = sentinels((lanes if dropped else 0, layout.state_rows, layout.stride), like)
         cell = like.new_empty((lanes, rows_of_cells, layout.stride), dtype=torch.float32)
         gates = like.new_empty((lanes if keep_gates else 0, layout.rows, 4 * layout.hidden_size))
-        return Buffers(hidden, passed, cell, gates)
+        return Buffers(hidden, hidden_dropped, cell, gates)
 
     def of(self, lanes: slice) -> "Buffers":
         return Buffers(*(buffer[lanes] for buffer in self))
@@ -55,8 +55,8 @@ class Buffers(NamedTuple):
         if layout.ragged is not None:
             no_step = ~layout.ragged.is_step().unsqueeze(1)
             self.hidden[:, layout.steps].masked_fill_(no_step, 0)
-            self.passed[:, layout.steps].masked_fill_(no_step, 0)
-            self.passed[:, : layout.batch_size].zero_()
+            self.hidden_dropped[:, layout.steps].masked_fill_(no_step, 0)
+            self.hidden_dropped[:, : layout.batch_size].zero_()
 
 
 def sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def scan_forward(
     Returns:
         hidden: (lanes, state rows, state_stride(H)) h in the input's dtype; of a ragged batch, zeros where there is no
             step. Unless `keep_cells` or `low_memory`, of the last layer's lanes only.
-        passed: `hidden` after dropout, of all layers but the last, if `keep_cells` and there is any.
+        hidden_dropped: `hidden` after dropout, of all layers but the last, if `keep_cells` and there is any.
         cell: float32 c, shaped as `hidden`, if `keep_cells`; with `low_memory` (lanes, LOW_MEMORY_WINDOWS, B,
             state_stride(H)), the c from which each window starts.
         gates: (lanes, rows, 4H) activated gates in the input's dtype, if `keep_gates`.
@@ -110,7 +110,7 @@ def scan_forward(
             last_hidden = [*last_hidden, buffers.hidden[at]][-directions:]
             if len(outputs) == directions:
                 outputs = []
-            source = buffers.passed if at < dropped else buffers.hidden
+            source = buffers.hidden_dropped if at < dropped else buffers.hidden
             outputs.append(source[at, layout.steps, : stack.hidden_size])
         if len(outputs) == directions and launch.lanes.stop < stack.lanes:
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
@@ -118,7 +118,7 @@ def scan_forward(
         return *kept, h_n, c_n
     # A copy of the last layer, where it has no buffer of its own: a view would keep the layers below in memory.
     hidden = buffers.hidden if launch.plan.lanes == directions else torch.stack(last_hidden)
-    return hidden, kept.passed, kept.cell, kept.gates, h_n, c_n
+    return hidden, kept.hidden_dropped, kept.cell, kept.gates, h_n, c_n
 
 
 @scan_forward.register_fake
@@ -205,7 +205,7 @@ def _run(
                 bias_ih_ptrs=biases_ih or weights_hh,
                 bias_hh_ptrs=biases_hh or weights_hh,
                 hidden_ptr=hidden,
-                passed_ptr=buffers.passed[part] if dropped else hidden,
+                hidden_dropped_ptr=buffers.hidden_dropped[part] if dropped else hidden,
                 cell_ptr=buffers.cell[part],
                 **lookups(layout, part_plan, window, hidden),
                 seed_ptr=dropout.seed if dropped else hidden,

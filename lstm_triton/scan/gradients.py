@@ -140,7 +140,7 @@ def stacked(starts: Sequence[Start]) -> Start:
 def _read_by(layer: int, saved: Saved, stack: Stack, layout: Layout) -> Sequence[Tensor]:
     """What a layer has read: (rows, K) tensors, side by side."""
     if layer > 0:
-        buffer = saved.buffers.passed if saved.static.dropout > 0 else saved.buffers.hidden
+        buffer = saved.buffers.hidden_dropped if saved.static.dropout > 0 else saved.buffers.hidden
         return buffer[stack.layer(layer - 1), layout.steps, : layout.hidden_size].unbind()
     rows = saved.inputs.input.reshape(layout.rows, -1)
     # There may be anything where no step is.

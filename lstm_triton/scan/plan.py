@@ -12,7 +12,7 @@ Operands = Literal["16 bit", "tf32", "tf32x3", "ieee"]
 
 MIN_DOT_DEPTH = 16  # columns: Triton's smallest K of a product
 DROPOUT_BLOCK = 1024  # elements of a program of dropout_scales (kernels/lanes.py)
-AGAIN_BLOCK, AGAIN_WARPS = (4, 64), 4  # of kernels/again.py, in which every sequence and unit is by itself
+RECOMPUTE_BLOCK, RECOMPUTE_WARPS = (4, 64), 4  # of kernels/recompute.py, in which every sequence and unit is by itself
 CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS = 512, 4  # elements and warps of a program of the cell's backward kernel
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from ..stack import Stack
 from .launch import launch
 from .layout import Layout
-from .plan import AGAIN_BLOCK, AGAIN_WARPS
+from .plan import RECOMPUTE_BLOCK, RECOMPUTE_WARPS
 
 
 def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -> None:
@@ -15,10 +15,10 @@ def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -
         gates: (1, rows, 4H), pre-activations without biases on entry, activated gates on return.
         cell: (1, state rows, state_stride(H)), c of the states that sequences start from on entry, of all on return.
     """
-    from ..kernels.again import gates_again as kernel
+    from ..kernels.recompute import recompute_gates as kernel
 
     ragged, batch_size = layout.ragged, layout.batch_size
-    block_batch, block_hidden = AGAIN_BLOCK
+    block_batch, block_hidden = RECOMPUTE_BLOCK
     grid = (-(-batch_size // block_batch), -(-stack.hidden_size // block_hidden))
     biases_ih, biases_hh = stack.biases
     arguments = {
@@ -41,4 +41,4 @@ def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -
         "BLOCK_BATCH": block_batch,
         "BLOCK_HIDDEN": block_hidden,
     }
-    launch(kernel, grid, gates.device, arguments, constants, {"num_warps": AGAIN_WARPS})
+    launch(kernel, grid, gates.device, arguments, constants, {"num_warps": RECOMPUTE_WARPS})

@@ -203,7 +203,7 @@ def test_windows_of_few_preactivations_change_nothing(monkeypatch: pytest.Monkey
 def test_explain_counts_the_launches(options: dict[str, Any], memory: str) -> None:
     def launched() -> int:
         """How many scans and cells, which are what is explained, since the last time."""
-        number = len([kernel for kernel in launches.kernels if kernel != "gates_again"])
+        number = len([kernel for kernel in launches.kernels if kernel != "recompute_gates"])
         launches.clear()
         return number
 

@@ -98,7 +98,7 @@ def test_negative_control_without_the_wait(monkeypatch: pytest.MonkeyPatch) -> N
     from lstm_triton.kernels import exchange
 
     layer = LaneCase(4, 3, 3, 37, lengths=(4, 2, 3), resets=True)
-    monkeypatch.setattr(exchange, "any_missing", lambda tiles, count, packed: False)
+    monkeypatch.setattr(exchange, "any_missing", lambda chunks, packed: False)
     for seed in SEEDS:
         with pytest.raises(AssertionError):
             layer.check(seed)

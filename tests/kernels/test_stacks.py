@@ -112,11 +112,11 @@ def test_negative_control_of_a_layer_that_does_not_wait_for_its_neighbour(
     add_received, weights_between_layers = kernel.add_received, []
 
     def hasty(*arguments: Any) -> Any:
-        sums, tiles, state_pointers, wait, lefts, weight_pointers, *others = arguments
-        place = int(weight_pointers.handle.data.min())
+        sums, chunks, state_pointers, ks, wait, weights, *others = arguments
+        place = int(weights.pointers.handle.data.min())
         if any(weight.data_ptr() <= place < weight.data_ptr() + weight.nbytes for weight in weights_between_layers):
             wait = False
-        return add_received(sums, tiles, state_pointers, wait, lefts, weight_pointers, *others)
+        return add_received(sums, chunks, state_pointers, ks, wait, weights, *others)
 
     monkeypatch.setattr(kernel, "add_received", hasty)
     # Of this size, weights are read where they are, not in a copy.

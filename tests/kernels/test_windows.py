@@ -88,10 +88,10 @@ def test_inference_keeps_nothing(bidirectional: bool, lanes: int, layout: str) -
         assert not scan.arguments["KEEP_GATES"]
         assert not scan.arguments["KEEP_CELLS"]
         assert scan.arguments["cell_ptr"].shape[1] == stack.batch_size * (1 if layout == "dense" else 2)
-    (hidden, passed, cell, gates, _, _), *others = found
+    (hidden, hidden_dropped, cell, gates, _, _), *others = found
     assert not others
     assert hidden.shape[0] == hidden.untyped_storage().nbytes() // hidden[0].nbytes == stack.directions
-    assert passed.numel() == cell.numel() == gates.numel() == 0
+    assert hidden_dropped.numel() == cell.numel() == gates.numel() == 0
     trained = stack.run()
     assert_same(results, {name: trained[name] for name in results})
 
