@@ -12,9 +12,9 @@ from .windows import low_memory_bounds, steps_at_once, window_bounds
 
 
 def is_single_step(time_steps: int, ragged: bool, dropout: bool, fuse_input: bool) -> bool:
-    """Whether the kernel of the cell computes a stack when no gradient is needed, lane after lane.
+    """Whether the kernel of the cell computes a stack, lane after lane, if no gradient is needed.
 
-    It does so in streaming: of a single step, nobody exchanges states with anybody.
+    Streaming calls are such. In a single step no program has to wait for another one.
     """
     return time_steps == 1 and fuse_input and not (ragged or dropout)
 
