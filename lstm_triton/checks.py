@@ -257,27 +257,16 @@ def call_of_vf_lstm(arguments: tuple[Any, ...]) -> Call | None:
     if len(arguments) != VF_LSTM_ARGUMENTS:
         return None
     input, *others = arguments
-    batch_first, packed = False, isinstance(others[0], Tensor)
-    if packed:
-        batch_sizes, hx, weights, bias, num_layers, dropout, training, bidirectional = others
-    else:
-        hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first = others
+    packed = isinstance(others[0], Tensor)
+    hx, weights, *shared, batch_first = (*others[1:], False) if packed else others
+    options = dict(zip(("bias", "num_layers", "dropout", "training", "bidirectional"), shared, strict=True))
     try:
         if input.dim() == 2 and not packed:  # nn.LSTM adds the dimension of the batch before
             return None
         output_size = weights[1].shape[1]
-        return check_arguments(
-            PackedSequence(input, batch_sizes) if packed else input,
-            hx,
-            weights,
-            num_layers=num_layers,
-            bias=bias,
-            batch_first=batch_first,
-            dropout=dropout,
-            training=training,
-            bidirectional=bidirectional,
-            proj_size=output_size if output_size != weights[0].shape[0] // 4 else 0,
-        )
+        proj_size = output_size if output_size != weights[0].shape[0] // 4 else 0
+        data = PackedSequence(input, others[0]) if packed else input
+        return check_arguments(data, hx, weights, batch_first=batch_first, proj_size=proj_size, **options)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None
 
