@@ -130,7 +130,7 @@ def long_argument_lists(tree: Tree) -> list[str]:
 
 
 def imports_beside_triton(tree: Tree) -> list[str]:
-    """Everything that is imported but triton and the tree's own modules."""
+    """Everything that is imported but triton, typing (of NamedTuple) and the tree's own modules."""
     own = {package.partition(".")[0] for package in tree.packages}
     return [
         f"{tree.place(module, node.lineno)} imports {imported}"
@@ -138,7 +138,8 @@ def imports_beside_triton(tree: Tree) -> list[str]:
         for node in ast.walk(source)
         if isinstance(node, ast.stmt)
         for imported, _ in tree.names(module, node)
-        if imported.partition(".")[0] not in {"triton", *own} or (imported in own and isinstance(node, ast.Import))
+        if imported.partition(".")[0] not in {"triton", "typing", *own}
+        or (imported in own and isinstance(node, ast.Import))
     ]
 
 
