@@ -30,8 +30,6 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import lstm_triton
-from lstm_triton.__main__ import Parser, positive, usable_device
-from lstm_triton.tracing import Trace
 
 PRICES = {"A": (0.0, 0.5, 0.25, 1.0), "B": (1.0, 0.5, 0.25, 1.0)}
 NEXT_PRICE = {"A": 0.0, "B": 1.0}
@@ -87,7 +85,7 @@ def prices(days: int = 4, device: torch.device | None = None) -> Tensor:
 # --- Part 1: every step ---
 
 
-def story(inside: Trace[Tensor], inputs: Tensor, sequence: int) -> str:
+def story(inside: lstm_triton.Trace[Tensor], inputs: Tensor, sequence: int) -> str:
     """One sequence of a single unit, day by day, as one would explain it."""
     unit = inside.layer()
     lines = []
@@ -267,15 +265,18 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--out", type=Path, default=Path("stock_prices"), help="folder for the pictures")
-    parser.add_argument("--days", type=positive, default=4, help="how many days to unroll in the first part")
+    parser.add_argument("--days", type=int, default=4, help="how many days to unroll in the first part")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
-    parser.add_argument("--device", type=usable_device, default=device, help="where to compute")
-    return parser.parse_args(argv)
+    parser.add_argument("--device", type=torch.device, default=device, help="where to compute")
+    options = parser.parse_args(argv)
+    if options.days < 1:
+        parser.exit(2, f"{parser.prog}: argument --days: must be a whole number of at least 1, got '{options.days}'\n")
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:

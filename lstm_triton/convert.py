@@ -96,7 +96,7 @@ def replace_lstm(model: nn.Module) -> Replacement:
     now lstm_triton.LSTM: 1
       encoder: LSTM(3, 4, num_layers=2)
     left as they were: 1
-      step: LSTMCell, it computes one step: there is no loop to speed up
+      step: LSTMCell, its calls are single steps: lstm_triton.LSTMCell takes its place by hand
     >>> type(model["encoder"])
     <class 'lstm_triton.module.LSTM'>
     >>> replacement.undo()
@@ -131,7 +131,7 @@ def _reason_to_leave(module: nn.Module) -> str | None:
             return f"its class defines {added}"
         return "its forward was set on the object" if "forward" in vars(module) else None
     if isinstance(module, nn.LSTMCell):
-        return "it computes one step: there is no loop to speed up"
+        return "its calls are single steps: lstm_triton.LSTMCell takes its place by hand"
     if _kind(module) == "LSTM":
         if isinstance(module, torch.jit.ScriptModule):
             return "it is compiled by TorchScript"

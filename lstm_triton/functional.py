@@ -115,6 +115,7 @@ def lstm(
             lengths outside 0 to T, or `lengths` or `resets` with a `PackedSequence`, which has lengths of its own.
         RuntimeError: a weight of a wrong size; backend="triton" for what the kernels do not take, with the reason.
 
+    >>> import torch
     >>> weights = [torch.randn(16, 3), torch.randn(16, 4), torch.zeros(16), torch.zeros(16)]
     >>> output, (h_n, c_n) = lstm(torch.randn(5, 2, 3), None, weights)
     >>> output.shape, h_n.shape, torch.equal(output[-1:], h_n)
