@@ -5,7 +5,7 @@ direction comes before the reverse one.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class LaneWeights(NamedTuple):
     """The weights of one lane. The gates are in the order i, f, g, o."""
 
     ih: Tensor  # (4H, I)
-    hh: Tensor  # (4H, P)
+    hh: Tensor  # (4H, P); for the scans (4H, H), as projections are folded into it
     bias_ih: Tensor | None = None  # (4H,)
     bias_hh: Tensor | None = None  # (4H,)
     hr: Tensor | None = None  # (P, H), of a layer with projections
@@ -33,6 +33,10 @@ class LaneWeights(NamedTuple):
     def given(self) -> list[Tensor]:
         """The weights that there are, in the order of `torch.nn.LSTM`."""
         return [weight for weight in self if weight is not None]
+
+    def of_given(self, values: Sequence[Any]) -> list[Any]:
+        """Of values for all fields, those of the weights that there are."""
+        return [value for weight, value in zip(self, values, strict=True) if weight is not None]
 
 
 class Start(NamedTuple):
@@ -75,9 +79,9 @@ class Stack(NamedTuple):
         weights: Sequence[Tensor], directions: int, bias: bool, reverse: bool = False, projected: bool = False
     ) -> "Stack":
         """From the weights of all lanes one after the other: ih, hh, with `bias` two biases, if `projected` hr."""
-        size = (4 if bias else 2) + projected
-        lanes = (weights[first : first + size] for first in range(0, len(weights), size))
-        return Stack(tuple(_lane_weights(lane, bias) for lane in lanes), directions, reverse)
+        names = ("ih", "hh", *(("bias_ih", "bias_hh") if bias else ()), *(("hr",) if projected else ()))
+        lanes = (weights[first : first + len(names)] for first in range(0, len(weights), len(names)))
+        return Stack(tuple(LaneWeights(**dict(zip(names, lane, strict=True))) for lane in lanes), directions, reverse)
 
     @property
     def arguments(self) -> tuple[list[Tensor], int, bool, bool]:
@@ -134,13 +138,6 @@ class Stack(NamedTuple):
         return Stack(self.weights[lanes], self.directions, self.is_reverse(lanes.start))
 
 
-def _lane_weights(weights: Sequence[Tensor], bias: bool) -> LaneWeights:
-    weight_ih, weight_hh, *others = weights
-    biases = others[:2] if bias else (None, None)
-    projection = others[2:] if bias else others
-    return LaneWeights(weight_ih, weight_hh, *biases, *projection)
-
-
 class Lane(Protocol):
     """What computes one lane.
 
@@ -195,7 +192,11 @@ def formula_lane(
         input,
         start.h,
         start.c,
-        *weights,
+        weight_ih=weights.ih,
+        weight_hh=weights.hh,
+        bias_ih=weights.bias_ih,
+        bias_hh=weights.bias_hh,
+        weight_hr=weights.hr,
         reverse=reverse,
         h_reset=start.h_reset,
         c_reset=start.c_reset,

@@ -115,8 +115,7 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
         )
         if found.bias_ih is not None and found.bias_ih is found.bias_hh:
             found = found._replace(bias_hh=found.bias_hh.clone())  # nobody else may have the same memory
-        rounded = (None if each is None else each.to(input.dtype) for each in found)
-        grad_weights += list(rounded)[: 4 if static.bias else 2]
+        grad_weights += weights.of_given([None if each is None else each.to(input.dtype) for each in found])
         starts.append(start)
     grad_start = stacked(starts)
     if grad_start.h is not None:

@@ -104,7 +104,7 @@ def folded(weights: LaneWeights, start: Start) -> tuple[LaneWeights, Start]:
     """
     assert weights.hr is not None
     hh = weights.hh
-    without = LaneWeights(weights.ih, hh @ weights.hr, weights.bias_ih, weights.bias_hh)
+    without = weights._replace(hh=hh @ weights.hr, hr=None)
     preacts = (None if h is None else h @ hh.t() for h in (start.h, start.h_reset))
     return without, Start(None, start.c, None, start.c_reset, *preacts)
 

@@ -174,8 +174,9 @@ def _of_lane(
     weights, reverse = stack.weights[lane], stack.is_reverse(lane)
     alone = Stack((weights,), 1, reverse)
     batch_size, hidden_size = layout.batch_size, layout.hidden_size
-    all_weights, all_starts = LaneWeights(*(True,) * 4), Start(True, None, True, None, True, True)  # type: ignore[arg-type]
-    sums = LaneWeights(*(each.new_zeros(each.shape, dtype=torch.float32) for each in weights.given))
+    every_weight = LaneWeights(*(weight is not None for weight in weights))  # type: ignore[arg-type]
+    every_start = Start(h=True, h_reset=True, preact=True, preact_reset=True)  # type: ignore[arg-type]
+    sums = LaneWeights(*(None if each is None else torch.zeros_like(each, dtype=torch.float32) for each in weights))  # type: ignore[arg-type]
     shape = cell_starts.new_zeros(batch_size, hidden_size)
     preacts = cell_starts.new_zeros(batch_size, 4 * hidden_size)
     total = Start(None, None, shape, torch.zeros_like(shape), preacts, torch.zeros_like(preacts))
@@ -202,9 +203,9 @@ def _of_lane(
             scan_backward, output, grad_h, grad_c, *alone.arguments, cell, gates, tables, batch_size
         )
         found, found_start = of_lane(
-            grad_gates[0], own, reverse, weights, [rows], hidden_before, all_weights, all_starts
+            grad_gates[0], own, reverse, weights, [rows], hidden_before, every_weight, every_start
         )
-        for sum_, each in zip(sums.given, found.given, strict=False):
+        for sum_, each in zip(sums.given, weights.of_given(found), strict=True):
             sum_ += each
         if grad_below is not None:
             rows_gates = grad_gates[0, own.steps, : 4 * hidden_size]
