@@ -71,6 +71,10 @@ class Trace(Generic[Sequences]):
     def layer(self, layer: int = 0, direction: str = "forward") -> LayerTrace:
         """One entry of `layers`.
 
+        Args:
+            layer: counted from 0.
+            direction: "forward" or "reverse".
+
         Raises:
             ValueError: there is no such layer or direction.
         """

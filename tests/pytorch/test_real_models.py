@@ -198,7 +198,12 @@ def test_in_the_kernels_within_the_criterion(make: Callable[[], Subject], way: s
     stock, reference = subject.results(subject.model), in_float64(lambda tensor: tensor)
     sensitive = in_float64(lambda tensor: nudged(tensor, torch.float32))
     assert actual.keys() == stock.keys()
+    largest = max(tensor.norm() for tensor in reference.values())
     for name, tensor in actual.items():
+        if reference[name].norm() < torch.finfo(torch.float64).eps * largest:
+            # Exactly 0: EnCodec normalises weights of one element. Rounding errors are all that is left, and by luck.
+            assert tensor.norm() < 4 * torch.finfo(torch.float32).eps * largest, name
+            continue
         floor = floor_of(sensitive[name], reference[name], torch.float32)
         assert_as_accurate(tensor, reference[name], stock[name], floor=floor, name=name)
 
