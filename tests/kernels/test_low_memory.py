@@ -3,7 +3,7 @@
 import copy
 import gc
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -290,8 +290,17 @@ def kept_bytes(call: Callable[[], Tensor], but: list[Tensor]) -> int:
     return sum(size for storage, size in storages.items() if storage not in known)
 
 
+@pytest.fixture
+def frequent_collections() -> Iterator[None]:
+    """Interpreted programs hold their arguments in cycles. mypy makes collections rare in the process it runs in."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    yield
+    gc.set_threshold(*threshold)
+
+
 @interpreted
-def test_a_third_of_nn_lstms_memory() -> None:
+def test_a_third_of_nn_lstms_memory(frequent_collections: None) -> None:
     """What is kept, and at its peak all that a training step allocates beside its results, against what nn.LSTM keeps.
 
     Where the steps are many and the weights, of which there are some copies, are small beside them. nn.LSTM's figure is
