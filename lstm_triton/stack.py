@@ -54,11 +54,11 @@ class Start(NamedTuple):
     preact_reset: Tensor | None = None  # (..., 4H) at a reset
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Start":
-        return Start(*(None if each is None else function(each) for each in self))
+        return Start(*[None if each is None else function(each) for each in self])
 
     def of(self, lanes: int | slice) -> "Start":
         """That of one lane, or of some lanes."""
-        return self.map(lambda each: each[lanes])
+        return Start(*[None if each is None else each[lanes] for each in self])
 
 
 class Stack(NamedTuple):
@@ -80,8 +80,9 @@ class Stack(NamedTuple):
     ) -> "Stack":
         """From the weights of all lanes one after the other: ih, hh, with `bias` two biases, if `projected` hr."""
         names = ("ih", "hh", *(("bias_ih", "bias_hh") if bias else ()), *(("hr",) if projected else ()))
-        lanes = (weights[first : first + len(names)] for first in range(0, len(weights), len(names)))
-        return Stack(tuple(LaneWeights(**dict(zip(names, lane, strict=True))) for lane in lanes), directions, reverse)
+        size = len(names)
+        lanes = [weights[first : first + size] for first in range(0, len(weights), size)]
+        return Stack(tuple([LaneWeights(**dict(zip(names, lane, strict=True))) for lane in lanes]), directions, reverse)
 
     @property
     def arguments(self) -> tuple[list[Tensor], int, bool, bool]:

@@ -65,12 +65,9 @@ def scan_forward(
 
         What is not kept is empty.
     """
-    stack, start = (
-        Stack.of(weights, directions, bias, reverse),
-        Start(h_0, c_0, h_reset, c_reset, preact_0, preact_reset),
-    )
+    stack, drop = Stack.of(weights, directions, bias, reverse), Dropout(dropout, seed)
+    start = Start(h_0, c_0, h_reset, c_reset, preact_0, preact_reset)
     layout = Layout.of(input, stack.hidden_size, Ragged.of(tables))
-    drop = Dropout(dropout, seed)
     new_buffers = partial(Buffers.new, layout, input, keep_cells, keep_gates)
     kept = new_buffers(stack.lanes if keep_cells or low_memory else 0, dropout > 0 and not low_memory)
     if low_memory:

@@ -33,7 +33,8 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
     caller has checked the arguments. Every tensor gets gradients, of any order: those above the first, and forward-mode
     ones, come from the step-by-step formula (formula.py), in the same dtype.
     """
-    weights, *_ = stack.arguments
+    arguments = stack.arguments
+    weights = arguments[0]
     ragged, return_cells = options.ragged, options.return_cells
     dropout = float(options.dropout) if stack.num_layers > 1 else 0.0  # an integer would be another type to a kernel
     seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
@@ -54,7 +55,7 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
         input,
         start.h,
         start.c,
-        *stack.arguments,
+        *arguments,
         return_cells,
         False,
         fixed.tables,

@@ -79,11 +79,9 @@ def low_memory_gradients(
         of_input: whether the gradient of the input is needed; otherwise it is empty.
         others: as `scan_forward` had them.
     """
-    stack, start = (
-        Stack.of(weights, directions, bias, reverse),
-        Start(None, None, None, c_reset, preact_0, preact_reset),
-    )
-    layout, drop = Layout.of(input, stack.hidden_size, Ragged.of(tables)), Dropout(dropout, seed)
+    stack, drop = Stack.of(weights, directions, bias, reverse), Dropout(dropout, seed)
+    start = Start(c_reset=c_reset, preact=preact_0, preact_reset=preact_reset)
+    layout = Layout.of(input, stack.hidden_size, Ragged.of(tables))
     grads = Grads(grad_output, grad_h_n, grad_c_n, None)
     read = _Read(input, hidden, stack, layout, drop)
     grad_rows = None if grads.output is None else grads.output.reshape(layout.rows, -1)
