@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .resources import AGAIN, CELLS, DTYPES, Case, compiled, compiled_cell, compiled_recompute, plan_of
+from .resources import AGAIN, CELLS, DTYPES, KernelCase, compiled, compiled_cell, compiled_recompute, plan_of
 
 
 @dataclass(frozen=True)
 class Variant:
     """A case of bench/resources.py, and the constants of its kernel that are not a training step's."""
 
-    case: Case
+    case: KernelCase
     constants: tuple[tuple[str, bool], ...] = ()
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Variant:
 def _of(kernel: str, arch: str, dtype: str, hidden: int, batch: int, *flags: str, **constants: bool) -> Variant:
     lanes = next((int(flag[0]) for flag in flags if flag[0].isdigit()), 1)
     chained = any(flag.endswith("layers") for flag in flags)
-    case = Case(kernel, arch, hidden, batch, dtype, "ragged" in flags, lanes, chained, "dropout" in flags)
+    case = KernelCase(kernel, arch, hidden, batch, dtype, "ragged" in flags, lanes, chained, "dropout" in flags)
     return Variant(case, tuple(constants.items()))
 
 

@@ -61,7 +61,7 @@ AGAIN = "gates_again"  # of memory="low"
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     kernel: str  # one of KINDS, CELLS, or AGAIN
     arch: str
     hidden: int
@@ -73,7 +73,7 @@ class Case:
     dropout: bool = False
 
 
-def plan_of(case: Case) -> Plan | CellPlan:
+def plan_of(case: KernelCase) -> Plan | CellPlan:
     """The planner's choice; the input is as wide as the layer."""
     dtype, allow_tf32 = DTYPES[case.dtype]
     sizes: dict[str, Any] = {
@@ -108,7 +108,7 @@ def compiled_cell(kernel: str, arch: str, hidden: int, dtype: torch.dtype, chose
     return _compiled(cell_forward, arch, dtype, constants | others, cell_compiler_options(chosen), {})
 
 
-def compiled_recompute(case: Case, **others: object) -> Any:
+def compiled_recompute(case: KernelCase, **others: object) -> Any:
     """The kernel of kernels/recompute.py, compiled for an architecture."""
     from lstm_triton.kernels.recompute import recompute_gates
 
@@ -222,7 +222,7 @@ def resources(binary: Any, is_scan: bool = True) -> dict[str, int | None]:
 
 
 @cache
-def _resources(case: Case, chosen: Plan | CellPlan) -> dict[str, int | float | None]:
+def _resources(case: KernelCase, chosen: Plan | CellPlan) -> dict[str, int | float | None]:
     dtype, _ = DTYPES[case.dtype]
     kind: Kind = "forward" if case.kernel == "forward" else "backward"
     start = _processor_seconds()
@@ -239,7 +239,7 @@ def _processor_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def report(case: Case) -> dict[str, Any]:
+def report(case: KernelCase) -> dict[str, Any]:
     """One row. `error` says why a case has no resources."""
     row: dict[str, Any] = asdict(case)
     if case.kernel == AGAIN:
@@ -271,7 +271,7 @@ def report(case: Case) -> dict[str, Any]:
         return {**row, **empty, "error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
 
 
-def reports(cases: list[Case], workers: int) -> Iterator[dict[str, Any]]:
+def reports(cases: list[KernelCase], workers: int) -> Iterator[dict[str, Any]]:
     if workers == 1:
         yield from map(report, cases)
         return
@@ -342,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
     cases = [
-        Case(
+        KernelCase(
             kernel,
             arch,
             hidden,

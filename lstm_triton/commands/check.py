@@ -19,7 +19,7 @@ import lstm_triton
 
 
 @dataclass(frozen=True)
-class Case:
+class CheckCase:
     """Sizes of one comparison."""
 
     dtype: torch.dtype
@@ -40,22 +40,22 @@ class Case:
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED_CASES = [
-    *(Case(dtype, seq_len=5, batch_size=3, input_size=7, hidden_size=33) for dtype in FLOATS),
-    Case(torch.float32, seq_len=1, batch_size=1, input_size=1, hidden_size=1),
-    Case(torch.float32, seq_len=4, batch_size=18, input_size=16, hidden_size=16),
-    Case(torch.float32, seq_len=3, batch_size=2, input_size=5, hidden_size=20, num_layers=2, bidirectional=True),
-    Case(torch.float32, seq_len=4, batch_size=5, input_size=6, hidden_size=24, num_layers=3),
+    *(CheckCase(dtype, seq_len=5, batch_size=3, input_size=7, hidden_size=33) for dtype in FLOATS),
+    CheckCase(torch.float32, seq_len=1, batch_size=1, input_size=1, hidden_size=1),
+    CheckCase(torch.float32, seq_len=4, batch_size=18, input_size=16, hidden_size=16),
+    CheckCase(torch.float32, seq_len=3, batch_size=2, input_size=5, hidden_size=20, num_layers=2, bidirectional=True),
+    CheckCase(torch.float32, seq_len=4, batch_size=5, input_size=6, hidden_size=24, num_layers=3),
 ]
 GPU_CASES = [
     *(
-        Case(dtype, seq_len=64, batch_size=batch_size, input_size=hidden_size, hidden_size=hidden_size, tf32=tf32)
+        CheckCase(dtype, seq_len=64, batch_size=batch_size, input_size=hidden_size, hidden_size=hidden_size, tf32=tf32)
         for dtype, tf32 in (*((dtype, False) for dtype in FLOATS), (torch.float32, True))
         for batch_size, hidden_size in ((16, 64), (1, 251), (16, 768), (37, 1024), (16, 2048))
     ),
-    Case(torch.float32, seq_len=1, batch_size=1, input_size=1, hidden_size=1),
-    Case(torch.float16, seq_len=1000, batch_size=5, input_size=3, hidden_size=160),
-    Case(torch.float32, seq_len=50, batch_size=9, input_size=40, hidden_size=96, num_layers=2, bidirectional=True),
-    Case(torch.bfloat16, seq_len=64, batch_size=32, input_size=80, hidden_size=512, num_layers=4),
+    CheckCase(torch.float32, seq_len=1, batch_size=1, input_size=1, hidden_size=1),
+    CheckCase(torch.float16, seq_len=1000, batch_size=5, input_size=3, hidden_size=160),
+    CheckCase(torch.float32, seq_len=50, batch_size=9, input_size=40, hidden_size=96, num_layers=2, bidirectional=True),
+    CheckCase(torch.bfloat16, seq_len=64, batch_size=32, input_size=80, hidden_size=512, num_layers=4),
 ]
 
 
@@ -107,7 +107,7 @@ def values_and_gradients(lstm: nn.RNNBase, tensors: Named) -> tuple[Named, Named
     return detached, {f"grad {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
-def compare(case: Case, device: torch.device, seed: int) -> tuple[dict[str, Comparison], dict[str, Comparison]]:
+def compare(case: CheckCase, device: torch.device, seed: int) -> tuple[dict[str, Comparison], dict[str, Comparison]]:
     """Values and gradients of one case, by name; the kernels run inside the caller's `kernels_on`."""
     torch.manual_seed(seed)
     sizes = (case.input_size, case.hidden_size, case.num_layers)

@@ -160,7 +160,7 @@ def test_problems_are_found() -> None:
 
 
 def test_a_size_without_a_plan_is_a_row_that_says_why() -> None:
-    row = resources.report(resources.Case("forward", "sm_80", 100_000, 1, "float16"))
+    row = resources.report(resources.KernelCase("forward", "sm_80", 100_000, 1, "float16"))
     assert "no plan" in row["error"]
     assert row["registers"] is None
 
@@ -210,7 +210,7 @@ for arch, dtype, hidden, batch, ragged in (
     ("sm_90", "tf32", 37, 3, True), ("sm_90", "tf32", 512, 16, False), ("sm_80", "bfloat16", 37, 20, True),
 ):
     for kind in resources.KINDS:
-        plan = resources.plan_of(resources.Case(kind, arch, hidden, batch, dtype))
+        plan = resources.plan_of(resources.KernelCase(kind, arch, hidden, batch, dtype))
         code = resources.compiled(kind, arch, hidden, resources.DTYPES[dtype][0], plan, ragged).asm["ttgir"]
         layout = r"^(#blocked\d*) = #ttg.blocked<{sizePerThread = \[1, (\d+)\], .*, order = \[1, 0\]"
         wait = r'inline_asm "[^"]*ld\.relaxed[^"]*" .*packed_element = (\d+).*tensor<\d+x\d+x\w+, (#\w+)>'

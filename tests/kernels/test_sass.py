@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bench import sass
-from bench.resources import DEVICES, DTYPES, KINDS, Case, plan_of
+from bench.resources import DEVICES, DTYPES, KINDS, KernelCase, plan_of
 from bench.sass import REGISTERS, Scan, allocated
 from lstm_triton.scan.launch import compiler_options
 from lstm_triton.scan.plan import Plan, ScanShape
@@ -27,20 +27,20 @@ pytest.importorskip("triton")
 CASES = {
     f"{case.arch} {layer} {case.kernel}": case
     for layer, case in (
-        ("headline", Case("forward", "sm_90", 768, 16, "float16")),
-        ("headline", Case("backward", "sm_90", 768, 16, "float16")),
-        ("headline tf32", Case("forward", "sm_90", 768, 16, "tf32")),
-        ("headline float32", Case("forward", "sm_90", 768, 16, "float32")),  # waits for one group after the other
-        ("ragged, several tiles", Case("backward", "sm_90", 768, 256, "float16", ragged=True)),
-        ("four layers", Case("forward", "sm_90", 256, 16, "bfloat16", lanes=4, chained=True, dropout=True)),
-        ("weights read every step", Case("forward", "sm_90", 2048, 16, "tf32")),
-        ("small", Case("backward", "sm_90", 64, 16, "float16")),
-        ("asynchronous tensor cores", Case("forward", "sm_90", 768, 256, "float16")),
-        ("headline", Case("forward", "sm_80", 768, 16, "float16")),
-        ("four layers", Case("forward", "sm_80", 256, 16, "bfloat16", lanes=4, chained=True, dropout=True)),
-        ("weights read every step", Case("forward", "sm_80", 2048, 16, "float16")),
-        ("headline", Case("forward", "sm_100", 768, 16, "float16")),
-        ("four layers", Case("backward", "sm_100", 128, 16, "bfloat16", lanes=4, chained=True, dropout=True)),
+        ("headline", KernelCase("forward", "sm_90", 768, 16, "float16")),
+        ("headline", KernelCase("backward", "sm_90", 768, 16, "float16")),
+        ("headline tf32", KernelCase("forward", "sm_90", 768, 16, "tf32")),
+        ("headline float32", KernelCase("forward", "sm_90", 768, 16, "float32")),  # waits for one group after the other
+        ("ragged, several tiles", KernelCase("backward", "sm_90", 768, 256, "float16", ragged=True)),
+        ("four layers", KernelCase("forward", "sm_90", 256, 16, "bfloat16", lanes=4, chained=True, dropout=True)),
+        ("weights read every step", KernelCase("forward", "sm_90", 2048, 16, "tf32")),
+        ("small", KernelCase("backward", "sm_90", 64, 16, "float16")),
+        ("asynchronous tensor cores", KernelCase("forward", "sm_90", 768, 256, "float16")),
+        ("headline", KernelCase("forward", "sm_80", 768, 16, "float16")),
+        ("four layers", KernelCase("forward", "sm_80", 256, 16, "bfloat16", lanes=4, chained=True, dropout=True)),
+        ("weights read every step", KernelCase("forward", "sm_80", 2048, 16, "float16")),
+        ("headline", KernelCase("forward", "sm_100", 768, 16, "float16")),
+        ("four layers", KernelCase("backward", "sm_100", 128, 16, "bfloat16", lanes=4, chained=True, dropout=True)),
     )
 }
 
@@ -49,7 +49,7 @@ import base64, json, sys
 from bench import resources
 
 for name, fields in json.loads(sys.argv[1]).items():
-    case = resources.Case(**fields)
+    case = resources.KernelCase(**fields)
     dtype, plan = resources.DTYPES[case.dtype][0], resources.plan_of(case)
     asm = resources.compiled(case.kernel, case.arch, case.hidden, dtype, plan, case.ragged, case.dropout).asm
     print(json.dumps([name, asm["ptx"], base64.b64encode(asm["cubin"]).decode()]))
@@ -58,7 +58,7 @@ for name, fields in json.loads(sys.argv[1]).items():
 
 @dataclass(frozen=True)
 class Kernel:
-    case: Case
+    case: KernelCase
     ptx: str
     cubin: bytes
 
