@@ -1,4 +1,7 @@
-"""One call of an LSTM or of an LSTMCell: its arguments, checked, as one record."""
+"""One call of an LSTM or of an LSTMCell: its arguments, checked, as one record.
+
+A record that torch.compile traces has methods and no properties: PyTorch 2.9 cannot trace a property of a NamedTuple.
+"""
 
 from typing import Literal, NamedTuple, TypeVar, get_args
 
@@ -38,23 +41,20 @@ class Call(NamedTuple):
     return_cells: bool = False
     low_memory: bool = False
 
-    @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that takes part in the arithmetic."""
         return [self.data, *(self.states or ()), *(self.reset_state or ()), *self.weights]
 
-    @property
     def projected(self) -> bool:
         return self.output_size < self.hidden_size
 
-    @property
     def dense(self) -> bool:
         """Whether every sequence has every step, and starts at its end only."""
         return self.batch_sizes is None and self.lengths is None and self.resets is None
 
     def autocast_dtype(self) -> torch.dtype | None:
         """The dtype that autocast gives to all tensors; None: it is off, or leaves them alone, as it does float64."""
-        return autocast_dtype(self.tensors)
+        return autocast_dtype(self.tensors())
 
     def ragged(self) -> Ragged | None:
         """Which step follows on which; None for a dense call."""
@@ -77,7 +77,7 @@ class Call(NamedTuple):
             input = input.transpose(0, 1)
         if ragged is not None and self.batch_sizes is None:
             input = input.reshape(-1, input.shape[2])
-        return input, start, Stack.of(weights, self.directions, self.bias, projected=self.projected), ragged
+        return input, start, Stack.of(weights, self.directions, self.bias, projected=self.projected()), ragged
 
 
 class CellCall(NamedTuple):
@@ -86,20 +86,13 @@ class CellCall(NamedTuple):
     data: Tensor  # (B, I)
     states: States | None  # (B, H) each
     weights: list[Tensor]
+    batch_size: int  # B
+    hidden_size: int  # H
 
-    @property
     def tensors(self) -> list[Tensor]:
         """Every tensor that takes part in the arithmetic."""
         return [self.data, *(self.states or ()), *self.weights]
 
-    @property
-    def batch_size(self) -> int:
-        return self.data.shape[0]
-
-    @property
-    def hidden_size(self) -> int:
-        return self.weights[1].shape[1]
-
     def autocast_dtype(self) -> torch.dtype | None:
         """As that of `Call`."""
-        return autocast_dtype(self.tensors)
+        return autocast_dtype(self.tensors())

@@ -84,5 +84,5 @@ def function_of(call: CellCall) -> Callable[..., States] | None:
         from .scan.step import step
 
         return step
-    same_dtype = all(tensor.dtype == call.data.dtype for tensor in call.tensors) or call.autocast_dtype() is not None
+    same_dtype = all(tensor.dtype == call.data.dtype for tensor in call.tensors()) or call.autocast_dtype() is not None
     return lstm_cell if transforms.need_formula() and same_dtype else None

@@ -293,7 +293,7 @@ def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall | None:
     )
     if not fits:
         return None
-    return CellCall(input, (states[0], states[1]) if states else None, weights)
+    return CellCall(input, (states[0], states[1]) if states else None, weights, input.shape[0], cell.hidden_size)
 
 
 def checked_call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall:

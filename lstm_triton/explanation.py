@@ -146,9 +146,9 @@ def _launches_of_lstm(call: Call, dtype: torch.dtype) -> list[ScanLaunch]:
 
     trains = torch.is_grad_enabled()
     # States that are no h of a projected layer add their share to input projections that are in memory.
-    fuse_input = not (call.projected and (call.states is not None or call.reset_state is not None))
-    has_dropout = call.training and call.dropout > 0 and call.num_layers > 1 and not call.projected
-    if not trains and is_single_step(call.time_steps, not call.dense, has_dropout, fuse_input):
+    fuse_input = not (call.projected() and (call.states is not None or call.reset_state is not None))
+    has_dropout = call.training and call.dropout > 0 and call.num_layers > 1 and not call.projected()
+    if not trains and is_single_step(call.time_steps, not call.dense(), has_dropout, fuse_input):
         launches = []
         for lane in range(call.num_layers * call.directions):
             input_size = call.weights[0].shape[1] if lane < call.directions else call.directions * call.output_size
@@ -166,7 +166,7 @@ def _scans(kind: "Kind", call: Call, dtype: torch.dtype, fuse_input: bool) -> li
     trains, device = torch.is_grad_enabled(), Device.of(call.data.device)
     low_memory = trains and call.low_memory
     # Projected layers are scanned one by one: what lies between two of them is a product of its own.
-    layers_together = 1 if call.projected else call.num_layers
+    layers_together = 1 if call.projected() else call.num_layers
     found: list[ScanLaunch] = []
     for layer in range(0, call.num_layers, layers_together):
         input_size = call.weights[0].shape[1] if layer == 0 else call.directions * call.output_size

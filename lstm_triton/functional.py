@@ -173,7 +173,7 @@ def compute(call: Call, path: str, lane: Lane | None = None) -> Results:
     if path == "triton" and lane is None:
         from . import scan
 
-        layers: ScanLayers = scan.scan_projected_layers if call.projected else scan.scan_layers
+        layers: ScanLayers = scan.scan_projected_layers if call.projected() else scan.scan_layers
     else:
         from .aten.layers import lane_of, whole_stack
 

@@ -36,15 +36,12 @@ class Ragged(NamedTuple):
         """From what `tables_of` gave: operators take tables as a list."""
         return Ragged(*tables) if tables else None
 
-    @property
     def time_steps(self) -> int:
         return self.offsets.shape[0] - 1
 
-    @property
     def batch_size(self) -> int:
         return self.lengths.shape[0]
 
-    @property
     def rows(self) -> int:
         return self.before.shape[0]
 
@@ -61,12 +58,12 @@ class Ragged(NamedTuple):
         if not reverse:
             return self.after
         # Backward in time, time 0 comes last, even where there is a reset at time 0.
-        rows = torch.arange(self.rows, dtype=torch.int32, device=self.before.device)
+        rows = torch.arange(self.rows(), dtype=torch.int32, device=self.before.device)
         return torch.where((rows < self.offsets[1]) & self.is_step(), rows, self.before)
 
     def is_reset(self, reverse: bool) -> Tensor:
         """(rows,) bool: which steps start from the state after a reset."""
-        return self.sources(reverse) >= 2 * self.batch_size + self.rows
+        return self.sources(reverse) >= 2 * self.batch_size() + self.rows()
 
     def is_step(self) -> Tensor:
         """(rows,) bool"""
@@ -74,15 +71,15 @@ class Ragged(NamedTuple):
 
     def own_rows(self) -> Tensor:
         """(rows,) the steps' own state rows."""
-        return torch.arange(self.rows, device=self.before.device) + self.batch_size
+        return torch.arange(self.rows(), device=self.before.device) + self.batch_size()
 
     def ends(self, reverse: bool) -> Tensor:
         """(B,) the state row of the last step in one direction; of a sequence without steps, its initial state's."""
-        sequences = torch.arange(self.batch_size, device=self.lengths.device)
+        sequences = torch.arange(self.batch_size(), device=self.lengths.device)
         if reverse:
-            last, initial = self.batch_size + sequences, self.batch_size + self.rows + sequences
+            last, initial = self.batch_size() + sequences, self.batch_size() + self.rows() + sequences
         else:
-            last = self.batch_size + self.offsets[(self.lengths.long() - 1).clamp_min(0)] + sequences
+            last = self.batch_size() + self.offsets[(self.lengths.long() - 1).clamp_min(0)] + sequences
             initial = sequences
         return torch.where(self.lengths > 0, last, initial)
 
@@ -102,25 +99,25 @@ class Ragged(NamedTuple):
 
         def renumbered(table: Tensor, outside: Tensor) -> Tensor:
             found = table[rows]
-            row = found - self.batch_size - rows.start  # of the step, if it is one of the window's
-            is_reset = found >= self.rows + 2 * self.batch_size
-            outside = torch.where((row >= 0) & (row < count), row + self.batch_size, outside)
-            found = torch.where(is_reset, found - self.rows + count, torch.where(found >= 0, outside, -1))
+            row = found - self.batch_size() - rows.start  # of the step, if it is one of the window's
+            is_reset = found >= self.rows() + 2 * self.batch_size()
+            outside = torch.where((row >= 0) & (row < count), row + self.batch_size(), outside)
+            found = torch.where(is_reset, found - self.rows() + count, torch.where(found >= 0, outside, -1))
             return found.to(torch.int32)
 
         before = renumbered(self.before, sequences)
-        after = renumbered(self.after, self.batch_size + count + sequences)
+        after = renumbered(self.after, self.batch_size() + count + sequences)
         lengths = (self.lengths - steps.start).clamp(0, steps.stop - steps.start)
         return Ragged(before, after, offsets, lengths)
 
     def starts_from_initial(self, reverse: bool) -> Tensor:
         """(B,) bool: which sequences have a first step that starts from the initial state, and not from a reset."""
-        firsts = (self.firsts(reverse) - self.batch_size).clamp(0, self.rows - 1)
+        firsts = (self.firsts(reverse) - self.batch_size()).clamp(0, self.rows() - 1)
         return (self.lengths > 0) & ~self.is_reset(reverse)[firsts]
 
     def tile_steps(self, block_batch: int, batch_tiles: int) -> Tensor:
         """(batch_tiles,) int32: the steps of the longest sequence of every tile of a batch."""
-        padding = batch_tiles * block_batch - self.batch_size
+        padding = batch_tiles * block_batch - self.batch_size()
         return torch.nn.functional.pad(self.lengths, (0, padding)).view(batch_tiles, block_batch).amax(1)
 
 
@@ -179,7 +176,7 @@ def packed(batch_sizes: Tensor, device: torch.device) -> Ragged:
 
 def padded(values: Tensor, tables: Ragged, fill: float = torch.nan) -> Tensor:
     """(rows, N) -> (T, B, N), in which `fill` stands where there is no step."""
-    is_step = torch.arange(tables.time_steps, device=values.device).unsqueeze(1) < tables.lengths
+    is_step = torch.arange(tables.time_steps(), device=values.device).unsqueeze(1) < tables.lengths
     padded = values.new_full((*is_step.shape, values.shape[1]), fill)
     padded[is_step] = values[tables.is_step()]
     return padded

@@ -84,7 +84,7 @@ def lstm_layer(
     """
     if ragged is not None:
         positions = _positions(ragged)
-        shape = (ragged.time_steps, ragged.batch_size)
+        shape = (ragged.time_steps(), ragged.batch_size())
         input = _padded(torch.where(ragged.is_step().unsqueeze(1), input, 0), positions, shape)
         is_step = _padded(ragged.is_step(), positions, shape).unsqueeze(2)
         is_reset = _padded(ragged.is_reset(reverse), positions, shape).unsqueeze(2)
@@ -121,9 +121,9 @@ def lstm_cell(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *weights: T
 
 def _positions(ragged: Ragged) -> Tensor:
     """(rows,) each row's place t * B + b in a padded batch."""
-    rows = torch.arange(ragged.rows, device=ragged.offsets.device)
+    rows = torch.arange(ragged.rows(), device=ragged.offsets.device)
     times = torch.searchsorted(ragged.offsets[1:], rows, right=True)
-    return times * ragged.batch_size + rows - ragged.offsets[times]
+    return times * ragged.batch_size() + rows - ragged.offsets[times]
 
 
 def _padded(values: Tensor, positions: Tensor, shape: tuple[int, int]) -> Tensor:

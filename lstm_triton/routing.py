@@ -83,13 +83,13 @@ def _obstacle(call: Call | CellCall) -> str | None:
         return f"the kernels run on NVIDIA GPUs, not on {device.type!r} tensors"
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "torch.jit.trace does not record the kernels"
-    for tensor in call.tensors:
+    for tensor in call.tensors():
         if tensor.device != device:
             return f"tensors are on several devices, {device} and {tensor.device}"
     dtype = call.autocast_dtype()
     if dtype is None:
         dtype = call.data.dtype
-        for tensor in call.tensors:
+        for tensor in call.tensors():
             if tensor.dtype != dtype:
                 return f"tensors have several dtypes, {dtype} and {tensor.dtype}"
     if dtype not in KERNEL_DTYPES:
@@ -114,7 +114,7 @@ def _why_stock(call: Call) -> str | None:
     if transforms.active() or not torch.backends.cudnn.enabled:
         return None
     one_layer = call.num_layers == 1 and call.directions == 1 and call.output_size == call.hidden_size
-    if not (one_layer and call.dense) or call.return_cells or call.low_memory or call.time_steps == 1:
+    if not (one_layer and call.dense()) or call.return_cells or call.low_memory or call.time_steps == 1:
         return None  # not what was measured
 
     from .routes import why_stock

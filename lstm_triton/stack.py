@@ -29,7 +29,6 @@ class LaneWeights(NamedTuple):
     bias_hh: Tensor | None = None  # (4H,)
     hr: Tensor | None = None  # (P, H), of a layer with projections
 
-    @property
     def given(self) -> list[Tensor]:
         """The weights that there are, in the order of `torch.nn.LSTM`."""
         return [weight for weight in self if weight is not None]
@@ -84,33 +83,26 @@ class Stack(NamedTuple):
         lanes = [weights[first : first + size] for first in range(0, len(weights), size)]
         return Stack(tuple([LaneWeights(**dict(zip(names, lane, strict=True))) for lane in lanes]), directions, reverse)
 
-    @property
     def arguments(self) -> tuple[list[Tensor], int, bool, bool]:
         """The stack as operators take it: the weights of all lanes, directions, bias, reverse."""
-        return [weight for lane in self.weights for weight in lane.given], self.directions, self.bias, self.reverse
+        return [weight for lane in self.weights for weight in lane.given()], self.directions, self.bias(), self.reverse
 
-    @property
     def lanes(self) -> int:
         return len(self.weights)
 
-    @property
     def num_layers(self) -> int:
-        return self.lanes // self.directions
+        return self.lanes() // self.directions
 
-    @property
     def input_size(self) -> int:
         """Of the first layer."""
         return self.weights[0].ih.shape[1]
 
-    @property
     def hidden_size(self) -> int:
         return self.weights[0].ih.shape[0] // 4
 
-    @property
     def bias(self) -> bool:
         return self.weights[0].bias_ih is not None
 
-    @property
     def biases(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Contiguous bias_ih and bias_hh of every lane; none of them without biases."""
         ih = tuple(lane.bias_ih.contiguous() for lane in self.weights if lane.bias_ih is not None)
@@ -121,7 +113,7 @@ class Stack(NamedTuple):
 
     def is_last(self, lane: int) -> bool:
         """Whether the lane is one of the last layer."""
-        return lane >= self.lanes - self.directions
+        return lane >= self.lanes() - self.directions
 
     def layer(self, number: int) -> slice:
         """The lanes of a layer."""
@@ -131,7 +123,7 @@ class Stack(NamedTuple):
         """The lanes of each direction, and whether it walks from the last step to the first."""
         return [
             (slice(first, None, self.directions), self.is_reverse(first))
-            for first in range(min(self.directions, self.lanes))
+            for first in range(min(self.directions, self.lanes()))
         ]
 
     def part(self, lanes: slice) -> "Stack":

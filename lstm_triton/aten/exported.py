@@ -28,7 +28,7 @@ def exported_lane(
     input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
 ) -> LaneResults:
     """A `Lane` of any dtype, also projected; not of packed sequences."""
-    time_steps, batch_size = input.shape[:2] if ragged is None else (ragged.time_steps, ragged.batch_size)
+    time_steps, batch_size = input.shape[:2] if ragged is None else (ragged.time_steps(), ragged.batch_size())
     h_0 = input.new_zeros(batch_size, weights.hh.shape[1]) if start.h is None else start.h.clone()
     c_0 = input.new_zeros(batch_size, weights.hh.shape[0] // 4) if start.c is None else start.c.clone()
     h_reset = torch.zeros_like(h_0) if start.h_reset is None else start.h_reset

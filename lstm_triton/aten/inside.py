@@ -17,7 +17,7 @@ def native_lane_inside(
 ) -> Inside:
     """`native_lane`, and the gates and cells that lead to its h_t: in float32 at least, rounded at the end."""
     options: dict[str, Any] = {"reverse": reverse, "return_cells": False}
-    if ragged is not None and ragged.rows < ragged.batch_size * ragged.time_steps:
+    if ragged is not None and ragged.rows() < ragged.batch_size() * ragged.time_steps():
         # Packed, which PyTorch's function takes for both directions or none: padded again, with the same lengths.
         filled = padded(input, ragged, fill=0.0)
         tables = dense(ragged.lengths, None, filled.shape[0], filled.shape[1], input.device)
@@ -45,6 +45,6 @@ def native_lane_inside(
 
 def _state_rows(steps: Tensor, initial: Tensor | None, reset: Tensor | None, tables: Ragged) -> Tensor:
     """The states of all steps, with those that sequences start from, as the tables number them."""
-    zeros = steps.new_zeros(tables.batch_size, steps.shape[1])
+    zeros = steps.new_zeros(tables.batch_size(), steps.shape[1])
     start, after_reset = (zeros if state is None else state.to(steps) for state in (initial, reset))
     return torch.cat([start, steps, start, after_reset])

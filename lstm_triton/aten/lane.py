@@ -19,13 +19,13 @@ def native_lane(
 
     With `return_cells` the lane is computed step by step: PyTorch's own function does not return the cells.
     """
-    batch_size = input.shape[1] if ragged is None else ragged.batch_size
+    batch_size = input.shape[1] if ragged is None else ragged.batch_size()
     h_0 = input.new_zeros(batch_size, weights.hh.shape[1]) if start.h is None else start.h
     c_0 = input.new_zeros(batch_size, weights.ih.shape[0] // 4) if start.c is None else start.c
     start = start._replace(h=h_0, c=c_0)
     if return_cells or (ragged is not None and not ragged.is_step().any()):  # PyTorch's function takes no empty batch
         return formula_lane(input, start, weights, reverse=reverse, ragged=ragged, return_cells=return_cells)
-    if ragged is not None and bool((ragged.lengths == ragged.time_steps).all()):
+    if ragged is not None and bool((ragged.lengths == ragged.time_steps()).all()):
         return _segments(input, (h_0, c_0), start, weights, ragged, reverse)
     if ragged is not None:
         return _stretches(input, (h_0, c_0), start, weights, ragged, reverse)
@@ -38,7 +38,7 @@ def _native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`native` of a single lane, forward in time; the states are (B, ...)."""
     h_0, c_0 = (state.unsqueeze(0) for state in states)
-    output, h_n, c_n = native(input, batch_sizes, (h_0, c_0), weights.given, bias=weights.bias_ih is not None)
+    output, h_n, c_n = native(input, batch_sizes, (h_0, c_0), weights.given(), bias=weights.bias_ih is not None)
     return output, h_n.squeeze(0), c_n.squeeze(0)
 
 
@@ -46,7 +46,7 @@ def _segments(
     input: Tensor, states: States, start: Start, weights: LaneWeights, ragged: Ragged, reverse: bool
 ) -> LaneResults:
     """A lane whose sequences all have all steps, call after call from each step at which one of them is reset."""
-    shape = (ragged.time_steps, ragged.batch_size)
+    shape = (ragged.time_steps(), ragged.batch_size())
     steps, resets = input.unflatten(0, shape), ragged.is_reset(reverse).unflatten(0, shape)
     if reverse:
         steps, resets = steps.flip(0), resets.flip(0)
@@ -69,18 +69,18 @@ def _stretches(
     input: Tensor, states: States, start: Start, weights: LaneWeights, ragged: Ragged, reverse: bool
 ) -> LaneResults:
     """A ragged native_lane as one packed batch, whose sequences are the stretches between one start and the next."""
-    batch_size = ragged.batch_size
+    batch_size = ragged.batch_size()
     # Sequence by sequence, in the order of the scan: each step's row, and the state row it starts from.
     sources = ragged.sources(reverse).view(-1, batch_size)
-    rows = torch.arange(ragged.rows, device=sources.device).view(-1, batch_size)
+    rows = torch.arange(ragged.rows(), device=sources.device).view(-1, batch_size)
     sources, rows = ((t.flip(0) if reverse else t).t().flatten() for t in (sources, rows))
     steps = sources >= 0
     sources, rows = sources[steps], rows[steps]
-    output = input.new_zeros(ragged.rows, weights.hh.shape[1])
-    starts = ((sources < batch_size) | (sources >= batch_size + ragged.rows)).nonzero().squeeze(1)
+    output = input.new_zeros(ragged.rows(), weights.hh.shape[1])
+    starts = ((sources < batch_size) | (sources >= batch_size + ragged.rows())).nonzero().squeeze(1)
     lengths = torch.cat([starts[1:], starts.new_tensor([rows.numel()])]) - starts
     sequences = rows[starts] % batch_size
-    is_reset = (sources[starts] >= 2 * batch_size + ragged.rows).unsqueeze(1)
+    is_reset = (sources[starts] >= 2 * batch_size + ragged.rows()).unsqueeze(1)
 
     longest = lengths.argsort(descending=True, stable=True)
     rank = longest.argsort()

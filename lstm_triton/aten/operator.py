@@ -97,7 +97,7 @@ def _layer_backward(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
 def _layer_sizes(*arguments: Any) -> LaneResults:
     given = _Arguments(*arguments)
     input, ragged = given.input, given.ragged
-    batch_size = input.shape[1] if ragged is None else ragged.batch_size
+    batch_size = input.shape[1] if ragged is None else ragged.batch_size()
     hidden_size, output_size = given.weight_ih.shape[0] // 4, given.weight_hh.shape[1]
     return (
         input.new_empty(*input.shape[:-1], output_size),

@@ -34,10 +34,10 @@ class Scan(torch.autograd.Function):
             input,
             start.h,
             start.c,
-            *stack.arguments,
+            *stack.arguments(),
             keep,
             keep,
-            fixed.tables,
+            fixed.tables(),
             start.h_reset,
             start.c_reset,
             static.dropout,
@@ -46,7 +46,7 @@ class Scan(torch.autograd.Function):
             start.preact_reset,
             static.low_memory,
         )
-        buffers, layout = Buffers(*kept), Layout.of(input, stack.hidden_size, fixed.ragged)
+        buffers, layout = Buffers(*kept), Layout.of(input, stack.hidden_size(), fixed.ragged())
         output = layout.output(buffers.hidden, stack.directions, input.shape[:-1])
         cells = buffers.hidden.new_empty(0)
         if static.return_cells:
@@ -60,7 +60,7 @@ class Scan(torch.autograd.Function):
         ctx.static = tuple(static)
         ctx.mark_non_differentiable(*(buffers if static.return_cells else output[RESULTS - 1 :]))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*Saved(static, fixed, buffers, tensors).tensors)
+        ctx.save_for_backward(*Saved(static, fixed, buffers, tensors).tensors())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -72,9 +72,9 @@ class Scan(torch.autograd.Function):
         # Autocast that is on where backward is called was not asked for by the layer.
         with without_autocast(saved.inputs.input.device):
             if torch.is_grad_enabled():
-                found = _Gradients.apply(needed, ctx.static, *results, *saved.tensors)  # type: ignore[no-untyped-call]
+                found = _Gradients.apply(needed, ctx.static, *results, *saved.tensors())  # type: ignore[no-untyped-call]
             else:
-                found = _gradients(saved, Inputs.of(needed), results).flat
+                found = _gradients(saved, Inputs.of(needed), results).flat()
         return *(None,) * FIRST_INPUT, *found
 
 
@@ -96,7 +96,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(needed: tuple[bool, ...], static: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Any, ...]:
         saved = Saved.of(static, tensors[RESULTS:])
-        return _gradients(saved, Inputs.of(needed), Grads(*tensors[:RESULTS])).flat
+        return _gradients(saved, Inputs.of(needed), Grads(*tensors[:RESULTS])).flat()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
@@ -107,7 +107,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads_of_gradients: Tensor | None) -> tuple[Any, ...]:
         grads, saved = ctx.saved_tensors[:RESULTS], Saved.of(ctx.static, ctx.saved_tensors[RESULTS:])
-        arguments = saved.inputs.flat
+        arguments = saved.inputs.flat()
         with without_autocast(saved.inputs.input.device):
             formula = partial(_formula, saved)
             found = second_gradients(formula, arguments, ctx.needed, grads, grads_of_gradients)

@@ -53,32 +53,32 @@ def scan_backward(
     from ..kernels.backward import backward_scan
 
     stack, drop = Stack.of(weights, directions, bias, reverse), Dropout(dropout, seed)
-    hidden_size, ragged = stack.hidden_size, Ragged.of(tables)
-    time_steps = gates.shape[1] // batch_size if ragged is None else ragged.time_steps
+    hidden_size, ragged = stack.hidden_size(), Ragged.of(tables)
+    time_steps = gates.shape[1] // batch_size if ragged is None else ragged.time_steps()
     layout = Layout(time_steps, gates.shape[1], batch_size, hidden_size, ragged)
     window = Window(slice(0, time_steps), slice(0, layout.rows))
     shape = (time_steps, batch_size) if ragged is None else (layout.rows,)
 
-    grad_gates = buffers.sentinels((stack.lanes, layout.state_rows, 4 * layout.stride), gates)
+    grad_gates = buffers.sentinels((stack.lanes(), layout.state_rows(), 4 * layout.stride()), gates)
     if ragged is None:
         for own, reverse_in_time in stack.by_direction():  # nothing comes after the last step
             grad_gates[own, layout.initial(not reverse_in_time)].zero_()
     else:
         grad_gates[:, : layout.batch_size].zero_()
-        grad_gates[:, layout.steps.stop :].zero_()
-        grad_gates[:, layout.steps].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
-    grad_cell = cell.new_zeros((stack.lanes, layout.start_rows, layout.stride))
+        grad_gates[:, layout.steps().stop :].zero_()
+        grad_gates[:, layout.steps()].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
+    grad_cell = cell.new_zeros((stack.lanes(), layout.start_rows(), layout.stride()))
     if grad_c_n is not None:
         grad_cell[:, :batch_size, :hidden_size] = grad_c_n
-    grad_h_n = gates.new_zeros((stack.lanes, batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
+    grad_h_n = gates.new_zeros((stack.lanes(), batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
     grad_cells = None if grad_cells is None else grad_cells.contiguous()
 
     first = shape_of("backward", stack, gates, batch_size)
-    for schedule in reversed(backward_schedules(first, stack.num_layers, directions, time_steps)):
+    for schedule in reversed(backward_schedules(first, stack.num_layers(), directions, time_steps)):
         launch, plan, lanes = schedule.planned, schedule.planned.plan, schedule.lanes
         part = stack.part(lanes)
         layer = (launch.lanes.stop - 1) // directions
-        if layer < stack.num_layers - 1:
+        if layer < stack.num_layers() - 1:
             above = stack.layer(layer + 1)
             grad_output = products.input_gradient(grad_gates[above], stack.weights[above], layout).view(*shape, -1)
         elif grad_output is None:
@@ -87,10 +87,10 @@ def scan_backward(
             grad_output = grad_output.contiguous()
         dropped = drop.lanes(launch, stack)
         first_output = launch.first % directions * hidden_size if not plan.chained else 0
-        weights_hh = transposed((each.hh for each in part.weights), layout.stride)
+        weights_hh = transposed((each.hh for each in part.weights), layout.stride())
         weights_ih = weights_hh
         if plan.chained:  # the first of them has nobody below in this launch
-            weights_ih = (*weights_hh[:1], *transposed((each.ih for each in part.weights[1:]), layout.stride))
+            weights_ih = (*weights_hh[:1], *transposed((each.ih for each in part.weights[1:]), layout.stride()))
         launch_scan(
             backward_scan,
             plan,
@@ -115,7 +115,7 @@ def scan_backward(
             first_lane=launch.first,
             reverse=int(part.reverse),
             HIDDEN=hidden_size,
-            STATE_STRIDE=layout.stride,
+            STATE_STRIDE=layout.stride(),
             GRAD_CELLS=grad_cells is not None,
             DROPOUT=dropped > 0,
         )

@@ -28,10 +28,10 @@ class Buffers(NamedTuple):
         hidden: Tensor | None = None,
     ) -> "Buffers":
         """Buffers in which nothing is written yet, with the dtype and device of a tensor; `hidden`: one that exists."""
-        rows_of_cells = layout.state_rows if keep_cells else layout.start_rows
-        hidden = sentinels((lanes, layout.state_rows, layout.stride), like) if hidden is None else hidden
-        hidden_dropped = sentinels((lanes if dropped else 0, layout.state_rows, layout.stride), like)
-        cell = like.new_empty((lanes, rows_of_cells, layout.stride), dtype=torch.float32)
+        rows_of_cells = layout.state_rows() if keep_cells else layout.start_rows()
+        hidden = sentinels((lanes, layout.state_rows(), layout.stride()), like) if hidden is None else hidden
+        hidden_dropped = sentinels((lanes if dropped else 0, layout.state_rows(), layout.stride()), like)
+        cell = like.new_empty((lanes, rows_of_cells, layout.stride()), dtype=torch.float32)
         gates = like.new_empty((lanes if keep_gates else 0, layout.rows, 4 * layout.hidden_size))
         return Buffers(hidden, hidden_dropped, cell, gates)
 
@@ -42,7 +42,7 @@ class Buffers(NamedTuple):
         """Write what the sequences start from, and zeros where there is no step."""
         for lanes, reverse in stack.by_direction():
             hidden, cell, own = self.hidden[lanes], self.cell[lanes], start.of(lanes)
-            initial = layout.initial(reverse) if cell.shape[1] == layout.state_rows else slice(layout.batch_size)
+            initial = layout.initial(reverse) if cell.shape[1] == layout.state_rows() else slice(layout.batch_size)
             _fill(cell[:, initial], own.c)
             if layout.ragged is None:
                 _fill(hidden[:, layout.initial(reverse)], own.h)
@@ -50,12 +50,12 @@ class Buffers(NamedTuple):
             # Every NaN gets the same bits: nobody must mistake one for a sentinel.
             _fill(hidden[:, layout.initial(reverse)], own.h, canonical=True)
             _fill(hidden[:, layout.initial(not reverse)], None)
-            _fill(hidden[:, layout.resets], own.h_reset, canonical=True)
+            _fill(hidden[:, layout.resets()], own.h_reset, canonical=True)
             _fill(cell[:, -layout.batch_size :], own.c_reset)
         if layout.ragged is not None:
             no_step = ~layout.ragged.is_step().unsqueeze(1)
-            self.hidden[:, layout.steps].masked_fill_(no_step, 0)
-            self.hidden_dropped[:, layout.steps].masked_fill_(no_step, 0)
+            self.hidden[:, layout.steps()].masked_fill_(no_step, 0)
+            self.hidden_dropped[:, layout.steps()].masked_fill_(no_step, 0)
             self.hidden_dropped[:, : layout.batch_size].zero_()
 
 

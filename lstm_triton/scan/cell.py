@@ -89,7 +89,7 @@ def single_step(
     """
     stack = Stack.of(weights, directions, bias)
     output, h_n, c_n = _results_of_stack(input, stack)
-    hidden_size, below = stack.hidden_size, input
+    hidden_size, below = stack.hidden_size(), input
     for lane, own in enumerate(stack.weights):
         at = lane % directions
         if lane > 0 and at == 0:  # the next layer reads the output of this one
@@ -114,8 +114,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _results_of_stack(input: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for the output, h_n and c_n."""
-    states = (stack.lanes, input.shape[0], stack.hidden_size)
-    output = input.new_empty((input.shape[0], stack.directions * stack.hidden_size))
+    states = (stack.lanes(), input.shape[0], stack.hidden_size())
+    output = input.new_empty((input.shape[0], stack.directions * stack.hidden_size()))
     return output, input.new_empty(states), input.new_empty(states)
 
 

@@ -20,7 +20,7 @@ class Dropout(NamedTuple):
         """How many lanes of a launch have dropout: the first ones, those of all layers but the last."""
         if self.probability == 0:
             return 0
-        return max(0, min(launch.plan.lanes, stack.lanes - stack.directions - launch.first))
+        return max(0, min(launch.plan.lanes, stack.lanes() - stack.directions - launch.first))
 
     def applied(self, lane: int, output: Tensor, first_row: int = 0) -> Tensor:
         """A lane's output (T, B, H) or (rows, H), from a row on, after dropout; rounded once, as the scans do it.

@@ -78,7 +78,7 @@ def stack_by_formula(inputs: Inputs, static: Static, fixed: Fixed) -> LaneResult
         outputs = output.chunk(stack.directions, dim=-1)
         return torch.cat([dropout.applied(lane, each) for lane, each in zip(lanes, outputs, strict=True)], dim=-1)
 
-    options = Options(fixed.ragged, static.dropout, return_cells=True)
+    options = Options(fixed.ragged(), static.dropout, return_cells=True)
     return lane_by_lane(_lane, inputs.input, inputs.start, stack, options, drop)
 
 
@@ -102,11 +102,11 @@ def _preacts(start: Start, input: Tensor, reverse: bool, ragged: Ragged | None) 
         return torch.cat([others, preact.unsqueeze(0)] if reverse else [preact.unsqueeze(0), others])
     given = preact if preact is not None else preact_reset
     assert given is not None
-    found = given.new_zeros(ragged.rows, given.shape[1])
+    found = given.new_zeros(ragged.rows(), given.shape[1])
     if preact is not None:
-        rows = (ragged.firsts(reverse) - ragged.batch_size).clamp(0, ragged.rows - 1)
+        rows = (ragged.firsts(reverse) - ragged.batch_size()).clamp(0, ragged.rows() - 1)
         found = found.index_add(0, rows, torch.where(ragged.starts_from_initial(reverse).unsqueeze(1), preact, 0))
     if preact_reset is not None:
-        is_reset = ragged.is_reset(reverse).view(-1, ragged.batch_size, 1)
+        is_reset = ragged.is_reset(reverse).view(-1, ragged.batch_size(), 1)
         found = found + torch.where(is_reset, preact_reset, 0).flatten(0, 1)
     return found

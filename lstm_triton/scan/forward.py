@@ -67,18 +67,18 @@ def scan_forward(
     """
     stack, drop = Stack.of(weights, directions, bias, reverse), Dropout(dropout, seed)
     start = Start(h_0, c_0, h_reset, c_reset, preact_0, preact_reset)
-    layout = Layout.of(input, stack.hidden_size, Ragged.of(tables))
+    layout = Layout.of(input, stack.hidden_size(), Ragged.of(tables))
     new_buffers = partial(Buffers.new, layout, input, keep_cells, keep_gates)
-    kept = new_buffers(stack.lanes if keep_cells or low_memory else 0, dropout > 0 and not low_memory)
+    kept = new_buffers(stack.lanes() if keep_cells or low_memory else 0, dropout > 0 and not low_memory)
     if low_memory:
-        kept = kept._replace(cell=window_cells(input, layout, stack.lanes))
-    h_n, c_n = (input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size) for _ in range(2))
+        kept = kept._replace(cell=window_cells(input, layout, stack.lanes()))
+    h_n, c_n = (input.new_empty(stack.lanes(), layout.batch_size, stack.hidden_size()) for _ in range(2))
     below = input if layout.ragged is None else input.contiguous()
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
     last_hidden: list[Tensor] = []
     schedules = forward_schedules(
         shape_of("forward", stack, input, layout.batch_size),
-        stack.num_layers,
+        stack.num_layers(),
         directions,
         layout.time_steps,
         keep_gates=keep_gates,
@@ -98,18 +98,18 @@ def scan_forward(
         _run(schedule, part, buffers, layout, below, own, drop, dropped, kept.cell[lanes] if low_memory else None)
         for directed, reverse_in_time in part.by_direction():
             last = layout.last(reverse_in_time)
-            h_n[lanes][directed] = buffers.hidden[directed, last, : stack.hidden_size]
+            h_n[lanes][directed] = buffers.hidden[directed, last, : stack.hidden_size()]
             if keep_cells:
-                c_n[lanes][directed] = buffers.cell[directed, last, : stack.hidden_size]
+                c_n[lanes][directed] = buffers.cell[directed, last, : stack.hidden_size()]
         if not keep_cells:
-            c_n[lanes] = buffers.cell[:, : layout.batch_size, : stack.hidden_size]
+            c_n[lanes] = buffers.cell[:, : layout.batch_size, : stack.hidden_size()]
         for at in range(launch.plan.lanes):
             last_hidden = [*last_hidden, buffers.hidden[at]][-directions:]
             if len(outputs) == directions:
                 outputs = []
             source = buffers.hidden_dropped if at < dropped else buffers.hidden
-            outputs.append(source[at, layout.steps, : stack.hidden_size])
-        if len(outputs) == directions and launch.lanes.stop < stack.lanes:
+            outputs.append(source[at, layout.steps(), : stack.hidden_size()])
+        if len(outputs) == directions and launch.lanes.stop < stack.lanes():
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
     if keep_cells or low_memory:
         return *kept, h_n, c_n
@@ -122,22 +122,22 @@ def scan_forward(
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     given = named(scan_forward, arguments)
     input, stack = given.input, Stack.of(given.weights, given.directions, given.bias)
-    layout = Layout.of(input, stack.hidden_size, Ragged.of(given.tables))
-    kept = stack.lanes if given.keep_cells or given.low_memory else 0
+    layout = Layout.of(input, stack.hidden_size(), Ragged.of(given.tables))
+    kept = stack.lanes() if given.keep_cells or given.low_memory else 0
     dropped = kept if given.dropout > 0 and not given.low_memory else 0
-    gates = input.new_empty(stack.lanes if given.keep_gates else 0, layout.rows, 4 * stack.hidden_size)
+    gates = input.new_empty(stack.lanes() if given.keep_gates else 0, layout.rows, 4 * stack.hidden_size())
     if given.low_memory:
-        cell = window_cells(input, layout, stack.lanes)
+        cell = window_cells(input, layout, stack.lanes())
     else:
-        rows_of_cells = layout.state_rows if given.keep_cells else layout.start_rows
-        cell = input.new_empty(kept, rows_of_cells, layout.stride, dtype=torch.float32)
+        rows_of_cells = layout.state_rows() if given.keep_cells else layout.start_rows()
+        cell = input.new_empty(kept, rows_of_cells, layout.stride(), dtype=torch.float32)
     return (
-        input.new_empty(kept or stack.directions, layout.state_rows, layout.stride),
-        input.new_empty(dropped, layout.state_rows, layout.stride),
+        input.new_empty(kept or stack.directions, layout.state_rows(), layout.stride()),
+        input.new_empty(dropped, layout.state_rows(), layout.stride()),
         cell,
         gates,
-        input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size),
-        input.new_empty(stack.lanes, layout.batch_size, stack.hidden_size),
+        input.new_empty(stack.lanes(), layout.batch_size, stack.hidden_size()),
+        input.new_empty(stack.lanes(), layout.batch_size, stack.hidden_size()),
     )
 
 
@@ -173,9 +173,9 @@ def _run(
         part_stack, hidden = stack.part(part), buffers.hidden[part]
         input = hidden if aligned_input is None else aligned_input
         weights = part_stack.weights
-        weights_ih = aligned((each.ih for each in weights), layout.stride if part_plan.chained else 0)
-        weights_hh = aligned((each.hh for each in weights), layout.stride)
-        biases_ih, biases_hh = part_stack.biases
+        weights_ih = aligned((each.ih for each in weights), layout.stride() if part_plan.chained else 0)
+        weights_hh = aligned((each.hh for each in weights), layout.stride())
+        biases_ih, biases_hh = part_stack.biases()
         for window in reversed(windows) if part_stack.reverse else windows:
             begins = window.steps.stop if part_stack.reverse else window.steps.start
             if cell_starts is not None and (begins % kept_steps == 0 or begins == layout.time_steps):
@@ -185,7 +185,7 @@ def _run(
             gates = buffers.gates[part]
             if not plan.fuse_input:
                 if not keep_gates:
-                    gates = below.new_empty((part_plan.projected_lanes, rows, 4 * stack.hidden_size))
+                    gates = below.new_empty((part_plan.projected_lanes, rows, 4 * stack.hidden_size()))
                 for at in range(part_plan.projected_lanes):
                     products.project(below_rows[window.rows], weights[at].ih, gates[at])
                     layout.add_preacts(gates[at], start.of(part.start + at), window, part_stack.is_reverse(at))
@@ -209,14 +209,14 @@ def _run(
                 dropout=dropout.probability,
                 dropped_lanes=dropped - part.start,
                 first_lane=launch.first,
-                state_rows=layout.state_rows,
+                state_rows=layout.state_rows(),
                 gate_rows=rows,
                 first_step=window.steps.start,
                 reverse=int(part_stack.reverse),
-                HIDDEN=stack.hidden_size,
-                STATE_STRIDE=layout.stride,
-                HAS_BIAS=stack.bias,
-                KEEP_CELLS=buffers.cell.shape[1] == layout.state_rows,
+                HIDDEN=stack.hidden_size(),
+                STATE_STRIDE=layout.stride(),
+                HAS_BIAS=stack.bias(),
+                KEEP_CELLS=buffers.cell.shape[1] == layout.state_rows(),
                 KEEP_GATES=keep_gates,
                 DROPOUT=dropped > 0,
                 **input_constants_of(plan, input.shape[-1], stride_unit),

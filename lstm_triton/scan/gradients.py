@@ -36,7 +36,7 @@ def of_lane(
         Gradients of the weights, biases in float32; and of what the first steps, and the steps after a reset, start
         from: `h`, `h_reset`, `preact`, `preact_reset`.
     """
-    rows = grad_gates[layout.steps, : 4 * layout.hidden_size]
+    rows = grad_gates[layout.steps(), : 4 * layout.hidden_size]
     weight_ih = weight_hh = bias = first = reset = None
     if needed_weights.ih:
         parts = [products.matmul(rows.t(), each) for each in inputs]
@@ -50,13 +50,9 @@ def of_lane(
         first = layout.first_step_gates(grad_gates, reverse)
     if needed_start.h_reset or needed_start.preact_reset:
         reset = layout.reset_gates(rows, reverse)
-
-    def through_recurrent_weights(gates: Tensor | None) -> Tensor | None:
-        return None if gates is None else products.matmul(gates, products.gate_minor(weights.hh), exact=True)
-
     start = Start(
-        h=through_recurrent_weights(first) if needed_start.h else None,
-        h_reset=through_recurrent_weights(reset) if needed_start.h_reset else None,
+        h=_through_recurrent_weights(first, weights) if needed_start.h else None,
+        h_reset=_through_recurrent_weights(reset, weights) if needed_start.h_reset else None,
         preact=products.gate_major(first.t()).t() if first is not None and needed_start.preact else None,
         preact_reset=products.gate_major(reset.t()).t() if reset is not None and needed_start.preact_reset else None,
     )
@@ -69,6 +65,10 @@ def of_lane(
     return found, start
 
 
+def _through_recurrent_weights(gates: Tensor | None, weights: LaneWeights) -> Tensor | None:
+    return None if gates is None else products.matmul(gates, products.gate_minor(weights.hh), exact=True)
+
+
 def add_absent_steps(grad_h_0: Tensor, grad_h_n: Tensor | None, layout: Layout) -> Tensor:
     """Add the gradient of h_n to that of h_0 where a sequence has no steps: it ends as it begins."""
     if layout.ragged is None or grad_h_n is None:
@@ -78,17 +78,17 @@ def add_absent_steps(grad_h_0: Tensor, grad_h_n: Tensor | None, layout: Layout) 
 
 def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
     """The gradients of all that `needed` says, where forward kept everything."""
-    stack, static, input = saved.stack, saved.static, saved.inputs.input
-    layout = Layout.of(input, stack.hidden_size, saved.fixed.ragged)
+    stack, static, input = saved.stack(), saved.static, saved.inputs.input
+    layout = Layout.of(input, stack.hidden_size(), saved.fixed.ragged())
     grad_gates, grad_cell = invoke(
         scan_backward,
         grads.output,
         grads.h_n,
         grads.c_n,
-        *stack.arguments,
+        *stack.arguments(),
         saved.buffers.cell,
         saved.buffers.gates,
-        saved.fixed.tables,
+        saved.fixed.tables(),
         layout.batch_size,
         grads.cells,
         static.dropout,
@@ -120,7 +120,7 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
     grad_start = stacked(starts)
     if grad_start.h is not None:
         grad_start = grad_start._replace(h=add_absent_steps(grad_start.h, grads.h_n, layout))
-    grad_cell = grad_cell[..., : stack.hidden_size].to(input.dtype)
+    grad_cell = grad_cell[..., : stack.hidden_size()].to(input.dtype)
     return Inputs(
         grad_input,
         grad_start._replace(
@@ -140,7 +140,7 @@ def _read_by(layer: int, saved: Saved, stack: Stack, layout: Layout) -> Sequence
     """What a layer has read: (rows, K) tensors, side by side."""
     if layer > 0:
         buffer = saved.buffers.hidden_dropped if saved.static.dropout > 0 else saved.buffers.hidden
-        return buffer[stack.layer(layer - 1), layout.steps, : layout.hidden_size].unbind()
+        return buffer[stack.layer(layer - 1), layout.steps(), : layout.hidden_size].unbind()
     rows = saved.inputs.input.reshape(layout.rows, -1)
     # There may be anything where no step is.
     return (rows if layout.ragged is None else torch.where(layout.ragged.is_step().unsqueeze(1), rows, 0),)

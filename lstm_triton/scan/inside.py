@@ -20,7 +20,7 @@ def scan_lane_inside(
         input,
         own.h,
         own.c,
-        *stack.arguments,
+        *stack.arguments(),
         keep_cells=True,
         keep_gates=True,
         tables=tables_of(ragged),
@@ -29,7 +29,7 @@ def scan_lane_inside(
         preact_0=own.preact,
         preact_reset=own.preact_reset,
     )
-    layout, shape = Layout.of(input, stack.hidden_size, ragged), input.shape[:-1]
+    layout, shape = Layout.of(input, stack.hidden_size(), ragged), input.shape[:-1]
     output, h = layout.output(hidden, 1, shape), h_n[0]
     if weights.hr is not None:
         output, h = projected(output, weights), end_without_steps(projected(h, weights), start.h, ragged)

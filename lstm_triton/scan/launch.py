@@ -22,7 +22,7 @@ def allows_tf32() -> bool:
 def shape_of(kind: Kind, stack: Stack, steps: Tensor, batch_size: int) -> ScanShape:
     """The shape of one lane of a stack's first layer, whose `steps` have the dtype and the device of the scan."""
     device = Device.of(steps.device)
-    return ScanShape(kind, batch_size, stack.input_size, stack.hidden_size, steps.dtype, device, allows_tf32())
+    return ScanShape(kind, batch_size, stack.input_size(), stack.hidden_size(), steps.dtype, device, allows_tf32())
 
 
 def lookups(layout: Layout, plan: Plan, window: Window, unused: Tensor) -> dict[str, object]:

@@ -33,21 +33,21 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
     caller has checked the arguments. Every tensor gets gradients, of any order: those above the first, and forward-mode
     ones, come from the step-by-step formula (formula.py), in the same dtype.
     """
-    arguments = stack.arguments
+    arguments = stack.arguments()
     weights = arguments[0]
     ragged, return_cells = options.ragged, options.return_cells
-    dropout = float(options.dropout) if stack.num_layers > 1 else 0.0  # an integer would be another type to a kernel
+    dropout = float(options.dropout) if stack.num_layers() > 1 else 0.0  # an integer would be another type to a kernel
     seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
     low_memory = options.low_memory and not return_cells
-    static = Static(stack.directions, stack.bias, stack.reverse, dropout, low_memory, return_cells)
+    static = Static(stack.directions, stack.bias(), stack.reverse, dropout, low_memory, return_cells)
     fixed, inputs = Fixed(seed, *tables_of(ragged)), Inputs(input, start, weights)
     count = 4 if return_cells else 3
     if transforms.in_forward_mode():
         return stack_by_formula(inputs, static, fixed)[:count]
     if torch.is_grad_enabled() and (transforms.active() or _any_requires_grad(inputs)):
-        return tuple(Scan.apply(*static, *fixed, *inputs.flat)[:count])  # type: ignore[no-untyped-call]
+        return tuple(Scan.apply(*static, *fixed, *inputs.flat())[:count])  # type: ignore[no-untyped-call]
     if is_single_step(input.shape[0], ragged is not None, dropout > 0, fuse_input=start.preact is None):
-        output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, stack.directions, stack.bias)
+        output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, stack.directions, stack.bias())
         results = (output.unsqueeze(0), h_n, c_n)
         return (*results, c_n.unsqueeze(1)) if return_cells else results
     hidden, _, cell, _, h_n, c_n = invoke(
@@ -58,7 +58,7 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
         *arguments,
         return_cells,
         False,
-        fixed.tables,
+        fixed.tables(),
         start.h_reset,
         start.c_reset,
         dropout,
@@ -66,19 +66,19 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
         start.preact,
         start.preact_reset,
     )
-    layout, shape = Layout.of(input, stack.hidden_size, ragged), input.shape[:-1]
+    layout, shape = Layout.of(input, stack.hidden_size(), ragged), input.shape[:-1]
     results = (layout.output(hidden, stack.directions, shape), h_n, c_n)
     return (*results, layout.cells(cell, input.dtype, shape)) if return_cells else results
 
 
 def _any_requires_grad(inputs: Inputs) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in inputs.flat)
+    return any(tensor is not None and tensor.requires_grad for tensor in inputs.flat())
 
 
 def scan_projected_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
     """`scan_layers` with projections: h has P elements. All outputs of a layer are projected at once."""
     ends = []
-    for layer in range(stack.num_layers):
+    for layer in range(stack.num_layers()):
         lanes = stack.layer(layer)
         part = stack.part(lanes)
         folded_lanes = [folded(weights, start.of(lanes.start + at)) for at, weights in enumerate(part.weights)]
@@ -92,7 +92,7 @@ def scan_projected_layers(input: Tensor, start: Start, stack: Stack, options: Op
         input = torch.cat([projected(y, weights) for y, weights in outputs], dim=-1)
         h_n = torch.stack([projected(y, weights) for y, weights in zip(y_n, part.weights, strict=True)])
         ends.append((end_without_steps(h_n, start.of(lanes).h, options.ragged), *others))
-        if options.dropout > 0 and layer < stack.num_layers - 1:
+        if options.dropout > 0 and layer < stack.num_layers() - 1:
             input = torch.nn.functional.dropout(input, options.dropout)
     return input, *(torch.cat(each) for each in zip(*ends, strict=True))
 

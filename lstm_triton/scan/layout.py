@@ -35,28 +35,23 @@ class Layout(NamedTuple):
     def of(steps: Tensor, hidden_size: int, ragged: Ragged | None) -> "Layout":
         """For steps (T, B, ...), or of a ragged batch (rows, ...)."""
         if ragged is not None:
-            return Layout(ragged.time_steps, steps.shape[0], ragged.batch_size, hidden_size, ragged)
+            return Layout(ragged.time_steps(), steps.shape[0], ragged.batch_size(), hidden_size, ragged)
         time_steps, batch_size = steps.shape[:2]
         return Layout(time_steps, time_steps * batch_size, batch_size, hidden_size)
 
-    @property
     def stride(self) -> int:
         return state_stride(self.hidden_size)
 
-    @property
     def start_rows(self) -> int:
         """Rows of the states that sequences start from, in one direction: initial states, and those after a reset."""
         return (1 if self.ragged is None else 2) * self.batch_size
 
-    @property
     def state_rows(self) -> int:
-        return self.rows + self.batch_size + self.start_rows
+        return self.rows + self.batch_size + self.start_rows()
 
-    @property
     def steps(self) -> slice:
         return slice(self.batch_size, self.batch_size + self.rows)
 
-    @property
     def resets(self) -> slice:
         """The states after a reset, of a ragged batch."""
         return slice(self.rows + 2 * self.batch_size, None)
@@ -82,12 +77,14 @@ class Layout(NamedTuple):
         """The first step of each sequence; of a sequence without steps, a row of no step."""
         return self.last(not reverse)
 
-    def hidden_before(self, hidden: Tensor, reverse: bool, rows: slice = slice(None)) -> Tensor:
+    def hidden_before(self, hidden: Tensor, reverse: bool, rows: slice | None = None) -> Tensor:
         """(rows, H) the h that steps, or some of their rows, start from, out of a lane's state rows."""
         if self.ragged is None:
-            return hidden[self.previous(reverse), : self.hidden_size][rows]
+            found = hidden[self.previous(reverse), : self.hidden_size]
+            return found if rows is None else found[rows]
         sources = self.ragged.sources(reverse)
-        sources = torch.where(sources >= 0, sources, self.ragged.own_rows())[rows]
+        sources = torch.where(sources >= 0, sources, self.ragged.own_rows())
+        sources = sources if rows is None else sources[rows]
         return hidden.index_select(0, sources)[:, : self.hidden_size]
 
     def first_step_gates(self, grad_gates: Tensor, reverse: bool) -> Tensor:
@@ -129,13 +126,13 @@ class Layout(NamedTuple):
 
     def output(self, hidden: Tensor, directions: int, shape: torch.Size) -> Tensor:
         """The outputs of the last layer, (*shape, directions * H), out of the state rows of h."""
-        lanes = hidden[-directions:, self.steps, : self.hidden_size]
+        lanes = hidden[-directions:, self.steps(), : self.hidden_size]
         lanes = lanes.view(directions, *shape, self.hidden_size)
         return lanes[0].contiguous() if directions == 1 else torch.cat(lanes.unbind(), dim=-1)
 
     def cells(self, cell: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
         """(lanes, *shape, H) every c_t, out of the state rows of c; 0 where there is no step."""
-        cells = cell[:, self.steps, : self.hidden_size].to(dtype)
+        cells = cell[:, self.steps(), : self.hidden_size].to(dtype)
         if self.ragged is not None:
             return torch.where(self.ragged.is_step().unsqueeze(1), cells, 0)
         return cells.view(-1, *shape, self.hidden_size)

@@ -40,15 +40,15 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
         start.c_reset,
         start.preact,
         start.preact_reset,
-        *saved.stack.arguments,
+        *saved.stack().arguments(),
         saved.buffers.hidden,
         saved.buffers.cell,
-        saved.fixed.tables,
+        saved.fixed.tables(),
         saved.static.dropout,
         saved.fixed.seed,
         needed.input,
     )
-    return Inputs.of([grad if need else None for grad, need in zip(found, needed.flat, strict=True)])
+    return Inputs.of([grad if need else None for grad, need in zip(found, needed.flat(), strict=True)])
 
 
 @torch.library.custom_op("lstm_triton::low_memory_gradients", mutates_args=())
@@ -81,20 +81,20 @@ def low_memory_gradients(
     """
     stack, drop = Stack.of(weights, directions, bias, reverse), Dropout(dropout, seed)
     start = Start(c_reset=c_reset, preact=preact_0, preact_reset=preact_reset)
-    layout = Layout.of(input, stack.hidden_size, Ragged.of(tables))
+    layout = Layout.of(input, stack.hidden_size(), Ragged.of(tables))
     grads = Grads(grad_output, grad_h_n, grad_c_n, None)
     read = _Read(input, hidden, stack, layout, drop)
     grad_rows = None if grads.output is None else grads.output.reshape(layout.rows, -1)
     grad_starts: dict[int, Start] = {}
     grad_weights: dict[int, LaneWeights] = {}
-    for layer in reversed(range(stack.num_layers)):
-        lanes = range(stack.lanes)[stack.layer(layer)]
+    for layer in reversed(range(stack.num_layers())):
+        lanes = range(stack.lanes())[stack.layer(layer)]
         grad_below = None
         if layer > 0 or of_input:
             grad_below = input.new_zeros(layout.rows, stack.weights[lanes.start].ih.shape[1])
         for lane in lanes:
             own_grads = Grads(
-                _output_of(grad_rows, lane % directions, stack.hidden_size),
+                _output_of(grad_rows, lane % directions, stack.hidden_size()),
                 None if grads.h_n is None else grads.h_n[lane : lane + 1],
                 None if grads.c_n is None else grads.c_n[lane : lane + 1],
                 None,
@@ -106,9 +106,9 @@ def low_memory_gradients(
         grad_rows = grad_below
     grad_input = input.new_empty(0) if grad_rows is None else grad_rows.view(input.shape)
     grad_start = [
-        torch.stack(states) for states in zip(*(grad_starts[lane] for lane in range(stack.lanes)), strict=True)
+        torch.stack(states) for states in zip(*(grad_starts[lane] for lane in range(stack.lanes())), strict=True)
     ]
-    found = [*grad_start, *(weight for lane in range(stack.lanes) for weight in grad_weights[lane].given)]
+    found = [*grad_start, *(weight for lane in range(stack.lanes()) for weight in grad_weights[lane].given())]
     return [grad_input, *(total.to(input.dtype) for total in found)]
 
 
@@ -116,11 +116,13 @@ def low_memory_gradients(
 def _(*arguments: Any) -> list[Tensor]:
     given = named(low_memory_gradients, arguments)
     stack = Stack.of(given.weights, given.directions, given.bias)
-    batch_size = Layout.of(given.input, stack.hidden_size, Ragged.of(given.tables)).batch_size
-    sizes = (stack.hidden_size,) * 4 + (4 * stack.hidden_size,) * 2  # of h, c, h_reset, c_reset, preact, preact_reset
+    batch_size = Layout.of(given.input, stack.hidden_size(), Ragged.of(given.tables)).batch_size
+    sizes = (stack.hidden_size(),) * 4 + (
+        4 * stack.hidden_size(),
+    ) * 2  # of h, c, h_reset, c_reset, preact, preact_reset
     return [
         given.input.new_empty(given.input.shape if given.of_input else 0),
-        *(given.input.new_empty(stack.lanes, batch_size, size) for size in sizes),
+        *(given.input.new_empty(stack.lanes(), batch_size, size) for size in sizes),
         *(weight.new_empty(weight.shape) for weight in given.weights),
     ]
 
@@ -139,8 +141,8 @@ class _Read:
         layer = lane // self.stack.directions
         if layer == 0:
             return self.input[rows]
-        layout, lanes = self.layout, range(self.stack.lanes)[self.stack.layer(layer - 1)]
-        outputs = [self.hidden[below, layout.steps, : layout.hidden_size][rows] for below in lanes]
+        layout, lanes = self.layout, range(self.stack.lanes())[self.stack.layer(layer - 1)]
+        outputs = [self.hidden[below, layout.steps(), : layout.hidden_size][rows] for below in lanes]
         if self.dropout.probability > 0:
             outputs = [
                 self.dropout.applied(below, each, rows.start) for below, each in zip(lanes, outputs, strict=True)
@@ -187,10 +189,10 @@ def _of_lane(
         products.project(rows, weights.ih, gates[0])
         layout.add_preacts(gates[0], start, window, reverse)
         products.project(hidden_before, weights.hh, gates[0], add=True)
-        cell = cell_starts.new_empty(1, own.state_rows, own.stride)
+        cell = cell_starts.new_empty(1, own.state_rows(), own.stride())
         cell[0, own.initial(reverse)] = cell_starts[number]
         if own.ragged is not None:
-            cell[0, own.resets, :hidden_size] = 0 if start.c_reset is None else start.c_reset
+            cell[0, own.resets(), :hidden_size] = 0 if start.c_reset is None else start.c_reset
         recompute_gates(gates, cell, alone, own)
 
         output = None if grads.output is None else grads.output[window.rows]
@@ -198,15 +200,15 @@ def _of_lane(
             output = output.unflatten(0, (-1, batch_size))
         tables = () if own.ragged is None else tuple(own.ragged)
         grad_gates, grad_cell = invoke(
-            scan_backward, output, grad_h, grad_c, *alone.arguments, cell, gates, tables, batch_size
+            scan_backward, output, grad_h, grad_c, *alone.arguments(), cell, gates, tables, batch_size
         )
         found, found_start = of_lane(
             grad_gates[0], own, reverse, weights, [rows], hidden_before, every_weight, every_start
         )
-        for sum_, each in zip(sums.given, weights.of_given(found), strict=True):
+        for sum_, each in zip(sums.given(), weights.of_given(found), strict=True):
             sum_ += each
         if grad_below is not None:
-            rows_gates = grad_gates[0, own.steps, : 4 * hidden_size]
+            rows_gates = grad_gates[0, own.steps(), : 4 * hidden_size]
             grad_below[window.rows] += products.matmul(rows_gates, products.gate_minor(weights.ih))
 
         # Into the states that the window starts from, and so into the window before it.

@@ -19,7 +19,7 @@ from .layout import Layout
 def input_gradient(grad_gates: Tensor, weights: Sequence[LaneWeights], layout: Layout) -> Tensor:
     """(rows, I) from a layer's grad_gates and its lanes' weights."""
     products = [
-        matmul(lane[layout.steps, : 4 * layout.hidden_size], gate_minor(own.ih))
+        matmul(lane[layout.steps(), : 4 * layout.hidden_size], gate_minor(own.ih))
         for lane, own in zip(grad_gates, weights, strict=True)
     ]
     return products[0] if len(products) == 1 else products[0] + products[1]

@@ -19,8 +19,8 @@ def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -
 
     ragged, batch_size = layout.ragged, layout.batch_size
     block_batch, block_hidden = RECOMPUTE_BLOCK
-    grid = (-(-batch_size // block_batch), -(-stack.hidden_size // block_hidden))
-    biases_ih, biases_hh = stack.biases
+    grid = (-(-batch_size // block_batch), -(-stack.hidden_size() // block_hidden))
+    biases_ih, biases_hh = stack.biases()
     arguments = {
         "gates_ptr": gates,
         "bias_ih_ptr": biases_ih[0] if biases_ih else gates,
@@ -34,9 +34,9 @@ def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -
         "reverse": int(stack.reverse),
     }
     constants = {
-        "HIDDEN": stack.hidden_size,
-        "STATE_STRIDE": layout.stride,
-        "HAS_BIAS": stack.bias,
+        "HIDDEN": stack.hidden_size(),
+        "STATE_STRIDE": layout.stride(),
+        "HAS_BIAS": stack.bias(),
         "RAGGED": ragged is not None,
         "BLOCK_BATCH": block_batch,
         "BLOCK_HIDDEN": block_hidden,

@@ -35,14 +35,12 @@ class Fixed(NamedTuple):
     offsets: Tensor | None = None
     lengths: Tensor | None = None
 
-    @property
     def tables(self) -> tuple[Tensor, ...]:
         """As operators take them."""
         return tuple(table for table in self[1:] if table is not None)
 
-    @property
     def ragged(self) -> Ragged | None:
-        return Ragged.of(self.tables)
+        return Ragged.of(self.tables())
 
 
 class Inputs(NamedTuple):
@@ -57,7 +55,6 @@ class Inputs(NamedTuple):
         count = 1 + len(Start._fields)
         return Inputs(flat[0], Start(*flat[1:count]), flat[count:])
 
-    @property
     def flat(self) -> tuple[Any, ...]:
         return self.input, *self.start, *self.weights
 
@@ -84,15 +81,12 @@ class Saved(NamedTuple):
         fixed, end = len(Fixed._fields), len(Fixed._fields) + len(Buffers._fields)
         return Saved(Static(*static), Fixed(*tensors[:fixed]), Buffers(*tensors[fixed:end]), Inputs.of(tensors[end:]))
 
-    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return *self.fixed, *self.buffers, *self.inputs.flat
+        return *self.fixed, *self.buffers, *self.inputs.flat()
 
-    @property
     def stack(self) -> Stack:
         return stack_of(self.static, self.inputs)
 
-    @property
     def dropout(self) -> Dropout:
         return Dropout(self.static.dropout, self.fixed.seed)
 

@@ -19,6 +19,7 @@ from torch.torch_version import TorchVersion
 import lstm_triton
 from lstm_triton import interpreter
 from tests.support.comparing import assert_same, run, twins
+from tests.support.processes import output_of_python
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler: there is no g++")
 
@@ -30,6 +31,12 @@ SIZES = [(5, 2), (4, 3), (7, 4), (3, 6)]  # not 1: PyTorch makes graphs of their
 
 
 # --- torch.compile ---
+
+
+def test_calls_through_the_kernels_in_one_graph() -> None:
+    """Traced for a pretended GPU, also by versions of PyTorch whose Triton cannot interpret the kernels."""
+    pytest.importorskip("triton")
+    assert output_of_python("-m", "tests.support.traced_calls").splitlines()[-1] == "a cell, training"
 
 
 @needs_compiler
