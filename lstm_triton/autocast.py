@@ -1,4 +1,4 @@
-"""Autocast: which dtype it gives to tensors, and off."""
+"""Autocast: which dtype it gives to tensors, and how to turn it off."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def autocast_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The dtype autocast gives to tensors of one device; None: it is off, or leaves them alone as it does float64."""
+    """The dtype that autocast gives to tensors of one device. None: it is off, or keeps their dtypes, as for float64."""
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
@@ -19,7 +19,7 @@ def autocast_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Autocast off, inside the `with` block; nothing at all where it is off anyway."""
+    """A context in which autocast is off. It does nothing if autocast is off already."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

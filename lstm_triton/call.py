@@ -1,4 +1,4 @@
-"""One call of an LSTM or of an LSTMCell: its arguments, checked, as one record.
+"""The checked arguments of one call of an LSTM or of an LSTMCell, as one record.
 
 A record that torch.compile traces has methods and no properties: PyTorch 2.9 cannot trace a property of a NamedTuple.
 """
@@ -19,7 +19,7 @@ MEMORY: tuple[str, ...] = get_args(Memory)
 
 
 class Call(NamedTuple):
-    """The arguments of one call of an LSTM, checked, and with a batch dimension even if the input has none."""
+    """The checked arguments of one call of an LSTM. They have a batch dimension, even if the caller's input has none."""
 
     data: Tensor  # (T, B, I), with batch_first (B, T, I), or the rows of a packed sequence (sum of lengths, I)
     batch_sizes: Tensor | None  # (T,), of a packed sequence
@@ -49,15 +49,15 @@ class Call(NamedTuple):
         return self.output_size < self.hidden_size
 
     def dense(self) -> bool:
-        """Whether every sequence has every step, and starts at its end only."""
+        """Whether every sequence has T steps, and no sequence is reset."""
         return self.batch_sizes is None and self.lengths is None and self.resets is None
 
     def autocast_dtype(self) -> torch.dtype | None:
-        """The dtype that autocast gives to all tensors; None: it is off, or leaves them alone, as it does float64."""
+        """The dtype that autocast gives to all tensors. None: autocast is off, or keeps their dtypes, as for float64."""
         return autocast_dtype(self.tensors())
 
     def ragged(self) -> Ragged | None:
-        """Which step follows on which; None for a dense call."""
+        """The tables of a ragged call: which step follows which. None for a dense call."""
         device = self.data.device
         if self.batch_sizes is not None:
             return packed(self.batch_sizes, device)
@@ -66,7 +66,7 @@ class Call(NamedTuple):
         return None
 
     def prepared(self) -> tuple[Tensor, Start, Stack, Ragged | None]:
-        """What computes a stack takes: input (T, B, I) or (rows, I), in the dtype of autocast, the start, the stack."""
+        """Input (T, B, I) or (rows, I), start, stack and tables, as `ScanLayers` take them, in the dtype of autocast."""
         input, weights, ragged = self.data, self.weights, self.ragged()
         start = Start(*(self.states or (None, None)), *(self.reset_state or (None, None)))
         dtype = self.autocast_dtype()
@@ -81,7 +81,7 @@ class Call(NamedTuple):
 
 
 class CellCall(NamedTuple):
-    """The arguments of one call of an LSTMCell, checked, and with a batch dimension even if the input has none."""
+    """The checked arguments of one call of an LSTMCell. They have a batch dimension, even if the input has none."""
 
     data: Tensor  # (B, I)
     states: States | None  # (B, H) each
@@ -94,5 +94,5 @@ class CellCall(NamedTuple):
         return [self.data, *(self.states or ()), *self.weights]
 
     def autocast_dtype(self) -> torch.dtype | None:
-        """As that of `Call`."""
+        """As in `Call`."""
         return autocast_dtype(self.tensors())

@@ -1,4 +1,4 @@
-"""What is refused, in whose words; and how each caller makes its `Call`."""
+"""The checks of arguments, with all error messages. Every caller makes its `Call` here."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,10 @@ def check_arguments(
     return_cells: bool = False,
     memory: str = "full",
 ) -> Call:
-    """Refuse what `torch.nn.LSTM` refuses, in its words and order, and wrong states of packed sequences as well."""
+    """Check the arguments of an LSTM. What `torch.nn.LSTM` refuses is refused in its words and in its order.
+
+    Wrong states of packed sequences are refused as well.
+    """
     directions = 2 if bidirectional else 1
     input_size, hidden_size = _check_weights(weights, num_layers, bias, directions, proj_size)
     output_size = proj_size or hidden_size
@@ -140,7 +143,8 @@ def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], d
         raise ValueError(f"lengths must be on the input's device, {device}, got {lengths.device}")
     fits = ((lengths >= 0) & (lengths <= time_steps)).all()
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
-        # Raising an exception would wait for the device; a number in the message would be one graph for each number.
+        # To raise an exception, the host would wait for the device. With a number in the message, torch.compile would
+        # compile one graph for each number.
         torch._assert_async(fits, "lengths must be from 0 to T, the number of time steps")
     elif not transforms.plain(fits).all():
         given = transforms.plain(lengths).tolist()
@@ -185,9 +189,9 @@ def _checked_reset_state(
 def _check_weights(
     weights: Sequence[Tensor], num_layers: int, bias: bool, directions: int, proj_size: int
 ) -> tuple[int, int]:
-    """The input size and the hidden size, which the first weight tells, if all weights have the sizes they imply.
+    """Check the sizes of all weights. Returns the input size and the hidden size, which the first weight tells.
 
-    PyTorch's own function does not look at all of them, and reads past the end of a weight that is too small.
+    PyTorch's own function does not check every weight. It reads past the end of a weight that is too small.
     """
     if num_layers <= 0:
         raise ValueError("num_layers must be greater than zero")
@@ -227,7 +231,7 @@ def call_of_module(
     caller: str = "explain",
     **sequences: Any,
 ) -> "Call":
-    """The call that a module would make, its arguments checked; `sequences` are lengths, resets and reset_state."""
+    """The checked call that a module would make. `sequences` are lengths, resets and reset_state."""
     if not isinstance(module, nn.RNNBase) or module.mode != "LSTM":
         takes = "an lstm_triton.LSTM or a torch.nn.LSTM"
         if caller == "explain":
@@ -249,11 +253,11 @@ def call_of_module(
     )
 
 
-VF_LSTM_ARGUMENTS = 9  # all of them positional, with which nn.LSTM calls it
+VF_LSTM_ARGUMENTS = 9  # nn.LSTM calls torch._VF.lstm with so many, all positional
 
 
 def call_of_vf_lstm(arguments: tuple[Any, ...]) -> Call | None:
-    """The checked call; None: the arguments are wrong, which PyTorch's function says best itself."""
+    """The checked call of `torch._VF.lstm`; None: the arguments are wrong, and PyTorch's function says best how."""
     if len(arguments) != VF_LSTM_ARGUMENTS:
         return None
     input, *others = arguments
@@ -261,7 +265,7 @@ def call_of_vf_lstm(arguments: tuple[Any, ...]) -> Call | None:
     hx, weights, *shared, batch_first = (*others[1:], False) if packed else others
     options = dict(zip(("bias", "num_layers", "dropout", "training", "bidirectional"), shared, strict=True))
     try:
-        if input.dim() == 2 and not packed:  # nn.LSTM adds the dimension of the batch before
+        if input.dim() == 2 and not packed:  # no call of nn.LSTM, which adds a batch dimension first
             return None
         output_size = weights[1].shape[1]
         proj_size = output_size if output_size != weights[0].shape[0] // 4 else 0
@@ -272,7 +276,7 @@ def call_of_vf_lstm(arguments: tuple[Any, ...]) -> Call | None:
 
 
 def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall | None:
-    """The call that a cell would make, with a batch dimension; None for what `nn.LSTMCell` is left to judge."""
+    """The call that a cell would make, with a batch dimension; None: `nn.LSTMCell` itself judges the arguments."""
     states: list[Tensor] = [] if hx is None else list(hx)
     if isinstance(hx, Tensor) or (hx is not None and len(states) != 2):
         return None
@@ -297,7 +301,7 @@ def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall | None:
 
 
 def checked_call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall:
-    """`call_of_cell`, with the error that the call itself would raise."""
+    """`call_of_cell`; wrong arguments raise the error that the cell itself would raise."""
     call = call_of_cell(cell, input, hx)
     if call is None:
         nn.LSTMCell.forward(cell, input, hx)

@@ -1,4 +1,4 @@
-"""What a call would do, without computing any of it: `explain`."""
+"""`explain`: what a call would do, without computing it."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -31,10 +31,10 @@ class ScanLaunch:
     """One launch of a kernel of this library.
 
     Attributes:
-        kind: "forward" or "backward"; of an LSTMCell "cell" or "cell backward".
-        lanes: the positions in `Explanation.layers` that it computes.
-        plan: its sizes, if they were chosen.
-        times: how often it is launched, for window after window of time.
+        kind: "forward" or "backward"; for single steps "cell" or "cell backward".
+        lanes: the lanes that the launch computes, as positions in `Explanation.layers`.
+        plan: the sizes that the planner chose; None if it chose none.
+        times: how often the kernel is launched, over all windows of time.
     """
 
     kind: Literal["forward", "backward", "cell", "cell backward"]
@@ -49,8 +49,8 @@ class Explanation:
 
     Attributes:
         layers: every direction of every layer.
-        scans: the launches of this library's kernels: forward, and where gradients are enabled backward, both as if
-            some were needed. What PyTorch launches is not counted.
+        scans: the launches of this library's kernels: forward, and if gradients are enabled backward. With gradients
+            enabled, `explain` assumes that some are needed. PyTorch's own launches are not counted.
     """
 
     module: str
@@ -94,12 +94,13 @@ def explain(
     input: Tensor | PackedSequence,
     hx: tuple[Tensor, Tensor] | list[Tensor] | None = None,
 ) -> Explanation:
-    """What `module(input, hx)` would do here and now, without computing any of it.
+    """What `module(input, hx)` would do here and now, without computing it.
 
     Args:
-        module: an `lstm_triton.LSTM` or `LSTMCell`, or one of `nn`, of which is told what it would do as the former.
+        module: an `LSTM` or `LSTMCell` of lstm_triton, or of `torch.nn`. A module of `torch.nn` is explained as if it
+            were the module of lstm_triton.
         input, hx: as the module takes them. An input on the "meta" device, which has sizes but no memory, stands for
-            one on the device of the module's weights.
+            an input on the device of the module's weights.
 
     Raises:
         TypeError: the module is no LSTM.
@@ -137,7 +138,7 @@ def _explained_cell(module: nn.LSTMCell, input: object, hx: object) -> Explanati
 
 
 def _stand_in(call: Call | CellCall) -> Tensor:
-    """A tensor like the data, of one element of memory, on the device of the weights."""
+    """A tensor with the shape and dtype of the data, but one element of memory, on the device of the weights."""
     return call.weights[0].new_empty(1, dtype=call.data.dtype).expand(call.data.shape)
 
 
@@ -145,7 +146,7 @@ def _launches_of_lstm(call: Call, dtype: torch.dtype) -> list[ScanLaunch]:
     from .scan.schedule import is_single_step
 
     trains = torch.is_grad_enabled()
-    # States that are no h of a projected layer add their share to input projections that are in memory.
+    # The given h of projected layers is added to input projections in memory (`Start.preact`).
     fuse_input = not (call.projected() and (call.states is not None or call.reset_state is not None))
     has_dropout = call.training and call.dropout > 0 and call.num_layers > 1 and not call.projected()
     if not trains and is_single_step(call.time_steps, not call.dense(), has_dropout, fuse_input):
@@ -165,7 +166,7 @@ def _scans(kind: "Kind", call: Call, dtype: torch.dtype, fuse_input: bool) -> li
 
     trains, device = torch.is_grad_enabled(), Device.of(call.data.device)
     low_memory = trains and call.low_memory
-    # Projected layers are scanned one by one: what lies between two of them is a product of its own.
+    # Projected layers are scanned one by one: between two of them, a matrix product projects the output.
     layers_together = 1 if call.projected() else call.num_layers
     found: list[ScanLaunch] = []
     for layer in range(0, call.num_layers, layers_together):

@@ -1,8 +1,8 @@
 """The kernels on the CPU: Triton's interpreter, with all programs of a launch taking turns.
 
 Triton's own interpreter runs one program to its end before the next one starts, so programs that wait for each other
-would hang. Here each program is a greenlet that yields wherever it loads what a peer may have to write first, and
-wherever it stores; a seeded random schedule picks who goes on. The same seed gives the same schedule.
+would hang. Here each program is a greenlet. It yields before every load for which it may have to wait, and after every
+store. A random schedule chooses the program that goes on. The same seed gives the same schedule.
 
 Needs TRITON_INTERPRET=1 in the environment before Triton is first imported, Triton 3.6 or later, and the package
 greenlet.
@@ -23,7 +23,7 @@ from .target import Gpus, running_on
 
 
 class Interpreted(Gpus):
-    """The CPU as well, on which Triton's interpreter runs the kernels."""
+    """GPUs, and also the CPU, on which Triton's interpreter runs the kernels."""
 
     def takes(self, device: torch.device) -> bool:
         return device.type == "cpu" or super().takes(device)
@@ -46,7 +46,7 @@ def interpret(seed: int = 0) -> Iterator[None]:
     """Route CPU tensors through the Triton kernels inside the `with` block.
 
     Args:
-        seed: of the random schedule in which a launch's programs take turns.
+        seed: the seed of the random schedule in which a launch's programs take turns.
 
     Raises:
         RuntimeError: TRITON_INTERPRET=1 was not set before Triton was imported, Triton is too old, or greenlet is
@@ -68,7 +68,7 @@ def interpret(seed: int = 0) -> Iterator[None]:
 
 @functools.cache
 def _install() -> None:
-    """Teach Triton's interpreter to take turns, and to compute in bfloat16, which it holds as raw integers."""
+    """Teach Triton's interpreter to take turns, and to compute in bfloat16, which it stores as raw integers."""
     try:
         import greenlet
     except ImportError:
@@ -131,8 +131,8 @@ def _install() -> None:
     prepared: set[str] = set()
 
     def patch_lang(function: Any) -> Any:
-        # Triton prepares the language anew for every function that a program calls: once a launch is enough, for each
-        # of the two modules that functions may know it by.
+        # Triton patches triton.language again for every function that a program calls. Once in a launch is enough, for
+        # each of the two modules under which functions know the language.
         if schedule.scheduler is None:
             prepared.clear()
         elif function.__module__ in prepared:
@@ -156,12 +156,12 @@ def _install() -> None:
 
 
 class _Program:
-    """A kernel for Triton's executor, which calls it once for each program of the grid: `run` gets the call instead."""
+    """Replaces a kernel in Triton's executor, which calls it once for each program. `run` gets these calls."""
 
     def __init__(self, kernel: Callable[..., None], run: Callable[[Callable[[], None]], None]) -> None:
         self.kernel = kernel
         self.run = run
-        # What the executor asks of a function.
+        # The attributes that the executor reads from a function.
         self.__name__ = kernel.__name__
         self.__globals__ = kernel.__globals__
         self.__signature__ = inspect.signature(kernel)
@@ -181,7 +181,7 @@ class _Schedule:
         self.switches_since_store = 0
 
     def take_turns(self, stored: bool) -> None:
-        """Called by a program where the others may go on."""
+        """A program calls this method where other programs may go on."""
         if self.scheduler is not None:
             self.switches_since_store = 0 if stored else self.switches_since_store + 1
             self.scheduler.switch()

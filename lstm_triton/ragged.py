@@ -1,11 +1,11 @@
-"""Ragged batches: sequences differ in length, or are reset on the way. Tables say which step follows on which.
+"""Ragged batches: sequences differ in length, or are reset on the way. Tables say which step follows which.
 
-The tables are the same for every layer and direction. They are made on the device, and the host does not wait for a
-value. The kernels look their rows up in the tables (kernels/turns.py), and the formula gets its masks from them.
+All layers and directions share the tables. The host does not wait for the device when it makes the tables. The kernels
+look up their rows in the tables (kernels/turns.py). The formula takes its masks from the tables.
 
 The rows of the steps are numbered as they lie in memory, step after step: row t * B + b, or offsets[t] + b if packed.
-State rows (kernels/forward.py) are, in order: B initial states, the rows of the steps, B initial states of the reverse
-direction, B states after a reset.
+State rows (kernels/forward.py) are, in order: B initial states of the forward direction, the rows of the steps, B
+initial states of the reverse direction, B reset states.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 class Ragged(NamedTuple):
-    """The tables; T time steps, B sequences, and `rows` steps of all of them.
+    """The tables of T time steps and B sequences. `rows` counts the rows of all steps.
 
     Attributes:
         before, after: (rows,) int32. For each step the state row that it starts from, forward in time (`before`) and
-            backward in time (`after`). The state row is that of the neighbouring step, of the initial state of the
-            direction, or of the state after a reset. -1: the row holds no step, since its sequence has ended.
+            backward in time (`after`). It is the row of the neighbouring step, of the direction's initial state, or of
+            the reset state. -1: the row holds no step, since its sequence has ended.
         offsets: (T + 1,) int32, the first row of each time step, and the number of rows.
         lengths: (B,) int32.
     """
@@ -33,7 +33,7 @@ class Ragged(NamedTuple):
 
     @staticmethod
     def of(tables: Sequence[Tensor]) -> "Ragged | None":
-        """From what `tables_of` gave: operators take tables as a list."""
+        """The inverse of `tables_of`."""
         return Ragged(*tables) if tables else None
 
     def time_steps(self) -> int:
@@ -52,8 +52,8 @@ class Ragged(NamedTuple):
     def successors(self, reverse: bool) -> Tensor:
         """(rows,) for each step, the state row whose gradient flows back into the step; -1 for no step.
 
-        Inside a sequence it is the next step's row. For the last step of a sequence it is the row behind the sequence,
-        and for the last step before a reset it is the row of the state after the reset: both hold zeros.
+        Inside a sequence it is the next step's row. For the last step of a sequence it is the row behind the sequence.
+        For the last step before a reset it is the row of the reset state. Both of these rows hold zeros.
         """
         if not reverse:
             return self.after
@@ -62,19 +62,19 @@ class Ragged(NamedTuple):
         return torch.where((rows < self.offsets[1]) & self.is_step(), rows, self.before)
 
     def is_reset(self, reverse: bool) -> Tensor:
-        """(rows,) bool: which steps start from the state after a reset."""
+        """(rows,) bool: which steps start from the reset state."""
         return self.sources(reverse) >= 2 * self.batch_size() + self.rows()
 
     def is_step(self) -> Tensor:
-        """(rows,) bool"""
+        """(rows,) bool: which rows hold a step."""
         return self.before >= 0
 
     def own_rows(self) -> Tensor:
-        """(rows,) the steps' own state rows."""
+        """(rows,) the state row of each step itself."""
         return torch.arange(self.rows(), device=self.before.device) + self.batch_size()
 
     def ends(self, reverse: bool) -> Tensor:
-        """(B,) the state row of the last step in one direction; of a sequence without steps, its initial state's."""
+        """(B,) the state row of the last step in one direction; for a sequence without steps, of its initial state."""
         sequences = torch.arange(self.batch_size(), device=self.lengths.device)
         if reverse:
             last, initial = self.batch_size() + sequences, self.batch_size() + self.rows() + sequences
@@ -84,12 +84,13 @@ class Ragged(NamedTuple):
         return torch.where(self.lengths > 0, last, initial)
 
     def firsts(self, reverse: bool) -> Tensor:
-        """(B,) the state row of the first step in one direction; of a sequence without steps, one of no step."""
+        """(B,) the state row of the first step in one direction; for a sequence without steps, one without a step."""
         return self.ends(not reverse)
 
     def window(self, steps: slice, rows: slice) -> "Ragged":
-        """The tables of some of the time steps, given with their rows: a batch whose initial states are those at its
-        ends, in either direction.
+        """The tables of a window: some of the time steps, given with their rows.
+
+        The states at the two ends of the window become the initial states of the two directions.
         """
         count = rows.stop - rows.start
         offsets = self.offsets[steps.start : steps.stop + 1] - rows.start
@@ -99,7 +100,7 @@ class Ragged(NamedTuple):
 
         def renumbered(table: Tensor, outside: Tensor) -> Tensor:
             found = table[rows]
-            row = found - self.batch_size() - rows.start  # of the step, if it is one of the window's
+            row = found - self.batch_size() - rows.start  # within the window, if the step is in the window
             is_reset = found >= self.rows() + 2 * self.batch_size()
             outside = torch.where((row >= 0) & (row < count), row + self.batch_size(), outside)
             found = torch.where(is_reset, found - self.rows() + count, torch.where(found >= 0, outside, -1))
@@ -111,18 +112,18 @@ class Ragged(NamedTuple):
         return Ragged(before, after, offsets, lengths)
 
     def starts_from_initial(self, reverse: bool) -> Tensor:
-        """(B,) bool: which sequences have a first step that starts from the initial state, and not from a reset."""
+        """(B,) bool: which sequences have a first step that starts from the initial state, not from the reset state."""
         firsts = (self.firsts(reverse) - self.batch_size()).clamp(0, self.rows() - 1)
         return (self.lengths > 0) & ~self.is_reset(reverse)[firsts]
 
     def tile_steps(self, block_batch: int, batch_tiles: int) -> Tensor:
-        """(batch_tiles,) int32: the steps of the longest sequence of every tile of a batch."""
+        """(batch_tiles,) int32: the number of steps of the longest sequence of each batch tile."""
         padding = batch_tiles * block_batch - self.batch_size()
         return torch.nn.functional.pad(self.lengths, (0, padding)).view(batch_tiles, block_batch).amax(1)
 
 
 def tables_of(ragged: Ragged | None) -> Sequence[Tensor]:
-    """The tables as operators take them; none for a batch that is not ragged."""
+    """The tables as a list, as operators take them; empty for a batch that is not ragged."""
     return () if ragged is None else tuple(ragged)
 
 
@@ -133,8 +134,8 @@ def dense(
 
     Args:
         lengths: (B,) of any integer dtype and in any order, 0 <= length <= T; None: all sequences have T steps.
-        resets: (T, B) bool, which steps start from the state after a reset; None: none of them. No state passes between
-            such a step and the step before it, in neither direction.
+        resets: (T, B) bool, which steps are resets; None: none of them. No state passes between such a step and the
+            step before it, in either direction.
     """
     if lengths is None:
         lengths = torch.full((batch_size,), time_steps, dtype=torch.int32, device=device)
@@ -157,7 +158,7 @@ def dense(
 
 
 def packed(batch_sizes: Tensor, device: torch.device) -> Ragged:
-    """The tables of a `PackedSequence`, made on the CPU, where its batch sizes are. The host does not wait."""
+    """The tables of a `PackedSequence`. They are made on the CPU, where the batch sizes are, and copied."""
     batch_size = int(batch_sizes[0])
     offsets = torch.nn.functional.pad(batch_sizes.cumsum(0), (1, 0))
     rows = int(offsets[-1])
@@ -175,7 +176,7 @@ def packed(batch_sizes: Tensor, device: torch.device) -> Ragged:
 
 
 def padded(values: Tensor, tables: Ragged, fill: float = torch.nan) -> Tensor:
-    """(rows, N) -> (T, B, N), in which `fill` stands where there is no step."""
+    """(rows, N) -> (T, B, N), with `fill` where there is no step."""
     is_step = torch.arange(tables.time_steps(), device=values.device).unsqueeze(1) < tables.lengths
     padded = values.new_full((*is_step.shape, values.shape[1]), fill)
     padded[is_step] = values[tables.is_step()]

@@ -1,6 +1,6 @@
-"""One LSTM layer as the formula says it: the yardstick every other implementation is measured with.
+"""One LSTM layer by the formula. Every other implementation is compared with it.
 
-Plain PyTorch operations in any floating dtype; tests run it in float64. It is differentiable as often as PyTorch is.
+It consists of plain PyTorch operations in any floating dtype. Tests run it in float64. It has derivatives of any order.
 
 The formula is that of Hochreiter & Schmidhuber (1997), "Long Short-Term Memory", with the forget gate of Gers,
 Schmidhuber & Cummins (2000), "Learning to Forget"; projections of Sak, Senior & Beaufays (2014). Names and gate order
@@ -32,7 +32,7 @@ def activated_gates(
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
 ) -> Gates:
-    """The gates of steps whose inputs (..., I) and short-term memories before them (..., P) are known."""
+    """The gates of steps, from the steps' inputs (..., I) and the short-term memories before the steps (..., P)."""
     gates = input @ weight_ih.T + h_before @ weight_hh.T
     if bias_ih is not None and bias_hh is not None:
         gates = gates + bias_ih + bias_hh
@@ -64,19 +64,19 @@ def lstm_layer(
     """One layer in one direction. T time steps, B sequences, I inputs, H hidden units, P outputs (H if not projected).
 
     Args:
-        input: (T, B, I), of a ragged batch (rows, I).
+        input: (T, B, I), ragged (rows, I).
         h_0, c_0: (B, P) and (B, H), the short-term and the long-term memory to start with; None: zeros.
         weight_ih, weight_hh: (4H, I) and (4H, P), the gates i, f, g, o one above the other.
         bias_ih, bias_hh: (4H,), or None.
         weight_hr: (P, H), or None.
         reverse: read the sequence from its end.
         h_reset, c_reset: (B, P) and (B, H), the memories of a sequence after a reset; None: zeros.
-        ragged: which step follows on which; None: all steps of all sequences in turn.
-        return_cells: whether the long-term memory of every step is asked for.
+        ragged: which step follows which; None: every sequence has T steps in order.
+        return_cells: whether to return the long-term memory of every step.
 
     Returns:
         output (T, B, P), at each time step the h of that step, the final h_n (B, P) and c_n (B, H), and with
-        `return_cells` cells (T, B, H). Of a ragged batch (rows, ...), zeros where there is no step.
+        `return_cells` cells (T, B, H). Ragged: output and cells are (rows, ...), with zeros where there is no step.
 
     >>> output, h_n, c_n = lstm_layer(torch.randn(5, 2, 3), None, None, torch.randn(16, 3), torch.randn(16, 4))
     >>> output.shape, torch.equal(output[-1], h_n)

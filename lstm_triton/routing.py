@@ -17,7 +17,7 @@ from .target import Device
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS = ("auto", "triton", "aten")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_current = "auto"  # a plain global: torch.compile guards on it, as it could not on a context variable
+_current = "auto"  # a plain global: torch.compile can guard on it, but not on a context variable
 _triton_installed = importlib.util.find_spec("triton") is not None  # without importing it
 
 
@@ -26,9 +26,9 @@ def backend(name: str) -> Iterator[None]:
     """Choose the path of every call inside the `with` block, unless the call itself names one. Holds for all threads.
 
     Args:
-        name: "auto": the Triton kernels where they can run, PyTorch's own function elsewhere, and where it was
-            measured to be faster on this GPU. "triton": the kernels, and where they cannot run a RuntimeError that
-            says why. "aten": PyTorch's own function.
+        name: "auto": the Triton kernels where they can run; PyTorch's own function elsewhere, and where it was measured
+            to be faster on this GPU. "triton": the kernels; where they cannot run, a RuntimeError says why. "aten":
+            PyTorch's own function.
 
     Raises:
         ValueError: for any other name.
@@ -52,7 +52,7 @@ class Choice(NamedTuple):
 
 
 def choose(requested: str | None, call: Call | CellCall) -> Choice:
-    """The path of a call, which is one for all of its layers, and why.
+    """The path of a call, and why. All layers of a call take one path.
 
     Raises:
         ValueError: `requested` is not the name of a backend.
@@ -98,7 +98,7 @@ def _obstacle(call: Call | CellCall) -> str | None:
         return "the batch is empty"
     if not _triton_installed:
         return "Triton is not installed (it is released for Linux only)"
-    scanned: tuple[int, ...] = ()  # for a cell there is always a plan
+    scanned: tuple[int, ...] = ()  # input sizes of scans; a cell has none, and always has a plan
     if isinstance(call, Call):
         scanned = (call.weights[0].shape[1],)
         if call.num_layers > 1:
@@ -107,8 +107,8 @@ def _obstacle(call: Call | CellCall) -> str | None:
 
 
 def _why_stock(call: Call) -> str | None:
-    """Why the kernels had better not take a call that they can: nn.LSTM was measured to be faster there."""
-    # Compiled or traced, a batch size may be any; inside torch.func, or without cuDNN, nn.LSTM's path is another one.
+    """Why PyTorch's own function takes a call that the kernels can take: it was measured to be faster. None: it was not."""
+    # In a compiled program the batch size may vary. Inside torch.func, or without cuDNN, nn.LSTM takes another path.
     if torch.compiler.is_compiling() or not isinstance(call.batch_size, int) or not _is_gpu(call.data):
         return None
     if transforms.active() or not torch.backends.cudnn.enabled:
@@ -120,7 +120,8 @@ def _why_stock(call: Call) -> str | None:
     from .routes import why_stock
     from .scan.launch import allows_tf32
 
-    # Not whether gradients are enabled: what checkpointing computes again has to take the same path both times.
+    # The mode must not depend on whether gradients are enabled: with checkpointing, a call runs once without gradients and
+    # once with them, and both runs must take one path.
     mode = "training" if call.training else "inference"
     dtype = call.autocast_dtype() or call.data.dtype
     return why_stock(mode, dtype, allows_tf32(), call.hidden_size, call.batch_size, Device.of(call.data.device))
@@ -131,9 +132,9 @@ def _is_gpu(tensor: Tensor) -> bool:
 
 
 def _constant(function: Function) -> Function:
-    """Let torch.compile call a function, when it compiles, instead of looking into it.
+    """Mark a function that torch.compile calls while it compiles, instead of tracing the function.
 
-    As torch.compiler.assume_constant_result does, which would import the compiler, and that takes a second.
+    torch.compiler.assume_constant_result sets the mark, too. But it imports the compiler, which takes a second.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -143,11 +144,11 @@ def _constant(function: Function) -> Function:
 def _obstacle_of_device(
     device: torch.device, dtype: torch.dtype, input_sizes: tuple[int, ...], hidden_size: int
 ) -> str | None:
-    """What is in the way of sizes on a device, whatever the batch and the number of time steps."""
+    """Why the kernels cannot run layers of these sizes on a device, for any B and T; None if they can."""
     return _found_obstacle_of_device(device, dtype, input_sizes, hidden_size)
 
 
-@cache  # inside the other function, as torch.compile warns of caches that it sees
+@cache  # in a function of its own: torch.compile warns of a cache that it sees
 def _found_obstacle_of_device(
     device: torch.device, dtype: torch.dtype, input_sizes: tuple[int, ...], hidden_size: int
 ) -> str | None:
@@ -159,7 +160,7 @@ def _found_obstacle_of_device(
             return "there is no GPU: torch.cuda.is_available() is False"
         gpu = torch.cuda.get_device_properties(device)
         if torch.version.hip is not None:
-            # Triton 3.6 makes the loads that wait for other programs cached ones there: they may never see a value.
+            # There Triton 3.6 caches the loads that wait for other programs, so that they may never see a new value.
             return "the kernels do not run on AMD GPUs yet"
         if os.environ.get("TRITON_INTERPRET") == "1":
             return "TRITON_INTERPRET=1 is set: programs that wait for each other would run one after another"
@@ -169,7 +170,7 @@ def _found_obstacle_of_device(
     try:
         for kind in kinds:
             for input_size in input_sizes:
-                # More sequences and TF32 only add to the plans to choose from.
+                # B = 1 without TF32 is the hardest case: a larger B, and TF32, only add plans.
                 plan(ScanShape(kind, 1, input_size, hidden_size, dtype, Device.of(device), allow_tf32=False))
     except ValueError as no_plan:
         return str(no_plan)

@@ -1,8 +1,8 @@
-"""Triton's interpreter in a quarter of its time: the same results and errors.
+"""Triton's interpreter in a quarter of its time, with the same results and errors.
 
-Nearly all of the time goes into types, hardly any into numbers: every operation of a program builds the types of its
-operands and of its result anew, and compares them element by element. A kernel has few types, and its operations come
-again with every step and program: here, what follows from the types alone is worked out once.
+The interpreter spends nearly all of its time on types, and hardly any on numbers. Every operation of a program builds
+the types of its operands and of its result again, and compares them element by element. But a kernel has few types, and
+repeats its operations in every step and program. Here, what depends on types alone is computed once.
 """
 
 import functools
@@ -18,7 +18,7 @@ Types = tuple[Any, Any]
 
 
 def install() -> None:
-    """Take the shortcuts, from now on and in this process."""
+    """Take the shortcuts from now on, in the whole process."""
     # Plain Triton fills a table of all types whenever it looks one of them up.
     interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
     _make_equal_types_one_object()
@@ -30,7 +30,7 @@ def install() -> None:
 
 
 def _make_equal_types_one_object() -> None:
-    """Types are then compared and hashed by their addresses, and can be looked up in tables."""
+    """Make equal types one object: types are then compared and hashed by address, and can be keys of tables."""
     known: dict[Any, Any] = {}
 
     def new_block(cls: Any, element_ty: Any, shape: Any) -> Any:
@@ -52,7 +52,7 @@ def _make_equal_types_one_object() -> None:
 
     for cls, new in ((tl.block_type, new_block), (tl.pointer_type, new_pointer)):
         cls.__new__ = new
-        cls.__init__ = lambda self, *arguments, **keywords: None  # Python calls it for what __new__ returns
+        cls.__init__ = lambda self, *arguments, **keywords: None  # Python calls __init__ on what __new__ returns
         cls.__eq__ = lambda self, other: self is core._unwrap_if_constexpr(other)
         cls.__hash__ = object.__hash__
 
@@ -62,14 +62,14 @@ def _make_equal_types_one_object() -> None:
     plain_to_ir = tl.block_type.to_ir
 
     def to_ir(self: Any, builder: Any) -> Any:
-        # The interpreter's types are Triton's own: plain Triton builds this one a second time.
+        # The interpreter uses Triton's own types, so `self` is the result. Plain Triton builds it a second time.
         return self if isinstance(builder, interpreter.InterpreterBuilder) else plain_to_ir(self, builder)
 
     tl.block_type.to_ir = to_ir
 
 
 def _make_tensors_share_their_shapes() -> None:
-    """A tensor's shape is a tuple of constants, each an object: plain Triton makes them for every tensor."""
+    """Share shapes between tensors of one type. Plain Triton makes a new object for each size of every tensor."""
 
     @functools.cache
     def extents(type: Any) -> tuple[Any, Any]:
@@ -84,7 +84,7 @@ def _make_tensors_share_their_shapes() -> None:
 
 
 def _call_operations_directly() -> None:
-    """Plain Triton goes through two wrappers, that give an operation its last argument and check that it is there."""
+    """Skip two wrappers of plain Triton: one adds an operation's last argument, one checks that it is there."""
     wrapper = core.builtin(lambda: None).__code__
 
     def patch_attr(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
@@ -100,7 +100,7 @@ def _call_operations_directly() -> None:
 
 
 def _unwrapping(plain: Any) -> Any:
-    """What plain Triton's function for constants gives, the most frequent arguments first."""
+    """Plain Triton's function that unwraps constants, but it tests for the most frequent arguments first."""
     constant, others = tl.constexpr, {tl.tensor, tl.dtype, int, bool, float, str, type(None)}
 
     def unwrap(value: Any) -> Any:
@@ -113,14 +113,14 @@ def _unwrapping(plain: Any) -> Any:
 
 
 class Semantic(tl.semantic.TritonSemantic):  # type: ignore[misc]
-    """What operations mean, with the types of their operands looked up in tables; what is not there yet is Triton's."""
+    """Triton's semantics of operations, with tables of operand types. Triton itself computes what is not there yet."""
 
-    # By what is given: the types that operands are to have, or the tensor that a number becomes.
+    # Key: what is given. Value: the types that the operands must have, or the tensor that a number becomes.
     operands: ClassVar[dict[Any, Types]] = {}
     broadcasts: ClassVar[dict[Types, Types]] = {}
 
     def binary_op_type_checking_impl(self, lhs: Any, rhs: Any, *options: Any, **keywords: Any) -> Types:
-        # The digits of a number tell 0, 0.0, -0.0 and False apart, which are equal.
+        # 0, 0.0, -0.0 and False are equal, but their texts differ.
         left = lhs.type if isinstance(lhs, tl.tensor) else repr(lhs)
         right = rhs.type if isinstance(rhs, tl.tensor) else repr(rhs)
         key = left, right, *options, *keywords.items()
@@ -150,7 +150,7 @@ class Semantic(tl.semantic.TritonSemantic):  # type: ignore[misc]
         return self._repeated(lhs, left_type), self._repeated(rhs, right_type)
 
     def _repeated(self, operand: Any, wanted: Any) -> Any:
-        """An operand of the wanted scalar type in the wanted shape."""
+        """Broadcast an operand to the wanted shape. It has the wanted scalar type already."""
         if operand.type is wanted:
             return operand
         data = numpy.empty(wanted.shape.values, operand.handle.data.dtype)
@@ -161,6 +161,6 @@ class Semantic(tl.semantic.TritonSemantic):  # type: ignore[misc]
         return input if input.dtype is dst_ty.scalar else super().cast(input, dst_ty, fp_downcast_rounding)
 
     def binary_op_sanitize_overflow_impl(self, lhs: Any, rhs: Any, binary_op: Any) -> None:
-        # Without `debug` plain Triton computes everything a second time, in 64 bits, and does not look at it.
+        # Without `debug`, plain Triton computes every operation a second time, in 64 bits, and ignores the result.
         if self.builder.options.debug:
             super().binary_op_sanitize_overflow_impl(lhs, rhs, binary_op)

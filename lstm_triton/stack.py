@@ -1,4 +1,4 @@
-"""The words that both paths share: the weights of a stack of layers, what its sequences start from, and its lanes.
+"""What both paths share: the weights of a stack of layers, the states that sequences start from, and the lanes.
 
 A *lane* is one direction of one layer. The lanes of a stack are in the order of its layers; in each layer the forward
 direction comes before the reverse one.
@@ -24,25 +24,25 @@ class LaneWeights(NamedTuple):
     """The weights of one lane. The gates are in the order i, f, g, o."""
 
     ih: Tensor  # (4H, I)
-    hh: Tensor  # (4H, P); for the scans (4H, H), as projections are folded into it
+    hh: Tensor  # (4H, P); in the scans (4H, H), with the projection folded in
     bias_ih: Tensor | None = None  # (4H,)
     bias_hh: Tensor | None = None  # (4H,)
     hr: Tensor | None = None  # (P, H), of a layer with projections
 
     def given(self) -> list[Tensor]:
-        """The weights that there are, in the order of `torch.nn.LSTM`."""
+        """The weights that are not None, in the order of `torch.nn.LSTM`."""
         return [weight for weight in self if weight is not None]
 
     def of_given(self, values: Sequence[Any]) -> list[Any]:
-        """Of values for all fields, those of the weights that there are."""
+        """From one value for each field, the values of the weights that are not None."""
         return [value for weight, value in zip(self, values, strict=True) if weight is not None]
 
 
 class Start(NamedTuple):
-    """What sequences start from. Each is (lanes, B, ...), or of one lane (B, ...); None: zeros.
+    """The states that sequences start from, of all lanes (lanes, B, ...) or of one lane (B, ...). None: zeros.
 
-    `preact` and `preact_reset` stand for the h of layers with projections (scan/layers.py): they are what h adds to the
-    pre-activations.
+    For layers with projections (scan/layers.py), `preact` and `preact_reset` replace `h` and `h_reset`. They are what h
+    adds to the pre-activations: h W_hh^T.
     """
 
     h: Tensor | None = None  # (..., P) at the beginning
@@ -56,7 +56,7 @@ class Start(NamedTuple):
         return Start(*[None if each is None else function(each) for each in self])
 
     def of(self, lanes: int | slice) -> "Start":
-        """That of one lane, or of some lanes."""
+        """The states of one lane, or of some lanes."""
         return Start(*[None if each is None else each[lanes] for each in self])
 
 
@@ -64,7 +64,7 @@ class Stack(NamedTuple):
     """A stack of layers.
 
     Attributes:
-        weights: of each lane.
+        weights: the weights of each lane.
         directions: 1 or 2.
         reverse: whether the first direction walks from the last step to the first.
     """
@@ -77,7 +77,7 @@ class Stack(NamedTuple):
     def of(
         weights: Sequence[Tensor], directions: int, bias: bool, reverse: bool = False, projected: bool = False
     ) -> "Stack":
-        """From the weights of all lanes one after the other: ih, hh, with `bias` two biases, if `projected` hr."""
+        """From a flat list: for each lane ih, hh, with `bias` bias_ih and bias_hh, with `projected` hr."""
         names = ("ih", "hh", *(("bias_ih", "bias_hh") if bias else ()), *(("hr",) if projected else ()))
         size = len(names)
         lanes = [weights[first : first + size] for first in range(0, len(weights), size)]
@@ -94,7 +94,7 @@ class Stack(NamedTuple):
         return self.lanes() // self.directions
 
     def input_size(self) -> int:
-        """Of the first layer."""
+        """I, the input features of the first layer."""
         return self.weights[0].ih.shape[1]
 
     def hidden_size(self) -> int:
@@ -104,7 +104,7 @@ class Stack(NamedTuple):
         return self.weights[0].bias_ih is not None
 
     def biases(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Contiguous bias_ih and bias_hh of every lane; none of them without biases."""
+        """Contiguous bias_ih and bias_hh of every lane; both are empty without biases."""
         ih = tuple(lane.bias_ih.contiguous() for lane in self.weights if lane.bias_ih is not None)
         return ih, tuple(lane.bias_hh.contiguous() for lane in self.weights if lane.bias_hh is not None)
 
@@ -112,7 +112,7 @@ class Stack(NamedTuple):
         return self.reverse != (lane % self.directions == 1)
 
     def is_last(self, lane: int) -> bool:
-        """Whether the lane is one of the last layer."""
+        """Whether the lane belongs to the last layer."""
         return lane >= self.lanes() - self.directions
 
     def layer(self, number: int) -> slice:
@@ -120,14 +120,14 @@ class Stack(NamedTuple):
         return slice(number * self.directions, (number + 1) * self.directions)
 
     def by_direction(self) -> list[tuple[slice, bool]]:
-        """The lanes of each direction, and whether it walks from the last step to the first."""
+        """For each direction its lanes, and whether it walks from the last step to the first."""
         return [
             (slice(first, None, self.directions), self.is_reverse(first))
             for first in range(min(self.directions, self.lanes()))
         ]
 
     def part(self, lanes: slice) -> "Stack":
-        """Some of the lanes."""
+        """The stack of some of the lanes."""
         return Stack(self.weights[lanes], self.directions, self.is_reverse(lanes.start))
 
 
@@ -135,13 +135,13 @@ class Lane(Protocol):
     """What computes one lane.
 
     Args:
-        input: (T, B, I), of a ragged batch (rows, I).
-        start: of the lane, (B, ...).
-        ragged: which step follows on which; None: all steps of all sequences in turn.
+        input: (T, B, I), ragged (rows, I).
+        start: the states that the lane starts from, (B, ...).
+        ragged: which step follows which; None: every sequence has T steps in order.
 
     Returns:
-        output (T, B, P), h_n (B, P), c_n (B, H), and with `return_cells` cells (T, B, H); of a ragged batch, output and
-        cells are (rows, ...), zeros where there is no step.
+        output (T, B, P), h_n (B, P), c_n (B, H), and with `return_cells` cells (T, B, H). Ragged: output (rows, P) and
+        cells (rows, H), with zeros where there is no step.
     """
 
     def __call__(
@@ -160,9 +160,9 @@ class Options(NamedTuple):
     """How a stack is computed, besides its weights and states.
 
     Attributes:
-        ragged: which step follows on which; None: all steps of all sequences in turn.
+        ragged: which step follows which; None: every sequence has T steps in order.
         dropout: the probability of dropout on the output of every layer but the last.
-        low_memory: keep little for backward, which then takes longer; not where every c_t is asked for.
+        low_memory: keep little for backward, which then takes longer. It has no effect with `return_cells`.
         return_cells: whether every c_t is asked for.
     """
 
@@ -172,8 +172,8 @@ class Options(NamedTuple):
     return_cells: bool = False
 
 
-# What computes a stack: (input, start, stack, options) -> output (T, B, directions * P), or of a ragged batch
-# (rows, directions * P); h_n and c_n (lanes, B, ...); with `return_cells` cells (lanes, T, B, H), or (lanes, rows, H).
+# What computes a stack: (input, start, stack, options) -> output (T, B, directions * P), h_n and c_n (lanes, B, ...),
+# with `return_cells` cells (lanes, T, B, H). Ragged: output (rows, directions * P), cells (lanes, rows, H).
 ScanLayers = Callable[[Tensor, Start, Stack, Options], LaneResults]
 
 
@@ -199,7 +199,7 @@ def formula_lane(
 
 
 def layers_of(lane: Lane) -> ScanLayers:
-    """What computes a stack by this lane. `low_memory` changes nothing: a lane decides itself what it keeps."""
+    """A function that computes a stack with this `lane`. It ignores `low_memory`: a lane decides itself what it keeps."""
 
     def layers(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
         def drop(layer: int, output: Tensor) -> Tensor:
@@ -213,10 +213,10 @@ def layers_of(lane: Lane) -> ScanLayers:
 def lane_by_lane(
     lane: Lane, input: Tensor, start: Start, stack: Stack, options: Options, drop: Callable[[int, Tensor], Tensor]
 ) -> LaneResults:
-    """A stack, one lane after the other.
+    """Compute a stack, one lane after the other.
 
     Args:
-        drop: dropout, where there is any: (layer, its output) -> what the layer above reads.
+        drop: dropout between layers: (layer, output of the layer) -> what the layer above reads.
     """
     outputs: list[Tensor] = []
     ends: list[Sequence[Tensor]] = []

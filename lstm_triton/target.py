@@ -1,7 +1,7 @@
 """Where kernels run: on GPUs, or on what stands in for them.
 
-A *target* says for which tensors the kernels are, describes the device to the planner, and runs a kernel. GPUs are the
-usual target. The interpreter (interpreter.py) is another one; tests and benchmarks bring their own.
+A *target* says which tensors the kernels take, describes the device to the planner, and runs a kernel. GPUs are the
+usual target. The interpreter (interpreter.py) is another target. Tests and benchmarks bring their own targets.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Device:
-    """What the planner needs to know of a GPU.
+    """What the planner needs to know about a GPU.
 
     Attributes:
         name: the product's name, the key of its table of measured plans.
@@ -45,7 +45,7 @@ class Device:
         return 64 if self.arch.startswith("gfx9") else 32
 
 
-INTERPRETER = Device("interpreter", "interpreter", 16, 64 * 1024)  # a CPU stands for a small GPU
+INTERPRETER = Device("interpreter", "interpreter", 16, 64 * 1024)  # to the planner, a CPU is a small GPU
 
 
 class KernelLaunch(NamedTuple):
@@ -71,7 +71,7 @@ class Target(Protocol):
     """Where kernels run."""
 
     def takes(self, device: torch.device) -> bool:
-        """Whether the kernels are for tensors on this device."""
+        """Whether the kernels take tensors on this device."""
         ...
 
     def describe(self, device: torch.device) -> Device:
@@ -119,7 +119,7 @@ def _gpu(index: int) -> Device:
     return Device(properties.name, arch, properties.multi_processor_count, shared_bytes)
 
 
-_current: Target = Gpus()  # a plain global: torch.compile guards on it
+_current: Target = Gpus()  # a plain global: torch.compile can guard on it
 
 Watcher = Callable[[KernelLaunch], object]
 _before: list[Watcher] = []
@@ -152,7 +152,7 @@ def run(launch: KernelLaunch) -> None:
 
 @contextmanager
 def watched_launches(before: Watcher | None = None, after: Watcher | None = None) -> Iterator[None]:
-    """Call these functions before and after every launch inside the `with` block, on whatever target."""
+    """Call these functions before and after every launch inside the `with` block, on any target."""
     watchers = [(calls, call) for calls, call in ((_before, before), (_after, after)) if call is not None]
     for calls, call in watchers:
         calls.append(call)

@@ -1,7 +1,7 @@
-"""Which of torch.func's transforms and of PyTorch's forward-mode derivatives a call is inside of, and of what else.
+"""Is a call inside torch.func (vmap, grad, jvp), inside forward-mode differentiation, or inside torch.export?
 
-Forward-mode derivatives take the step-by-step formula (reference.py), and so does every vmap where there are no
-kernels: PyTorch's own function has rules for neither. The kernels' rules for vmap are in scan/vmap.py.
+Forward-mode derivatives take the step-by-step formula (reference.py). Without kernels, every vmap takes the formula,
+too. PyTorch's own function has rules for neither. The kernels' rules for vmap are in scan/vmap.py.
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 
 def active() -> bool:
-    """Whether a invoke is inside a transform of torch.func: its tensors do not tell then what requires a gradient."""
+    """Whether a call is inside a transform of torch.func. Its tensors then do not tell whether a gradient is needed."""
     return not torch.compiler.is_dynamo_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -20,7 +20,7 @@ def in_forward_mode() -> bool:
 
 
 def need_formula() -> bool:
-    """Whether, where there are no kernels, only plain PyTorch operations will do."""
+    """Whether a call without kernels must take the formula, which is plain PyTorch operations."""
     if in_forward_mode():
         return True
     vmap = torch._C._functorch.TransformType.Vmap
@@ -28,16 +28,16 @@ def need_formula() -> bool:
 
 
 def exporting() -> bool:
-    """Whether torch.export traces the invoke, and not torch.compile.
+    """Whether torch.export traces the call, and not torch.compile.
 
-    Dynamo of PyTorch 2.11 and older takes `torch.compiler.is_exporting()` for True under torch.compile as well. The
-    flag behind that function is right in all versions.
+    In Dynamo of PyTorch 2.11 and older, `torch.compiler.is_exporting()` is True under torch.compile as well. The flag
+    behind this function is right in all versions.
     """
     return torch.compiler._is_exporting_flag
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor with the entries of every vmap around it."""
+    """The tensor without torch.func's wrappers: the entries of every vmap around it are visible."""
     while not torch.compiler.is_dynamo_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor

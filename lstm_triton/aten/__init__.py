@@ -1,1 +1,1 @@
-"""The path without kernels: PyTorch's own LSTM function, and what stands in for it where that function cannot go."""
+"""The path without kernels: PyTorch's own LSTM function, and what replaces it where it cannot be used."""

@@ -1,7 +1,7 @@
-"""One lane as a loop of PyTorch's own operations, whose number of steps may stay open: for torch.export.
+"""One lane as a loop of PyTorch's own operations, for torch.export. The number of time steps may be dynamic.
 
-Exported by itself, PyTorch's own LSTM function is unrolled over the time steps wherever their number is not fixed. A
-program must not contain an operator of this library either, to be run where it is not installed.
+torch.export would unroll PyTorch's own LSTM function over the time steps if their number is not fixed. An operator of
+this library cannot be used either: an exported program must run where this library is not installed.
 """
 
 import torch
@@ -13,13 +13,13 @@ from torch.torch_version import TorchVersion
 from ..ragged import Ragged
 from ..stack import LaneResults, LaneWeights, Start
 
-# In PyTorch 2.11, `scan` hands no gradient from step to step where the initial states need none: the gradients of the
-# weights are then wrong, and nothing says so. PyTorch 2.13 is right; 2.12 has not been tried.
+# In PyTorch 2.11, `scan` passes no gradient from step to step if the initial states need no gradient. The gradients of
+# the weights are then wrong, without any message. PyTorch 2.13 is right; 2.12 has not been tried.
 _SCAN_NEEDS_STATES_WITH_GRADIENTS = TorchVersion(torch.__version__) < "2.13"
 
 
 def _needing_gradients_like(others: list[Tensor | None], state: Tensor) -> Tensor:
-    """A copy of the state that needs a gradient if any of the others does: none of their elements are appended."""
+    """A copy of the state that needs a gradient if any of the others does. Zero elements of each are appended to it."""
     nothing = torch.cat([other.flatten()[:0] for other in others if other is not None])
     return torch.cat((state, nothing.view(0, state.shape[1])))
 
@@ -27,7 +27,7 @@ def _needing_gradients_like(others: list[Tensor | None], state: Tensor) -> Tenso
 def exported_lane(
     input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
 ) -> LaneResults:
-    """A `Lane` of any dtype, also projected; not of packed sequences."""
+    """A `Lane` of any dtype, also with projections. It takes no packed sequences."""
     time_steps, batch_size = input.shape[:2] if ragged is None else (ragged.time_steps(), ragged.batch_size())
     h_0 = input.new_zeros(batch_size, weights.hh.shape[1]) if start.h is None else start.h.clone()
     c_0 = input.new_zeros(batch_size, weights.hh.shape[0] // 4) if start.c is None else start.c.clone()
@@ -36,7 +36,7 @@ def exported_lane(
     masks: list[Tensor] = []
     if ragged is not None:
         masks = [mask.view(time_steps, batch_size, 1) for mask in (ragged.is_step(), ragged.is_reset(reverse))]
-        input = torch.where(ragged.is_step().unsqueeze(1), input, 0)  # there may be anything where no step is
+        input = torch.where(ragged.is_step().unsqueeze(1), input, 0)  # without a step it may have any value
     gates = F.linear(input, weights.ih, weights.bias_ih)
     gates = gates if ragged is None else gates.unflatten(0, (time_steps, batch_size))
 
@@ -54,7 +54,7 @@ def exported_lane(
         if weights.hr is not None:
             h = F.linear(h, weights.hr)
         if not masks:
-            return (h, c), (h.clone(), c.clone())  # what is handed on must not be what is put out
+            return (h, c), (h.clone(), c.clone())  # copies: outputs of `scan` must not alias states
         shown = torch.where(is_step, h, 0), torch.where(is_step, c, 0)
         return (torch.where(is_step, h, h_before), torch.where(is_step, c, c_before)), shown
 

@@ -1,4 +1,4 @@
-"""A lane through PyTorch's own function, with its gates and cells."""
+"""One lane computed by PyTorch's own function, with its gates and cells: for `trace`."""
 
 from itertools import pairwise
 from typing import Any
@@ -15,10 +15,10 @@ from .lane import native_lane
 def native_lane_inside(
     input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None
 ) -> Inside:
-    """`native_lane`, and the gates and cells that lead to its h_t: in float32 at least, rounded at the end."""
+    """`native_lane`, and its gates and cells. The formula computes them, in float32 at least, and rounds at the end."""
     options: dict[str, Any] = {"reverse": reverse, "return_cells": False}
     if ragged is not None and ragged.rows() < ragged.batch_size() * ragged.time_steps():
-        # Packed, which PyTorch's function takes for both directions or none: padded again, with the same lengths.
+        # Packed. PyTorch's function takes no packed batch in reverse direction alone: pad again, with the same lengths.
         filled = padded(input, ragged, fill=0.0)
         tables = dense(ragged.lengths, None, filled.shape[0], filled.shape[1], input.device)
         output, h_n, c_n = native_lane(filled.flatten(0, 1), start, weights, ragged=tables, **options)
@@ -44,7 +44,7 @@ def native_lane_inside(
 
 
 def _state_rows(steps: Tensor, initial: Tensor | None, reset: Tensor | None, tables: Ragged) -> Tensor:
-    """The states of all steps, with those that sequences start from, as the tables number them."""
+    """All state rows in the order of the tables: initial states, steps, initial states again, reset states."""
     zeros = steps.new_zeros(tables.batch_size(), steps.shape[1])
     start, after_reset = (zeros if state is None else state.to(steps) for state in (initial, reset))
     return torch.cat([start, steps, start, after_reset])

@@ -1,4 +1,4 @@
-"""A lane through PyTorch's own function; a ragged batch is cut into pieces."""
+"""One lane computed by PyTorch's own function. A ragged batch is cut into pieces."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from .native import native
 def native_lane(
     input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
 ) -> LaneResults:
-    """A `Lane` by PyTorch's own function; also in float64, and projected.
+    """A `Lane` by PyTorch's own function, also in float64 and with projections.
 
-    A ragged batch is cut, since PyTorch's own function takes no resets. Where all sequences have all steps, the batch
-    is cut at every step at which a sequence is reset. Elsewhere the batch is cut into the stretches that nothing
-    interrupts, and the stretches become the sequences of a packed batch. For the cuts the host waits for the device.
+    A ragged batch is cut, since PyTorch's own function takes no resets. If every sequence has T steps, the batch is cut
+    at every step at which a sequence is reset. Otherwise each sequence is cut into stretches between resets, and the
+    stretches become the sequences of a packed batch. The host waits for the device to know the cuts.
 
     With `return_cells` the lane is computed step by step: PyTorch's own function does not return the cells.
     """
@@ -45,7 +45,7 @@ def _native(
 def _segments(
     input: Tensor, states: States, start: Start, weights: LaneWeights, ragged: Ragged, reverse: bool
 ) -> LaneResults:
-    """A lane whose sequences all have all steps, call after call from each step at which one of them is reset."""
+    """A lane whose sequences all have T steps: one call for each segment. A reset of any sequence begins a segment."""
     shape = (ragged.time_steps(), ragged.batch_size())
     steps, resets = input.unflatten(0, shape), ragged.is_reset(reverse).unflatten(0, shape)
     if reverse:
@@ -68,7 +68,7 @@ def _segments(
 def _stretches(
     input: Tensor, states: States, start: Start, weights: LaneWeights, ragged: Ragged, reverse: bool
 ) -> LaneResults:
-    """A ragged native_lane as one packed batch, whose sequences are the stretches between one start and the next."""
+    """A ragged lane as one packed batch. Its sequences are the stretches from one start or reset to the next."""
     batch_size = ragged.batch_size()
     # Sequence by sequence, in the order of the scan: each step's row, and the state row it starts from.
     sources = ragged.sources(reverse).view(-1, batch_size)
@@ -95,7 +95,7 @@ def _stretches(
     found, *final = _native(input[order], offset.bincount().cpu(), (initial[0], initial[1]), weights)
 
     output = output.index_copy(0, order, found)
-    # A sequence ends with its last stretch; without one, as it began.
+    # A sequence's final state is that of its last stretch; without a stretch, its initial state.
     last = torch.cat([sequences[1:] != sequences[:-1], sequences.new_ones(1).bool()])
     ends = [state.index_copy(0, sequences[last], end[rank[last]]) for state, end in zip(states, final, strict=True)]
     return output, *ends

@@ -1,4 +1,4 @@
-"""The door to the path without kernels: which of PyTorch's ways computes a stack of layers."""
+"""Entry point of the path without kernels: chooses what computes a stack of layers."""
 
 import torch
 
@@ -29,7 +29,7 @@ def lane_of(call: Call) -> Lane | None:
 
 
 def whole_stack(call: Call) -> Results:
-    """The call that `torch.nn.LSTM` makes."""
+    """The whole stack in one call of PyTorch's own function, as `torch.nn.LSTM` makes it."""
     states = call.states
     if states is None:
         lanes = call.num_layers * call.directions

@@ -25,10 +25,10 @@ def native(
     bidirectional: bool = False,
     batch_first: bool = False,
 ) -> LaneResults:
-    """`torch._VF.lstm`, with gradients that can be differentiated again, and taken in evaluation mode, on GPUs as well.
+    """`torch._VF.lstm`, with second derivatives and with gradients in evaluation mode, also on GPUs.
 
-    There that function is cuDNN's, which refuses both. cuDNN goes on to compute results and first derivatives; for
-    second ones PyTorch's function without cuDNN computes the layers again. Autocast is taken on every CPU.
+    On a GPU `torch._VF.lstm` calls cuDNN, which refuses both. Here cuDNN still computes results and first derivatives.
+    For second derivatives, PyTorch's function without cuDNN computes the layers again. Autocast works on every CPU.
 
     Raises:
         RuntimeError: when a second derivative is taken through cuDNN's dropout, whose mask is not known.
@@ -41,7 +41,7 @@ def native(
         if batch_sizes is None and (dtype := _dtype_to_convert_to(tensors)) is not None:
             with without_autocast(data.device):
                 return lstm(*(tensor.to(dtype) for tensor in tensors), training=training, dropout=dropout)
-        # By the name that `lstm_triton.accelerate` does not take over.
+        # `torch.lstm`, since `lstm_triton.accelerate` replaces `torch._VF.lstm`.
         if batch_sizes is None:
             results = torch.lstm(data, (h_0, c_0), weights, *options, batch_first)
         else:
@@ -56,10 +56,10 @@ def native(
             return lstm(*tensors)
     needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    if not needs_gradients or traced:  # what is traced contains the function itself
+    if not needs_gradients or traced:  # a traced program contains the function itself
         return lstm(*tensors)
     dropout = dropout if training else 0.0
-    # cuDNN keeps what backward needs in training mode only.
+    # Only in training mode does cuDNN keep what backward needs.
     differentiable = partial(lstm, training=True, dropout=dropout)
     results: LaneResults = _Native.apply(differentiable, dropout > 0, *tensors)  # type: ignore[no-untyped-call]
     return results
@@ -80,10 +80,10 @@ _WITHOUT_ONEDNNS_LAYERS = _without_onednns_layers()
 
 
 def _dtype_to_convert_to(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """What autocast makes of a batch on a CPU where oneDNN has no layers in that dtype; otherwise None.
+    """The dtype that autocast gives to a batch on a CPU, if oneDNN has no LSTM in this dtype; otherwise None.
 
-    PyTorch chooses oneDNN's layers before it casts, and fails there: "could not create a primitive descriptor". It does
-    not choose them, nor fail, for projected layers, for empty inputs, and for inputs in a dtype they do not have.
+    PyTorch chooses oneDNN before it casts. oneDNN then fails: "could not create a primitive descriptor". PyTorch does
+    not choose oneDNN for projected layers, for empty inputs, and for inputs in a dtype that oneDNN lacks.
     """
     data, h_0, c_0, *_ = tensors
     if not data.is_cpu or not torch.backends.mkldnn.enabled or h_0.shape[-1] < c_0.shape[-1] or data.numel() == 0:
@@ -97,7 +97,7 @@ def _is_cudnns(tensor: Tensor) -> bool:
 
 
 class _Native(torch.autograd.Function):
-    """cuDNN's layers with their own graph for first derivatives, and another one without cuDNN for second ones."""
+    """First derivatives through cuDNN's own graph, second derivatives through another graph without cuDNN."""
 
     @staticmethod
     def forward(ctx: Any, lstm: Callable[..., LaneResults], masked: bool, *tensors: Tensor) -> LaneResults:
@@ -120,7 +120,7 @@ class _Native(torch.autograd.Function):
                     "second derivatives cannot be taken through the dropout of cuDNN's LSTM: make an LSTM of each "
                     "layer with nn.Dropout between them, or turn cuDNN off by torch.backends.cudnn.flags(enabled=False)"
                 )
-            # Under new names: where one argument depends on another, that path is the engine's business.
+            # Views, at which `grad` below stops: if an argument depends on another one, the engine follows that path.
             tensors = [tensor.view_as(tensor) for tensor in ctx.saved_tensors]
             with torch.backends.cudnn.flags(enabled=False), torch.autocast(*ctx.autocast):
                 results = ctx.lstm(*tensors)

@@ -1,7 +1,7 @@
 """`native_lane` as one operator, for torch.compile.
 
-Left to itself, torch.compile unrolls PyTorch's own function over the time steps, compiles it again for every length,
-and on the CPU fails where the weights need a gradient and the input does not.
+Without this operator, torch.compile unrolls PyTorch's own function over the time steps and compiles it again for every
+length. On the CPU it even fails if the weights need a gradient and the input does not.
 """
 
 from typing import Any, NamedTuple
@@ -78,7 +78,7 @@ def _has_gradient(argument: object) -> bool:
 
 
 def _layer_backward(grads: list[Tensor], *arguments: Any) -> list[Tensor]:
-    """The gradients of all tensors among the arguments. The lane is computed again, for PyTorch's own derivative."""
+    """The gradients of all floating-point arguments. The lane is computed again, and PyTorch differentiates it."""
     with torch.enable_grad():
         arguments = tuple(a.detach().requires_grad_() if _has_gradient(a) else a for a in arguments)
         results = _layer(*arguments)
@@ -133,7 +133,7 @@ torch.library.define(_FORWARD, f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tens
 torch.library.impl(_FORWARD, "default", _layer)
 torch.library.register_fake(_FORWARD, _layer_sizes)
 torch.library.register_autograd(_FORWARD, _backward, setup_context=_save_for_backward)
-# No autograd rule: with one, derivatives would be switched off inside. Nobody differentiates it, see `_backward`.
+# No autograd rule: a rule would switch derivatives off inside the operator. `_backward` allows no second derivatives.
 torch.library.define(_BACKWARD, f"(Tensor[] grads, {_ARGUMENTS}) -> Tensor[]", tags=torch.Tag.pt2_compliant_tag)
 torch.library.impl(_BACKWARD, "default", _layer_backward)
 torch.library.register_fake(_BACKWARD, _layer_backward_sizes)

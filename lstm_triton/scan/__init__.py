@@ -1,4 +1,7 @@
-"""The path through the kernels: `layers` is its door. Importing it registers the operators' rules for torch.vmap."""
+"""The path through the kernels. Its entry points are `scan_layers` and `scan_projected_layers`.
+
+Importing this package registers the operators' rules for torch.vmap.
+"""
 
 from . import vmap  # noqa: F401
 from .layers import scan_layers, scan_projected_layers

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def aligned(weights: Iterable[Tensor], stride: int) -> tuple[Tensor, ...]:
-    """Contiguous weights whose rows are padded to `stride` elements and aligned: copies, where they are not already.
+    """Weights with contiguous rows, padded to `stride` elements, at aligned addresses. Copies are made only if needed.
 
-    Loads are then as wide as those of states. Narrower loads would keep weights out of registers
-    (kernels/fragments.py).
+    The kernels then load weights in pieces as wide as those of states. With narrower loads weights could not stay in
+    registers (kernels/fragments.py).
     """
     found = []
     for weight in weights:
@@ -23,8 +23,8 @@ def aligned(weights: Iterable[Tensor], stride: int) -> tuple[Tensor, ...]:
 def transposed(weights: Iterable[Tensor], stride: int) -> tuple[Tensor, ...]:
     """Weights (4H, H) as rows of units whose columns are gate-minor, padded: (stride, 4 * stride) copies.
 
-    The backward scan multiplies with columns of a weight. As rows, columns are read in pieces of 16 bytes, also from
-    shared memory. Read as columns, they took up to eight times as long from there.
+    The backward scan multiplies with columns of a weight. In the copies the columns are rows, which are read in pieces
+    of 16 bytes, also from shared memory. Reading columns from shared memory took up to eight times as long.
     """
     found = []
     for weight in weights:
@@ -37,12 +37,15 @@ def transposed(weights: Iterable[Tensor], stride: int) -> tuple[Tensor, ...]:
 
 
 def with_aligned_rows(input: Tensor) -> tuple[Tensor, int]:
-    """An input whose rows are contiguous, aligned if their length allows it; and the unit of its strides."""
+    """The input with contiguous rows, and the unit of its strides in elements, 16 or 1.
+
+    The unit is 16 if the length of a row is a multiple of 16. Rows then begin at aligned addresses.
+    """
     unit = 16 if input.shape[-1] % 16 == 0 else 1
     *strides, last = input.stride()
     if last != 1 or any(stride % unit for stride in strides):
         input = input.contiguous()
-    if unit > 1:  # columns of a wider tensor are not worth a compilation of their own
+    if unit > 1:  # a copy of a view costs less than a kernel compiled for unaligned addresses
         input = _at_aligned_address(input)
     return input, unit
 

@@ -16,11 +16,11 @@ from .layout import Layout
 from .saved import Fixed, Grads, Inputs, Saved, Static, stack_of
 
 RESULTS = len(Grads._fields)  # output, h_n, c_n, cells; the buffers come after them
-FIRST_INPUT = len(Static._fields) + len(Fixed._fields)  # among the arguments of `Scan`
+FIRST_INPUT = len(Static._fields) + len(Fixed._fields)  # where `Inputs` begin among the arguments of `Scan`
 
 
 class Scan(torch.autograd.Function):
-    """Arguments: `Static`, `Fixed` and `Inputs`, flat. Results: output, h_n, c_n, cells, then `Buffers`."""
+    """Arguments: `Static`, `Fixed`, `Inputs`, as one flat list. Results: output, h_n, c_n, cells, then `Buffers`."""
 
     generate_vmap_rule = True
 
@@ -69,7 +69,7 @@ class Scan(torch.autograd.Function):
         if not saved.static.return_cells:
             results = results._replace(cells=None)
         needed = ctx.needs_input_grad[FIRST_INPUT:]
-        # Autocast that is on where backward is called was not asked for by the layer.
+        # Autocast may be on where backward is called. The layer did not ask for it.
         with without_autocast(saved.inputs.input.device):
             if torch.is_grad_enabled():
                 found = _Gradients.apply(needed, ctx.static, *results, *saved.tensors())  # type: ignore[no-untyped-call]
@@ -89,7 +89,7 @@ def _gradients(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
 
 
 class _Gradients(torch.autograd.Function):
-    """`_gradients`, to be differentiated again. Arguments: `needed`, `Static`, then `Grads` and `Saved`, flat."""
+    """`_gradients`, made differentiable. Arguments: `needed`, `Static`, then `Grads` and `Saved` as one flat list."""
 
     generate_vmap_rule = True
 

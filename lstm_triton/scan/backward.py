@@ -34,10 +34,10 @@ def scan_backward(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """From the gradients of a stack's results to those of its gates' pre-activations.
+    """The gradients of a stack's pre-activations and initial c, from the gradients of its results.
 
     Args:
-        grad_output: (T, B, directions * H), of a ragged batch (rows, ...), or None for zeros.
+        grad_output: (T, B, directions * H), ragged (rows, directions * H), or None for zeros.
         grad_h_n, grad_c_n: (lanes, B, H), or None for zeros.
         weights, directions, bias, reverse, tables, dropout, seed: as `scan_forward` had them.
         cell, gates: as `scan_forward` returned them.
@@ -45,10 +45,10 @@ def scan_backward(
         grad_cells: (lanes, T, B, H), ragged (lanes, rows, H), gradients of every c, or None for zeros.
 
     Returns:
-        grad_gates: (lanes, state rows, 4 * state_stride(H)), gate-minor: column 4 * unit + gate, padded past 4H; rows
-            that are none of a step hold zeros where they are read.
-        grad_cell: (lanes, B, state_stride(H)) float32, the gradient of c_0; ragged (lanes, 2B, ...), then that of
-            c_reset.
+        grad_gates: (lanes, state rows, 4 * state_stride(H)), gate-minor: column 4 * unit + gate, padded past 4H. Rows
+            that belong to no step hold zeros if they are read.
+        grad_cell: (lanes, B, state_stride(H)) float32, the gradient of c_0. Ragged: (lanes, 2B, state_stride(H)), the
+            gradients of c_0 and of c_reset.
     """
     from ..kernels.backward import backward_scan
 
@@ -61,7 +61,7 @@ def scan_backward(
 
     grad_gates = buffers.sentinels((stack.lanes(), layout.state_rows(), 4 * layout.stride()), gates)
     if ragged is None:
-        for own, reverse_in_time in stack.by_direction():  # nothing comes after the last step
+        for own, reverse_in_time in stack.by_direction():  # no gradient comes from behind the last step
             grad_gates[own, layout.initial(not reverse_in_time)].zero_()
     else:
         grad_gates[:, : layout.batch_size].zero_()
@@ -89,7 +89,7 @@ def scan_backward(
         first_output = launch.first % directions * hidden_size if not plan.chained else 0
         weights_hh = transposed((each.hh for each in part.weights), layout.stride())
         weights_ih = weights_hh
-        if plan.chained:  # the first of them has nobody below in this launch
+        if plan.chained:  # the first lane has no lane below in this launch, so its weight is not read
             weights_ih = (*weights_hh[:1], *transposed((each.ih for each in part.weights[1:]), layout.stride()))
         launch_scan(
             backward_scan,

@@ -1,4 +1,4 @@
-"""The buffers that a forward scan writes, and what is in them before it runs."""
+"""The buffers that a forward scan writes, and what they hold before the scan runs."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from .layout import Layout
 
 
 class Buffers(NamedTuple):
-    """What the forward scan writes; each has a block for each lane, and is empty where it is not needed."""
+    """What the forward scan writes. The first axis is that of lanes. A buffer that is not needed is empty."""
 
     hidden: Tensor  # (lanes, state rows, state_stride(H)) h
     hidden_dropped: Tensor  # (lanes, state rows, state_stride(H)) h after dropout
-    cell: Tensor  # float32 c: (lanes, state rows, state_stride(H)), or only what sequences start from and end with
+    cell: Tensor  # float32 c: (lanes, state rows, state_stride(H)), or only the c at the start and the end
     gates: Tensor  # (lanes, rows, 4H)
 
     @staticmethod
@@ -27,7 +27,10 @@ class Buffers(NamedTuple):
         dropped: bool,
         hidden: Tensor | None = None,
     ) -> "Buffers":
-        """Buffers in which nothing is written yet, with the dtype and device of a tensor; `hidden`: one that exists."""
+        """Buffers in which nothing is written yet, with the dtype and device of `like`.
+
+        `hidden`: a buffer to use instead of a new one.
+        """
         rows_of_cells = layout.state_rows() if keep_cells else layout.start_rows()
         hidden = sentinels((lanes, layout.state_rows(), layout.stride()), like) if hidden is None else hidden
         hidden_dropped = sentinels((lanes if dropped else 0, layout.state_rows(), layout.stride()), like)
@@ -39,7 +42,7 @@ class Buffers(NamedTuple):
         return Buffers(*(buffer[lanes] for buffer in self))
 
     def write(self, start: Start, layout: Layout, stack: Stack) -> None:
-        """Write what the sequences start from, and zeros where there is no step."""
+        """Write the states that sequences start from, and zeros where there is no step."""
         for lanes, reverse in stack.by_direction():
             hidden, cell, own = self.hidden[lanes], self.cell[lanes], start.of(lanes)
             initial = layout.initial(reverse) if cell.shape[1] == layout.state_rows() else slice(layout.batch_size)
@@ -47,7 +50,7 @@ class Buffers(NamedTuple):
             if layout.ragged is None:
                 _fill(hidden[:, layout.initial(reverse)], own.h)
                 continue
-            # Every NaN gets the same bits: nobody must mistake one for a sentinel.
+            # Every NaN gets the same bits, since the bits of a NaN must not look like the sentinel.
             _fill(hidden[:, layout.initial(reverse)], own.h, canonical=True)
             _fill(hidden[:, layout.initial(not reverse)], None)
             _fill(hidden[:, layout.resets()], own.h_reset, canonical=True)
@@ -68,7 +71,7 @@ def sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
-    """Write states (lanes, B, H) into their state rows."""
+    """Write states (lanes, B, H), or zeros for None, into state rows. `canonical`: every NaN gets the same bits."""
     if state is None:
         rows.zero_()
         return

@@ -18,7 +18,7 @@ BACKWARD_OPTIONS: dict[str, object] = {"num_warps": CELL_BACKWARD_WARPS, "enable
 
 
 def plan_of_cell(input: Tensor, hidden_size: int, precision_of: str) -> CellPlan:
-    """The plan of a step for an input (B, I)."""
+    """The plan of a step for an input (B, I). `precision_of`: as in `cell_forward`."""
     return planner.plan_cell(
         batch_size=input.shape[0],
         input_size=input.shape[1],
@@ -49,14 +49,14 @@ def cell_forward(
         h_0, c_0: (B, H), or both None for zeros.
         weight_ih, weight_hh: (4H, I) and (4H, H), gates in the order i, f, g, o.
         bias_ih, bias_hh: (4H,), or both None.
-        keep_gates: whether `cell_backward` will need them.
-        precision_of: whose setting says whether float32 is computed in TF32, "matmul" or "rnn".
+        keep_gates: whether to return the gates, which `cell_backward` needs.
+        precision_of: "matmul" or "rnn": which setting of PyTorch decides whether float32 is computed in TF32.
 
     Returns:
         h_1, c_1: (B, H).
         gates: (B, 4H), activated gates, if `keep_gates`; otherwise empty.
 
-    All in the input's dtype.
+    All tensors have the input's dtype.
     """
     hidden_size = weight_hh.shape[1]
     hidden, cell, gates = _results(input, hidden_size, keep_gates)
@@ -92,7 +92,7 @@ def single_step(
     hidden_size, below = stack.hidden_size(), input
     for lane, own in enumerate(stack.weights):
         at = lane % directions
-        if lane > 0 and at == 0:  # the next layer reads the output of this one
+        if lane > 0 and at == 0:  # a new layer: it reads the output of the layer before
             below, output = output, torch.empty_like(output)
         _launch_step(
             plan_of_cell(below, hidden_size, "rnn"),
@@ -129,7 +129,7 @@ def _launch_step(
     gates: Tensor | None = None,
     output: Tensor | None = None,
 ) -> None:
-    """Write the results of one step: h and c, and if asked for its gates, and h once more as `output`."""
+    """Launch one step. It writes h_1 and c_1, and if they are given, `gates`, and h once more into `output`."""
     from ..kernels.cell import cell_forward
 
     weight_ih, weight_hh, bias_ih, bias_hh = (None if each is None else each.contiguous() for each in weights[:4])
@@ -168,7 +168,7 @@ def _launch_step(
 def cell_backward(
     grad_h_1: Tensor, grad_c_1: Tensor, c_0: Tensor | None, c_1: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """From the gradients of a step's results to those of its gates' pre-activations (B, 4H) and of c_0 (B, H).
+    """The gradients of a step's pre-activations (B, 4H) and of c_0 (B, H), from the gradients of its results.
 
     Args:
         grad_h_1, grad_c_1: (B, H).
@@ -210,7 +210,7 @@ def _results(input: Tensor, hidden_size: int, keep_gates: bool) -> tuple[Tensor,
 
 
 def cell_constants_of(plan: CellPlan) -> dict[str, object]:
-    """A plan as compile-time arguments of the forward kernel."""
+    """The compile-time arguments that the forward kernel takes from a plan."""
     return {
         "BLOCK_BATCH": plan.block_batch,
         "BLOCK_HIDDEN": plan.block_hidden,
@@ -222,5 +222,5 @@ def cell_constants_of(plan: CellPlan) -> dict[str, object]:
 
 
 def cell_compiler_options(plan: CellPlan) -> dict[str, object]:
-    """A plan as options of Triton's compiler."""
+    """The options of Triton's compiler for a plan."""
     return {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}

@@ -1,6 +1,7 @@
-"""What a step costs: an estimate in cycles, from what has to move and what has to wait.
+"""The cost of a step: an estimate in cycles, from what it moves, multiplies and waits for.
 
-Only the ratios of the rates matter. Plans that were measured on a device replace what the rates lead to.
+The cost only ranks plans, so only the ratios of the rates matter. A plan that was measured on a device replaces the
+plan of lowest cost.
 """
 
 from collections.abc import Mapping
@@ -10,14 +11,14 @@ from .fit import Division, Placement
 from .plan import divide_up
 
 SECTOR_BYTES = 32  # bytes of a sector of L2
-SCHEDULERS = 4  # of a multiprocessor, each with a tensor core
+SCHEDULERS = 4  # schedulers of a multiprocessor, each with a tensor core
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a family of GPUs moves and computes in a cycle of its clock, and how long it takes to wait there.
+    """How much a family of GPUs moves and computes in a clock cycle, and how many cycles it waits.
 
-    Latencies were read off compiled kernels (bench/resources.py), where no other source is named.
+    Latencies were read off compiled kernels (bench/resources.py), unless another source is named.
     """
 
     link_bytes: int  # bytes a cycle, from L2 to one multiprocessor
@@ -25,17 +26,17 @@ class Rates:
     shared_bytes: int  # bytes a cycle, within one multiprocessor
     memory_bytes: int  # bytes a cycle, to and from the device's memory
     operations: int  # operations a cycle, of a large product of 16-bit matrices; of 32-bit ones half as many
-    multiplied: Mapping[str, int]  # pairs of numbers a cycle, of one multiprocessor, by `ScanShape.operands`
+    multiplied: Mapping[str, int]  # multiplications a cycle, of one multiprocessor; by `ScanShape.operands`
     load: int  # cycles from asking L2 for a value to having it
-    exchange: int  # cycles from publishing a value to having it elsewhere
-    round: int  # cycles of asking again, for a further group of chunks
+    exchange: int  # cycles from publishing a value to having it in another program
+    round: int  # cycles of one more request, for a further group of chunks
     fixed: int  # cycles of a step for addresses, sentinels, barriers, and the gates of the first unit
-    half_sector: int  # cycles of a step, for states of which two programs write a sector of L2, each half of it
-    projection: int  # cycles of a step, for an input projection of its own: its launch, and reading its result
+    half_sector: int  # cycles of a step, if two programs share each sector of L2 that they write
+    projection: int  # cycles of a step, for a separate input projection: its launch, and reading its result
     staging: int  # cycles of a step, for states on their way to asynchronous tensor cores
     least_hold: int  # cycles that threads hold back at least, if they hold back (kernels/hold.py)
     most_hold: int  # cycles that threads hold back at most
-    hold_from: int  # cycles that L2 takes for what all programs read, from which on threads hold back
+    hold_from: int  # threads hold back if L2 takes at least so many cycles for what all programs read
 
 
 # l2_bytes and projection were measured on an H100, projection at H = 256, B = 16: 220 cycles.
@@ -64,9 +65,9 @@ def cycles(placement: Placement, rates: Rates = DATA_CENTRE) -> int:
     division, shape = placement.division, placement.division.shape
     work = _moving(placement, rates) + _multiplying(placement, rates) + _around_products(division, rates)
     work += (placement.rounds - 1) * rates.round
-    # What the input takes passes while the state is under way. One state is asked for after the other.
+    # States are requested one after the other. A fused input is read while the state is on its way, so it counts here.
     waiting = shape.states * rates.load + placement.input_bytes // rates.shared_bytes
-    # A program that serves several tiles works on the others while one is exchanged.
+    # A program of several tiles works on the other tiles while one tile is exchanged.
     turns = divide_up(division.batch_tiles, division.groups)
     return max(work + max(rates.exchange, waiting), turns * (work + waiting)) + _projecting(division, rates)
 
@@ -74,8 +75,8 @@ def cycles(placement: Placement, rates: Rates = DATA_CENTRE) -> int:
 def hold(placement: Placement, rates: Rates = DATA_CENTRE) -> int:
     """Cycles after publishing before a program first looks for its peers' values; 0: at once.
 
-    A program of several tiles does not hold back, as the next tile's states are there. Few programs with little to read
-    do not slow each other down.
+    A program of several tiles does not hold back: the states of its next tile are there already. A few programs with
+    little to read do not hold back either: they do not slow each other down.
     """
     division, shape = placement.division, placement.division.shape
     waits = shape.device.capability > 0 and (division.slices > 1 or shape.chained)
@@ -96,7 +97,7 @@ def _exchanged_bytes(placement: Placement) -> int:
 
 
 def _moving(placement: Placement, rates: Rates) -> int:
-    """Cycles of what a step reads from L2."""
+    """Cycles in which a step reads what it needs from L2."""
     division, shape = placement.division, placement.division.shape
     loaded = _exchanged_bytes(placement)
     loaded += division.block_batch * shape.input_size * shape.itemsize if division.fuse_input else 0
@@ -104,7 +105,7 @@ def _moving(placement: Placement, rates: Rates) -> int:
 
 
 def _multiplying(placement: Placement, rates: Rates) -> int:
-    """Cycles of the products of a step, and of their way through shared memory."""
+    """Cycles of the products of a step, with the passage of their operands through shared memory."""
     division, shape = placement.division, placement.division.shape
     if division.operands_in_registers:
         weights_bytes = division.chunk_bytes * (placement.resident_chunks - placement.register_chunks)
@@ -129,12 +130,12 @@ def _around_products(division: Division, rates: Rates) -> int:
 
 
 def _idle(division: Division) -> int:
-    """How many times longer a program takes, as it has fewer warps than a multiprocessor has schedulers."""
+    """How many times longer a program computes if it has fewer warps than a multiprocessor has schedulers."""
     return max(1, SCHEDULERS // division.num_warps)
 
 
 def _projecting(division: Division, rates: Rates) -> int:
-    """Cycles of a step for an input projection of its own, which is written to memory and read back."""
+    """Cycles of a step for a separate input projection, which is written to memory and read back; 0 if it is fused."""
     shape = division.shape
     if division.fuse_input or shape.kind == "backward":
         return 0

@@ -1,4 +1,4 @@
-"""Calls of this library's operators past PyTorch's dispatcher, where nobody looks."""
+"""Call this library's operators without PyTorch's dispatcher, where nothing observes operators."""
 
 import inspect
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
 
 
 def invoke(operator: Any, *arguments: Any) -> Any:
-    """Call an operator of this library; as the function that it is, unless somebody sees which operators are called.
+    """Call an operator of this library. If nothing observes operators, call its Python function directly.
 
-    The way through PyTorch's dispatcher and back takes longer than the function itself. It is for torch.compile and
-    torch.export, vmap, modes, and subclasses of tensors, such as those without data.
+    A call through PyTorch's dispatcher takes longer than the function itself. Only torch.compile, torch.export, vmap,
+    dispatch modes and tensor subclasses, such as fake tensors, need the dispatcher.
 
     Raises:
         KernelFailed: the GPU reports that a kernel failed.
@@ -46,7 +46,7 @@ def _is_observed(arguments: tuple[Any, ...]) -> bool:
 
 
 def named(operator: Any, arguments: Sequence[Any]) -> SimpleNamespace:
-    """An operator's arguments by the names of its parameters, with the defaults of those that are left out."""
+    """An operator's arguments by the names of its parameters. A parameter that is left out has its default."""
     defaults = _defaults(operator)
     return SimpleNamespace(**{**defaults, **dict(zip(defaults, arguments, strict=False))})
 

@@ -1,4 +1,4 @@
-"""Dropout between layers: which lanes have it, and what it does outside of the scans."""
+"""Dropout between layers: which lanes have it, and how it is computed outside the scans."""
 
 from typing import NamedTuple
 
@@ -11,21 +11,22 @@ from .plan import DROPOUT_BLOCK, Launch
 
 
 class Dropout(NamedTuple):
-    """Dropout on the output of all layers but the last. What it does to an element is a function of the seed."""
+    """Dropout on the output of all layers but the last. The seed decides which elements are kept."""
 
     probability: float = 0.0
-    seed: Tensor | None = None  # (1,) int64, needed where the probability is not 0
+    seed: Tensor | None = None  # (1,) int64, needed if the probability is not 0
 
     def lanes(self, launch: Launch, stack: Stack) -> int:
-        """How many lanes of a launch have dropout: the first ones, those of all layers but the last."""
+        """How many lanes of a launch have dropout: those of all layers but the last. They come first."""
         if self.probability == 0:
             return 0
         return max(0, min(launch.plan.lanes, stack.lanes() - stack.directions - launch.first))
 
     def applied(self, lane: int, output: Tensor, first_row: int = 0) -> Tensor:
-        """A lane's output (T, B, H) or (rows, H), from a row on, after dropout; rounded once, as the scans do it.
+        """A lane's output (T, B, H) or (rows, H) after dropout, rounded once, as in the scans.
 
-        It is linear, and so does the same to gradients on their way back.
+        `first_row`: the row of the lane that is the first row of `output`. Dropout is linear, so this function also
+        takes gradients back through dropout.
         """
         assert self.seed is not None
         scale: Tensor = dropout_scale(self.seed, lane, self.probability, output.detach(), first_row)
@@ -34,9 +35,9 @@ class Dropout(NamedTuple):
 
 @torch.library.custom_op("lstm_triton::dropout_scale", mutates_args=())
 def dropout_scale(seed: Tensor, lane: int, dropout: float, like: Tensor, first_row: int = 0) -> Tensor:
-    """What the scans multiply a lane's output (T, B, H) or (rows, H) with, from a row on: 0 or 1 / (1 - dropout).
+    """The factors of dropout for a lane's output: 0 or 1 / (1 - dropout), in float32, as in the scans.
 
-    In float32, as the scans have it.
+    `like`: the output, (T, B, H) or (rows, H). `first_row`: the row of the lane that is its first row.
     """
     from ..kernels.lanes import dropout_scales
 

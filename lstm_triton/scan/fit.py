@@ -1,6 +1,6 @@
 """Which tiles and chunks fit a device: how the work of a scan is divided, and where its weights and states lie.
 
-The limits of registers come from compiled kernels (bench/resources.py): beyond them the compiler spills.
+The limits of registers were read off compiled kernels (bench/resources.py). Beyond them the compiler spills registers.
 """
 
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from functools import cached_property
 
 from .plan import ScanShape, chunk_columns, divide_up, power_of_2
 
-# Registers of a thread that may hold requested states, of its 255.
+# How many of a thread's 255 registers may hold requested states. The keys are `ScanShape.operands`.
 LOAD_REGISTERS = {"16 bit": 128, "tf32": 128, "tf32x3": 24, "ieee": 32}
-LOAD_REGISTERS_OF_ASYNCHRONOUS = 96
-LOAD_REGISTERS_OF_LARGE_TILES = 64
+LOAD_REGISTERS_OF_ASYNCHRONOUS = 96  # ... of asynchronous products
+LOAD_REGISTERS_OF_LARGE_TILES = 64  # ... of tiles of at least 32 rows; asynchronous: 64 rows
 OPERAND_REGISTERS = 232  # registers of a thread for requested states, sums, weights and gates
 GATE_REGISTERS = 32  # registers of a thread for the gates of every 8 rows
-MASK_REGISTERS = 24  # registers of a thread for masks, where the last chunk is not a whole one
+MASK_REGISTERS = 24  # registers of a thread for masks, if the last chunk is not full
 MAX_RESIDENT_CHUNKS = 32  # chunks: each is unrolled into the kernel
 MAX_INPUT_CHUNKS = 8  # chunks of the input weights
 REGISTER_BYTES = 4
@@ -97,7 +97,7 @@ class Division:
 
     @property
     def operands_in_registers(self) -> bool:
-        """Whether warps read operands into registers by themselves: neither asynchronous nor AMD's products do."""
+        """Whether each warp reads its operands into registers. Asynchronous products and AMD's products do not."""
         return not self.asynchronous and not self.shape.device.arch.startswith("gfx")
 
     @property
@@ -107,7 +107,7 @@ class Division:
 
     @property
     def partial_sum_bytes(self) -> int:
-        """Bytes of the sums that warps exchange in shared memory, where they share the depth."""
+        """Bytes of the partial sums that warps exchange in shared memory, if they share K."""
         return self.split_k * self.sum_bytes if self.split_k > 1 else 0
 
 
@@ -116,9 +116,9 @@ class Placement:
     """Where the weights and the states of a program lie.
 
     Attributes:
-        division: of the work among programs.
+        division: how the work is divided.
         group_chunks, resident_chunks, register_chunks, accumulators: as in `Plan`.
-        input_bytes: bytes of shared memory for the input and its weights, where the scan projects the input itself.
+        input_bytes: bytes of shared memory for the input and its weights, if the input projection is fused.
     """
 
     division: Division
@@ -146,10 +146,11 @@ def divided(shape: ScanShape, block_batch: int, block_hidden: int, fuse_input: b
         return None
     if block_batch > _most_rows(shape, fuse_input):
         return None
-    # Hopper's asynchronous tensor cores take 64 rows of weights from 4 warps. Elsewhere warps share the depth.
+    # Hopper's asynchronous tensor cores take 64 rows of weights from 4 warps. In other products warps share K.
     hopper = shape.kind == "forward" and shape.device.capability == 90 and shape.itemsize == 2
     asynchronous = hopper and min(block_hidden, block_batch) >= 16
-    # More units spill. They are taken with 8 rows only, where fewer units would need too many programs.
+    # More than `_most_units` spill registers. They are allowed with 8 rows only, and only if half as many units would
+    # need more programs than a lane has multiprocessors.
     needed = block_batch == 8 and divide_up(shape.hidden_size, block_hidden // 2) > shape.multiprocessors_of_a_lane
     if block_hidden > _most_units(shape, block_batch, asynchronous) and not needed:
         return None
@@ -158,7 +159,7 @@ def divided(shape: ScanShape, block_batch: int, block_hidden: int, fuse_input: b
         block_k = chunk_columns(shape.depth, min(row_bytes, 512) // shape.itemsize)
         block_input = chunk_columns(shape.input_size, row_bytes // shape.itemsize)
         return Division(shape, block_batch, block_hidden, block_k, block_input, 1, num_warps, fuse_input, True)
-    part_bytes = THREADS_OF_A_ROW * READ_BYTES  # of a row, for each warp
+    part_bytes = THREADS_OF_A_ROW * READ_BYTES  # bytes of a row of a chunk, for each warp
     part = part_bytes // shape.itemsize
     warps = min(8, row_bytes // part_bytes, max(2, power_of_2(divide_up(shape.depth, part))))
     if warps < 2:
@@ -171,12 +172,12 @@ def divided(shape: ScanShape, block_batch: int, block_hidden: int, fuse_input: b
 
 
 def weight_rows(shape: ScanShape, block_hidden: int) -> int:
-    """Rows of the recurrent weights of so many units: forward owns their four gates, backward their states."""
+    """Rows of the recurrent weights for this many units. Forward: four gates a unit. Backward: one row a unit."""
     return 4 * block_hidden if shape.kind == "forward" else block_hidden
 
 
 def _most_rows(shape: ScanShape, fuse_input: bool) -> int:
-    """The largest block_batch."""
+    """The largest block_batch that is allowed."""
     if fuse_input:  # the input takes as many registers as the state
         return 16 if shape.itemsize == 2 else 8
     if shape.chained:
@@ -211,7 +212,7 @@ def placed(division: Division) -> Placement | None:
         return None
     resident_chunks = min(division.chunks, MAX_RESIDENT_CHUNKS, register_chunks + room // division.chunk_bytes)
     if resident_chunks < division.chunks and not division.operands_in_registers:
-        resident_chunks -= 1  # a streamed chunk passes through shared memory, too
+        resident_chunks -= 1  # room for a streamed chunk, which passes through shared memory here
     all_resident = resident_chunks == division.chunks
     if resident_chunks < 1 or (division.shape.chained and not all_resident):
         return None
@@ -227,7 +228,7 @@ def _chunk_registers(division: Division) -> int:
 
 
 def _group_chunks(division: Division) -> int:
-    """Chunks of the state that are requested together, as registers allow, in groups of about the same size."""
+    """Chunks of the state that are requested together: as many as registers allow, in groups of about equal size."""
     most = LOAD_REGISTERS_OF_ASYNCHRONOUS if division.asynchronous else LOAD_REGISTERS[division.shape.operands]
     if division.block_batch >= (64 if division.asynchronous else 32):
         most = min(most, LOAD_REGISTERS_OF_LARGE_TILES)
@@ -236,12 +237,12 @@ def _group_chunks(division: Division) -> int:
 
 
 def _accumulator_tiles(division: Division) -> int:
-    """Tiles of sums, each of 4 registers of a thread, that do not wait for each other."""
+    """Tiles of sums that do not wait for each other. Each tile takes 4 registers of a thread."""
     return max(1, division.weight_rows // 16) * (division.block_batch // 8)
 
 
 def _accumulators(division: Division) -> int:
-    """Independent chains of dots: enough of them that tensor cores need not wait for the previous dot."""
+    """Independent chains of dots: enough that tensor cores do not wait for the previous dot."""
     if division.asynchronous:
         return 1
     return min(division.chunks, max(1, 4 // _accumulator_tiles(division)))
@@ -257,20 +258,20 @@ def _register_chunks(division: Division, group_chunks: int, accumulators: int) -
     registers_of_a_chunk = max(1, division.chunk_bytes // (REGISTER_BYTES * division.threads))
     chunks = min(division.chunks, max(0, registers) // registers_of_a_chunk)
     if group_chunks < division.chunks and division.block_batch > 8:
-        chunks = min(chunks, 4)  # the next group's states are under way beside those being multiplied
+        chunks = min(chunks, 4)  # the next group's states also take registers, while this group is multiplied
     return chunks
 
 
 def _working_bytes(division: Division, group_chunks: int) -> int:
-    """Bytes of shared memory in use beside weights and input."""
-    staging = 0  # of states on their way to tensor cores
+    """Bytes of shared memory that are in use besides weights and input."""
+    staging = 0  # bytes of states on their way to tensor cores
     if not division.operands_in_registers:
         staging = division.shape.states * division.state_chunk_bytes * (group_chunks if division.asynchronous else 1)
     return max(staging, division.partial_sum_bytes, 2 * division.sum_bytes) + RESERVED_SHARED_BYTES
 
 
 def _input_bytes(division: Division) -> int:
-    """Bytes of shared memory for the input and its weights, where the scan projects the input itself."""
+    """Bytes of shared memory for the input and its weights, if the input projection is fused."""
     columns = division.block_input * division.input_chunks
     rows_bytes = 0 if division.operands_in_registers else division.block_batch * division.shape.itemsize
     return columns * (division.column_bytes + rows_bytes)

@@ -1,4 +1,4 @@
-"""Derivatives above the first, and forward-mode ones: through the step-by-step formula (reference.py)."""
+"""Higher derivatives and forward-mode derivatives, by the step-by-step formula (reference.py)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,18 +11,18 @@ from ..stack import LaneResults, LaneWeights, Options, Start, formula_lane, lane
 from .dropout import Dropout
 from .saved import Fixed, Inputs, Static, stack_of
 
-Formula = Callable[..., Sequence[Tensor]]  # results from arguments, in operations that can be differentiated
+Formula = Callable[..., Sequence[Tensor]]  # arguments -> results, in differentiable operations
 
 
 def gradients_by_formula(
     formula: Formula, arguments: Sequence[Any], needed: Sequence[bool], grads: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """The gradients that are needed, in operations that can be differentiated again.
+    """The gradients that are needed, computed in differentiable operations.
 
     Args:
-        arguments: of the formula.
-        needed: of which arguments the gradient is needed.
-        grads: of the formula's results; None: zeros.
+        arguments: the arguments of the formula.
+        needed: for each argument, whether its gradient is needed.
+        grads: the gradients of the formula's results; None: zeros.
     """
     wanted = [place for place, need in enumerate(needed) if need]
 
@@ -42,10 +42,11 @@ def second_gradients(
     grads: Sequence[Tensor | None],
     grads_of_gradients: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """The gradients of `gradients_by_formula`: of all `grads`, then of all `arguments`.
+    """Differentiate `gradients_by_formula`. Returns the gradients of all `grads`, then those of all `arguments`.
 
     Args:
-        grads_of_gradients: for each argument the gradient of its gradient; None: zeros, or it was not needed.
+        grads_of_gradients: for each argument, the gradient of its gradient. None: zeros, or the argument's gradient was
+            not needed.
     """
     every = [*grads, *arguments]
     places = [place for place, tensor in enumerate(every) if tensor is not None]
@@ -62,7 +63,7 @@ def second_gradients(
 
 
 def _replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
-    """The values, with others at these places."""
+    """A copy of `values` with `others` at these places."""
     found = list(values)
     for place, other in zip(places, others, strict=True):
         found[place] = other
@@ -70,7 +71,7 @@ def _replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any
 
 
 def stack_by_formula(inputs: Inputs, static: Static, fixed: Fixed) -> LaneResults:
-    """Output, h_n, c_n and cells of a stack, step by step."""
+    """Output, h_n, c_n and cells of a stack, computed step by step."""
     stack, dropout = stack_of(static, inputs), Dropout(static.dropout, fixed.seed)
 
     def drop(layer: int, output: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def stack_by_formula(inputs: Inputs, static: Static, fixed: Fixed) -> LaneResult
 def _lane(
     input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
 ) -> LaneResults:
-    """`formula_lane`, with `start.preact` and `start.preact_reset` as inputs of their own."""
+    """`formula_lane`, with `start.preact` and `start.preact_reset` as 4H more input features of weight 1."""
     if start.preact is not None or start.preact_reset is not None:
         input = torch.cat([input, _preacts(start, input, reverse, ragged)], dim=-1)
         identity = torch.eye(weights.ih.shape[0]).to(weights.ih)
@@ -94,7 +95,7 @@ def _lane(
 
 
 def _preacts(start: Start, input: Tensor, reverse: bool, ragged: Ragged | None) -> Tensor:
-    """(T, B, 4H), or (rows, 4H): what the states that steps start from add to their pre-activations."""
+    """(T, B, 4H), or ragged (rows, 4H): what `preact` and `preact_reset` add to the pre-activations of each step."""
     preact, preact_reset = start.preact, start.preact_reset
     if ragged is None:
         assert preact is not None

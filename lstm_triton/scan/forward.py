@@ -43,27 +43,27 @@ def scan_forward(
     """All steps of a stack of layers.
 
     Args:
-        input: (T, B, I), or of a ragged batch (rows, I).
+        input: (T, B, I), ragged (rows, I).
         h_0, c_0: (lanes, B, H), or None for zeros.
         weights, directions, bias, reverse: see `Stack`.
         keep_cells, keep_gates: what to keep; `scan_backward` needs both.
         tables: the fields of `Ragged`, empty if the batch is not ragged.
-        h_reset, c_reset: (lanes, B, H), what sequences start from after a reset, or None for zeros.
+        h_reset, c_reset: (lanes, B, H), the reset states, or None for zeros.
         dropout: the probability of dropout on the output of all layers but the last.
-        seed: (1,) int64 on the input's device, of dropout; needed where there is any.
+        seed: (1,) int64 on the input's device, the seed of dropout; needed if there is dropout.
         preact_0, preact_reset: (lanes, B, 4H), or None: see `Start`. For a single layer.
         low_memory: keep, instead of cells and gates, what `low_memory_gradients` needs.
 
     Returns:
-        hidden: (lanes, state rows, state_stride(H)) h in the input's dtype; of a ragged batch, zeros where there is no
-            step. Unless `keep_cells` or `low_memory`, of the last layer's lanes only.
-        hidden_dropped: `hidden` after dropout, of all layers but the last, if `keep_cells` and there is any.
+        hidden: (lanes, state rows, state_stride(H)) h in the input's dtype. Ragged: zeros where there is no step.
+            Without `keep_cells` and `low_memory`: the last layer's lanes only.
+        hidden_dropped: `hidden` after dropout, of all layers but the last, if `keep_cells` and if there is dropout.
         cell: float32 c, shaped as `hidden`, if `keep_cells`; with `low_memory` (lanes, LOW_MEMORY_WINDOWS, B,
             state_stride(H)), the c from which each window starts.
         gates: (lanes, rows, 4H) activated gates in the input's dtype, if `keep_gates`.
         h_n, c_n: (lanes, B, H) the final states.
 
-        What is not kept is empty.
+        A tensor that is not kept is empty.
     """
     stack, drop = Stack.of(weights, directions, bias, reverse), Dropout(dropout, seed)
     start = Start(h_0, c_0, h_reset, c_reset, preact_0, preact_reset)
@@ -83,7 +83,7 @@ def scan_forward(
         layout.time_steps,
         keep_gates=keep_gates,
         low_memory=low_memory,
-        # `preact` is added to input projections that are in memory.
+        # `preact` can be added only to input projections in memory.
         fuse_input=start.preact is None and start.preact_reset is None,
     )
     for schedule in schedules:
@@ -113,7 +113,7 @@ def scan_forward(
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
     if keep_cells or low_memory:
         return *kept, h_n, c_n
-    # A copy of the last layer, where it has no buffer of its own: a view would keep the layers below in memory.
+    # If the last layer shares a buffer with layers below, it is copied: a view would keep these layers in memory.
     hidden = buffers.hidden if launch.plan.lanes == directions else torch.stack(last_hidden)
     return hidden, kept.hidden_dropped, kept.cell, kept.gates, h_n, c_n
 
@@ -152,13 +152,14 @@ def _run(
     dropped: int,
     cell_starts: Tensor | None,
 ) -> None:
-    """The scan of a schedule's lanes, whose weights `stack` are: at once, or window after window of steps.
+    """Run the scan of a schedule's lanes, window after window of time. `stack` has the weights of these lanes.
 
     Args:
-        below: what the first of the lanes reads, (T, B, I) or (rows, I).
-        start: of the lanes.
-        dropped: how many of the lanes have dropout.
-        cell_starts: if there are any, the c that each window starts from is written there.
+        below: what the first lane reads, (T, B, I) or (rows, I).
+        start: the states that these lanes start from.
+        dropped: how many of the lanes have dropout. They come first.
+        cell_starts: (lanes, LOW_MEMORY_WINDOWS, B, state_stride(H)); the c at the start of each window is written here.
+            None: it is not needed.
     """
     from ..kernels.forward import forward_scan
 

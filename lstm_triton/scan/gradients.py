@@ -1,4 +1,4 @@
-"""The gradients of a stack: the backward scan, and matrix products over the gate gradients that it leaves."""
+"""The gradients of a stack: the backward scan, and matrix products over its result, the gate gradients."""
 
 from collections.abc import Sequence
 
@@ -23,18 +23,18 @@ def of_lane(
     needed_weights: LaneWeights,
     needed_start: Start,
 ) -> tuple[LaneWeights, Start]:
-    """The gradients of one lane, of all its steps or of a window of them, as far as they are needed.
+    """The gradients of one lane that are needed, over all its steps or over the steps of a window.
 
     Args:
-        grad_gates: (state rows, 4 * state_stride(H)), of the lane, as `scan_backward` returns them.
-        layout: of these steps.
-        inputs: what the steps read, (rows, K) tensors side by side.
+        grad_gates: (state rows, 4 * state_stride(H)), the lane's part of what `scan_backward` returns.
+        layout: the layout of these steps.
+        inputs: what the steps read: (rows, K) tensors, whose columns stand side by side.
         hidden_before: (rows, H) the h that the steps start from.
         needed_weights, needed_start: true where a gradient is needed.
 
     Returns:
-        Gradients of the weights, biases in float32; and of what the first steps, and the steps after a reset, start
-        from: `h`, `h_reset`, `preact`, `preact_reset`.
+        Gradients of the weights (of biases in float32), and of the states that sequences start from: `h`, `h_reset`,
+        `preact`, `preact_reset`.
     """
     rows = grad_gates[layout.steps(), : 4 * layout.hidden_size]
     weight_ih = weight_hh = bias = first = reset = None
@@ -70,14 +70,14 @@ def _through_recurrent_weights(gates: Tensor | None, weights: LaneWeights) -> Te
 
 
 def add_absent_steps(grad_h_0: Tensor, grad_h_n: Tensor | None, layout: Layout) -> Tensor:
-    """Add the gradient of h_n to that of h_0 where a sequence has no steps: it ends as it begins."""
+    """Add the gradient of h_n to the gradient of h_0 for sequences without steps: their h_n is h_0."""
     if layout.ragged is None or grad_h_n is None:
         return grad_h_0
     return grad_h_0 + torch.where(layout.ragged.lengths.unsqueeze(1) > 0, 0, grad_h_n)
 
 
 def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
-    """The gradients of all that `needed` says, where forward kept everything."""
+    """The gradients that are `needed`, if forward kept all cells and gates."""
     stack, static, input = saved.stack(), saved.static, saved.inputs.input
     layout = Layout.of(input, stack.hidden_size(), saved.fixed.ragged())
     grad_gates, grad_cell = invoke(
@@ -114,7 +114,7 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
             needed.start,
         )
         if found.bias_ih is not None and found.bias_ih is found.bias_hh:
-            found = found._replace(bias_hh=found.bias_hh.clone())  # nobody else may have the same memory
+            found = found._replace(bias_hh=found.bias_hh.clone())  # two gradients must not share memory
         grad_weights += weights.of_given([None if each is None else each.to(input.dtype) for each in found])
         starts.append(start)
     grad_start = stacked(starts)
@@ -132,15 +132,15 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
 
 
 def stacked(starts: Sequence[Start]) -> Start:
-    """Of all lanes, from that of each lane."""
+    """One `Start` of all lanes, from the `Start` of each lane."""
     return Start(*(None if states[0] is None else torch.stack(states) for states in zip(*starts, strict=True)))
 
 
 def _read_by(layer: int, saved: Saved, stack: Stack, layout: Layout) -> Sequence[Tensor]:
-    """What a layer has read: (rows, K) tensors, side by side."""
+    """What a layer read: (rows, K) tensors, whose columns stand side by side."""
     if layer > 0:
         buffer = saved.buffers.hidden_dropped if saved.static.dropout > 0 else saved.buffers.hidden
         return buffer[stack.layer(layer - 1), layout.steps(), : layout.hidden_size].unbind()
     rows = saved.inputs.input.reshape(layout.rows, -1)
-    # There may be anything where no step is.
+    # Where there is no step, the input may have any value.
     return (rows if layout.ragged is None else torch.where(layout.ragged.is_step().unsqueeze(1), rows, 0),)

@@ -1,4 +1,4 @@
-"""A lane through the kernels, with its gates and cells."""
+"""One lane computed by the kernels, with its gates and cells: for `trace`."""
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from .layout import Layout
 def scan_lane_inside(
     input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None
 ) -> Inside:
-    """A lane, and what the backward scan would need of the forward scan: the kernels' own gates and cells."""
+    """Run a lane. Also return the gates and cells that the kernels keep for the backward scan."""
     own_weights, own_start = (weights, start) if weights.hr is None else folded(weights, start)
     stack, own = Stack((own_weights,), reverse=reverse), own_start.map(lambda state: state.unsqueeze(0))
     hidden, _, cell, gates, h_n, c_n = scan_forward(

@@ -1,4 +1,4 @@
-"""From a plan to the launch of a kernel: every launch of this library goes through here."""
+"""Turn a plan into the launch of a kernel. Every launch of this library goes through this file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,19 +14,19 @@ from .plan import MIN_DOT_DEPTH, Kind, Plan, ScanShape
 
 
 def allows_tf32() -> bool:
-    """Whether cuDNN would be let compute a float32 LSTM in TF32."""
-    # torch.backends.cudnn.rnn.fp32_precision, which some versions of PyTorch hide behind a module of that name.
+    """Whether PyTorch's settings let cuDNN compute a float32 LSTM in TF32."""
+    # The setting torch.backends.cudnn.rnn.fp32_precision. Some versions of PyTorch hide it behind a module `rnn`.
     return bool(torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
 
 
 def shape_of(kind: Kind, stack: Stack, steps: Tensor, batch_size: int) -> ScanShape:
-    """The shape of one lane of a stack's first layer, whose `steps` have the dtype and the device of the scan."""
+    """The shape of one lane of a stack's first layer. `steps` has the dtype and the device of the scan."""
     device = Device.of(steps.device)
     return ScanShape(kind, batch_size, stack.input_size(), stack.hidden_size(), steps.dtype, device, allows_tf32())
 
 
 def lookups(layout: Layout, plan: Plan, window: Window, unused: Tensor) -> dict[str, object]:
-    """What both kernels need to find the rows of a window's steps."""
+    """The arguments with which both kernels find the rows of a window's steps."""
     time_steps, ragged = window.steps.stop - window.steps.start, layout.ragged
     shared = {"row_count": layout.rows, "batch_size": layout.batch_size, "batch_tiles": plan.batch_tiles}
     if ragged is None:
@@ -45,7 +45,7 @@ def lookups(layout: Layout, plan: Plan, window: Window, unused: Tensor) -> dict[
 
 
 def constants_of(plan: Plan) -> dict[str, object]:
-    """A plan as the compile-time arguments that both kernels share."""
+    """The compile-time arguments that both kernels take from a plan."""
     return {
         "LANES": plan.lanes,
         "CHAINED": plan.chained,
@@ -67,7 +67,7 @@ def constants_of(plan: Plan) -> dict[str, object]:
 
 
 def input_constants_of(plan: Plan, input_size: int, stride_unit: int) -> dict[str, object]:
-    """The compile-time arguments of the forward kernel for its input: without fusion all inputs share one kernel."""
+    """The forward kernel's compile-time arguments for its input. Without fusion all input sizes share one kernel."""
     fused = plan.fuse_input
     return {
         "FUSE_INPUT": fused,
@@ -78,17 +78,18 @@ def input_constants_of(plan: Plan, input_size: int, stride_unit: int) -> dict[st
 
 
 def compiler_options(plan: Plan, is_nvidia: bool) -> dict[str, object]:
-    """A plan as options of Triton's compiler."""
+    """The options of Triton's compiler for a plan."""
     options: dict[str, object] = {"num_warps": plan.num_warps, "num_stages": 1, "enable_fp_fusion": True}
     if is_nvidia:
-        options["maxnreg"] = 255  # a multiprocessor runs one program: nothing is gained by using fewer registers
+        options["maxnreg"] = 255  # a multiprocessor runs one program, so fewer registers gain nothing
     return options
 
 
 def launch_options(plan: Plan) -> dict[str, object]:
-    """A plan as options of a launch on a GPU."""
+    """The options of a launch on a GPU for a plan."""
     options = compiler_options(plan, is_nvidia=torch.version.hip is None)
-    # Slices of a batch tile wait for each other, and so do layers: all run at the same time, or the driver refuses.
+    # The slices of a batch tile wait for each other, and so do chained layers. A cooperative launch runs all programs
+    # at the same time, or the driver refuses the launch.
     return {**options, "launch_cooperative_grid": plan.slices > 1 or plan.chained}
 
 
@@ -104,5 +105,5 @@ def launch(
     constants: Mapping[str, object],
     options: Mapping[str, object],
 ) -> None:
-    """Launch a kernel where kernels run now: every kernel of this library goes through here."""
+    """Launch a kernel on the current target (target.py). Every kernel of this library is launched here."""
     target.run(KernelLaunch(kernel, grid, device, {**arguments, **constants}, options))

@@ -1,4 +1,4 @@
-"""The door to the kernels: a stack of layers, with projections folded into its weights."""
+"""Entry points of the path through the kernels: a stack of layers, without and with projections."""
 
 import torch
 from torch import Tensor
@@ -21,22 +21,23 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
     """All steps of a stack of layers without projections, through the Triton kernels.
 
     Args:
-        input: (T, B, I), of any strides; of a ragged batch (rows, I).
-        start: what sequences start from, (lanes, B, ...); h and c are both given, or both None.
+        input: (T, B, I), of any strides; ragged: (rows, I).
+        start: the states that sequences start from, (lanes, B, ...); h and c are both given, or both None.
 
     Returns:
-        output (T, B, directions * H), h_n and c_n (lanes, B, H), and with `return_cells` cells (lanes, T, B, H); of a
-        ragged batch, output (rows, ...) and cells (lanes, rows, H), zeros where there is no step. The output may be a
-        view of a buffer.
+        output (T, B, directions * H), h_n and c_n (lanes, B, H), and with `return_cells` cells (lanes, T, B, H).
+        Ragged: output (rows, directions * H) and cells (lanes, rows, H), with zeros where there is no step. The output
+        may be a view of a buffer.
 
     All tensors have one dtype (float32, float16 or bfloat16) and one device, on which kernels run (target.py). The
-    caller has checked the arguments. Every tensor gets gradients, of any order: those above the first, and forward-mode
-    ones, come from the step-by-step formula (formula.py), in the same dtype.
+    caller has checked the arguments. Every tensor gets gradients of any order. The kernels compute first derivatives.
+    Higher derivatives and forward-mode derivatives come from the step-by-step formula (formula.py), in the dtype of the
+    tensors.
     """
     arguments = stack.arguments()
     weights = arguments[0]
     ragged, return_cells = options.ragged, options.return_cells
-    dropout = float(options.dropout) if stack.num_layers() > 1 else 0.0  # an integer would be another type to a kernel
+    dropout = float(options.dropout) if stack.num_layers() > 1 else 0.0  # an int would be another type to a kernel
     seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
     low_memory = options.low_memory and not return_cells
     static = Static(stack.directions, stack.bias(), stack.reverse, dropout, low_memory, return_cells)
@@ -76,7 +77,10 @@ def _any_requires_grad(inputs: Inputs) -> bool:
 
 
 def scan_projected_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
-    """`scan_layers` with projections: h has P elements. All outputs of a layer are projected at once."""
+    """`scan_layers` for layers with projections: h has P elements.
+
+    Layers run one by one. After the scan of a layer, all its outputs are projected at once.
+    """
     ends = []
     for layer in range(stack.num_layers()):
         lanes = stack.layer(layer)
@@ -98,10 +102,11 @@ def scan_projected_layers(input: Tensor, start: Start, stack: Stack, options: Op
 
 
 def folded(weights: LaneWeights, start: Start) -> tuple[LaneWeights, Start]:
-    """A lane with a projection as one without, whose h is y: h_t = W_hr y_t, where y_t = o_t * tanh(c_t).
+    """A lane with a projection, rewritten as a lane without one. The new lane computes y instead of h.
 
-    W_hh h_{t-1} = (W_hh W_hr) y_{t-1} is one product beforehand, and a step has one exchange instead of two. Only the h
-    that is given, and is no W_hr y, has to be multiplied with W_hh itself: `Start.preact`.
+    h_t = W_hr y_t, where y_t = o_t * tanh(c_t). So W_hh h_{t-1} = (W_hh W_hr) y_{t-1}. The product W_hh W_hr is
+    computed here, before the scan. A step then has one exchange instead of two. A given h (initial or reset state) is
+    no W_hr y, so it is multiplied by W_hh here: `Start.preact` and `Start.preact_reset`.
     """
     assert weights.hr is not None
     hh = weights.hh
@@ -111,13 +116,13 @@ def folded(weights: LaneWeights, start: Start) -> tuple[LaneWeights, Start]:
 
 
 def projected(y: Tensor, weights: LaneWeights) -> Tensor:
-    """h from y."""
+    """h (..., P) from y (..., H)."""
     assert weights.hr is not None
     return y @ weights.hr.t()
 
 
 def end_without_steps(h_n: Tensor, h_0: Tensor | None, ragged: Ragged | None) -> Tensor:
-    """h_n, with h_0 for sequences without steps: they end where they begin."""
+    """h_n, but h_0 for sequences without steps: their final state is their initial state."""
     if ragged is None or h_0 is None:
         return h_n
     return torch.where(ragged.lengths.unsqueeze(1) > 0, h_n, h_0)

@@ -1,8 +1,8 @@
 """Which row of a scan's buffers holds what.
 
-A buffer of states has, for each lane, *state rows* (kernels/forward.py), in order: B initial states of the forward
-direction, the rows of the steps, B initial states of the reverse direction; of a ragged batch, B states after a reset
-besides. A state row has `state_stride(H)` elements: h or c of all units, then padding.
+For each lane, a buffer of states has *state rows* (kernels/forward.py) in this order: B initial states of the forward
+direction, the rows of the steps, B initial states of the reverse direction, and if ragged B reset states. A state row
+has `state_stride(H)` elements: h or c of all units, then padding.
 """
 
 from typing import NamedTuple
@@ -16,24 +16,24 @@ from .plan import state_stride
 
 
 class Window(NamedTuple):
-    """Steps that one launch takes, and their rows."""
+    """A range of steps that one launch takes, and the rows of these steps."""
 
     steps: slice
     rows: slice
 
 
 class Layout(NamedTuple):
-    """Sizes of a batch, and with them the place of every row."""
+    """The sizes of a batch. They determine where every row is."""
 
     time_steps: int
-    rows: int  # of the steps: T * B, or as many as a ragged batch has
+    rows: int  # rows of the steps: T * B; if packed, the sum of lengths
     batch_size: int
     hidden_size: int
     ragged: Ragged | None = None
 
     @staticmethod
     def of(steps: Tensor, hidden_size: int, ragged: Ragged | None) -> "Layout":
-        """For steps (T, B, ...), or of a ragged batch (rows, ...)."""
+        """The layout of a batch whose `steps` are (T, B, ...), or if ragged (rows, ...)."""
         if ragged is not None:
             return Layout(ragged.time_steps(), steps.shape[0], ragged.batch_size(), hidden_size, ragged)
         time_steps, batch_size = steps.shape[:2]
@@ -43,7 +43,7 @@ class Layout(NamedTuple):
         return state_stride(self.hidden_size)
 
     def start_rows(self) -> int:
-        """Rows of the states that sequences start from, in one direction: initial states, and those after a reset."""
+        """Rows of the states that sequences start from in one direction: initial states, and if ragged reset states."""
         return (1 if self.ragged is None else 2) * self.batch_size
 
     def state_rows(self) -> int:
@@ -53,32 +53,32 @@ class Layout(NamedTuple):
         return slice(self.batch_size, self.batch_size + self.rows)
 
     def resets(self) -> slice:
-        """The states after a reset, of a ragged batch."""
+        """The rows of the reset states of a ragged batch."""
         return slice(self.rows + 2 * self.batch_size, None)
 
     def initial(self, reverse: bool) -> slice:
-        """The initial states of one direction. For the other direction they are the rows after the last steps."""
+        """The rows of one direction's initial states. In the other direction they come after the last steps."""
         first = self.rows + self.batch_size if reverse else 0
         return slice(first, first + self.batch_size)
 
     def previous(self, reverse: bool) -> slice:
-        """What the steps start from, in the order of `steps`; not of a ragged batch."""
+        """The state rows that the steps start from, in the order of `steps`. Not for a ragged batch."""
         first = 2 * self.batch_size if reverse else 0
         return slice(first, first + self.rows)
 
     def last(self, reverse: bool) -> slice | Tensor:
-        """The last step of each sequence; of a sequence without steps, its initial state."""
+        """The state row of each sequence's last step; for a sequence without steps, of its initial state."""
         if self.ragged is not None:
             return self.ragged.ends(reverse)
         first = self.batch_size if reverse else self.rows
         return slice(first, first + self.batch_size)
 
     def first(self, reverse: bool) -> slice | Tensor:
-        """The first step of each sequence; of a sequence without steps, a row of no step."""
+        """The state row of each sequence's first step; for a sequence without steps, a row that holds no step."""
         return self.last(not reverse)
 
     def hidden_before(self, hidden: Tensor, reverse: bool, rows: slice | None = None) -> Tensor:
-        """(rows, H) the h that steps, or some of their rows, start from, out of a lane's state rows."""
+        """(rows, H) the h that the steps start from, out of a lane's state rows. `rows`: for these steps only."""
         if self.ragged is None:
             found = hidden[self.previous(reverse), : self.hidden_size]
             return found if rows is None else found[rows]
@@ -90,7 +90,7 @@ class Layout(NamedTuple):
     def first_step_gates(self, grad_gates: Tensor, reverse: bool) -> Tensor:
         """(B, 4H) gate gradients of the first step of each sequence, out of a lane's `grad_gates`.
 
-        They are 0 where a sequence does not start from its initial state. Times W_hh they are the gradient of h_0.
+        They are 0 where a sequence does not start from its initial state. Their product with W_hh is the gradient of h_0.
         """
         columns, first = slice(4 * self.hidden_size), self.first(reverse)
         if self.ragged is None:
@@ -99,9 +99,9 @@ class Layout(NamedTuple):
         return torch.where(starts, grad_gates.index_select(0, first)[:, columns], 0)  # type: ignore[arg-type]
 
     def reset_gates(self, gate_rows: Tensor, reverse: bool) -> Tensor | None:
-        """(B, 4H) the sum of gate gradients (rows, 4H) over the steps that start from a reset; None if there is none.
+        """(B, 4H) gate gradients (rows, 4H), summed over the steps that start from the reset state.
 
-        Resets are for padded batches only, whose rows are those of T steps.
+        None if there can be no reset: only padded batches have resets, and their rows are T * B.
         """
         if self.ragged is None or self.rows % self.batch_size != 0:
             return None
@@ -110,7 +110,7 @@ class Layout(NamedTuple):
         return found
 
     def add_preacts(self, projected: Tensor, start: Start, window: Window, reverse: bool) -> None:
-        """Add what `start.preact` and `start.preact_reset` of a lane give to a window's pre-activations (rows, 4H)."""
+        """Add a lane's `start.preact` and `start.preact_reset` to a window's pre-activations `projected` (rows, 4H)."""
         if start.preact is not None:
             if self.ragged is None:
                 rows = torch.arange(self.batch_size, device=projected.device) + self.last(not reverse).start  # type: ignore[union-attr]
@@ -138,7 +138,7 @@ class Layout(NamedTuple):
         return cells.view(-1, *shape, self.hidden_size)
 
     def window(self, window: Window) -> "Layout":
-        """The layout of a window's steps alone."""
+        """The layout of one window."""
         steps, rows = window
         ragged = None if self.ragged is None else self.ragged.window(steps, rows)
         return Layout(steps.stop - steps.start, rows.stop - rows.start, self.batch_size, self.hidden_size, ragged)

@@ -7,7 +7,7 @@ Forward kept every h_t, and the c_t at the start of each window. Backward takes 
 3. the backward scan of the window;
 4. the matrix products over what the scan leaves (gradients.py).
 
-The gradients of the state that a window starts from are those of the final state of the window before it.
+The gradients of the state at the start of a window are the gradients of the final state of the window before.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from .windows import low_memory_bounds, windows_of
 
 
 def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
-    """The gradients of all that `needed` says, where forward kept little."""
+    """The gradients that are `needed`, if forward kept little."""
     start = saved.inputs.start
     found = low_memory_gradients(
         grads.output,
@@ -128,16 +128,16 @@ def _(*arguments: Any) -> list[Tensor]:
 
 
 class _Read:
-    """What the steps of a lane have read, out of what forward kept."""
+    """What the steps of a lane read, found again in what forward kept."""
 
     def __init__(self, input: Tensor, hidden: Tensor, stack: Stack, layout: Layout, dropout: Dropout) -> None:
         self.hidden, self.stack, self.layout, self.dropout = hidden, stack, layout, dropout
         self.input = input.reshape(layout.rows, -1)
-        if layout.ragged is not None:  # there may be anything where no step is
+        if layout.ragged is not None:  # where there is no step, the input may have any value
             self.input = torch.where(layout.ragged.is_step().unsqueeze(1), self.input, 0)
 
     def inputs(self, lane: int, rows: slice) -> Tensor:
-        """(rows, K) from the layer below, after its dropout."""
+        """(rows, K) the output of the layer below after dropout; for the first layer, the input."""
         layer = lane // self.stack.directions
         if layer == 0:
             return self.input[rows]
@@ -155,7 +155,7 @@ class _Read:
 
 
 def _output_of(rows: Tensor | None, direction: int, hidden_size: int) -> Tensor | None:
-    """The columns of one direction."""
+    """(rows, H) the columns of one direction."""
     return None if rows is None else rows[:, direction * hidden_size : (direction + 1) * hidden_size]
 
 
@@ -165,10 +165,10 @@ def _of_lane(
     """The gradients of a lane, in float32, since every window adds to them.
 
     Args:
-        start: of the lane; its h and c are not needed.
-        cell_starts: (LOW_MEMORY_WINDOWS, B, state_stride(H)) the c that each window starts from.
-        grads: of the lane's results: output (rows, H), h_n and c_n (1, B, H).
-        grad_below: (rows, K), to which the gradient of what the lane reads is added; None: it is not needed.
+        start: the states that the lane starts from; h and c are not needed.
+        cell_starts: (LOW_MEMORY_WINDOWS, B, state_stride(H)) the c at the start of each window.
+        grads: gradients of the lane's results: output (rows, H), h_n and c_n (1, B, H).
+        grad_below: (rows, K); the gradient of what the lane reads is added here. None: it is not needed.
     """
     stack, layout = read.stack, read.layout
     weights, reverse = stack.weights[lane], stack.is_reverse(lane)
@@ -211,7 +211,7 @@ def _of_lane(
             rows_gates = grad_gates[0, own.steps(), : 4 * hidden_size]
             grad_below[window.rows] += products.matmul(rows_gates, products.gate_minor(weights.ih))
 
-        # Into the states that the window starts from, and so into the window before it.
+        # Gradients of the states that the window starts from. They flow into the window before.
         _add(total.h_reset, found_start.h_reset)
         _add(total.preact_reset, found_start.preact_reset)
         if own.ragged is not None:
@@ -226,7 +226,7 @@ def _of_lane(
 
 
 def _begins(layout: Layout, steps: slice, reverse: bool) -> Tensor | bool:
-    """Which sequences, as (B, 1), start from their initial state in a window; True or False for all."""
+    """(B, 1) bool: which sequences start from their initial state in a window; True or False: all or none."""
     if not reverse:
         return bool(steps.start == 0)
     if layout.ragged is None:

@@ -1,4 +1,4 @@
-"""What the planner is asked, and what it answers, as data."""
+"""The planner's question (`ScanShape`) and its answers (`Plan`, `CellPlan`, `Launch`), as data."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ Operands = Literal["16 bit", "tf32", "tf32x3", "ieee"]
 
 MIN_DOT_DEPTH = 16  # columns: Triton's smallest K of a product
 DROPOUT_BLOCK = 1024  # elements of a program of dropout_scales (kernels/lanes.py)
-RECOMPUTE_BLOCK, RECOMPUTE_WARPS = (4, 64), 4  # of kernels/recompute.py, in which every sequence and unit is by itself
+RECOMPUTE_BLOCK, RECOMPUTE_WARPS = (4, 64), 4  # (rows, units) and warps of a program of kernels/recompute.py
 CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS = 512, 4  # elements and warps of a program of the cell's backward kernel
 
 
@@ -23,7 +23,7 @@ class ScanShape:
     Attributes:
         kind: which of the two scans.
         batch_size: B.
-        input_size: I, features of what the layer reads.
+        input_size: I, the features that the layer reads.
         hidden_size: H.
         dtype: of input, states and weights.
         device: where the scan runs.
@@ -44,7 +44,7 @@ class ScanShape:
 
     @property
     def key(self) -> str:
-        """The name of this shape in a table of measured plans, which belongs to one device."""
+        """The name of this shape in a device's table of measured plans."""
         input_part = f" I={self.input_size}" if self.kind == "forward" else ""  # the backward scan never sees the input
         lanes_part = "" if self.lanes == 1 else f" {self.lanes} {'layers' if self.chained else 'directions'}"
         name = dtype_name(self.dtype, self.allow_tf32)
@@ -66,12 +66,12 @@ class ScanShape:
 
     @property
     def depth(self) -> int:
-        """K of the product with the recurrent weights: forward reads states, backward gradients of four gates."""
+        """K of the product with the recurrent weights. Forward reads H values of h, backward 4H gate gradients."""
         return self.hidden_size if self.kind == "forward" else 4 * self.hidden_size
 
     @property
     def states(self) -> int:
-        """States that a step waits for: a lane's own, and of chained lanes also a neighbour's."""
+        """How many states a step waits for: that of its own lane, and if chained also that of a neighbouring lane."""
         return 2 if self.chained else 1
 
     @property
@@ -107,7 +107,7 @@ class Plan:
         thread_elements: elements of a state chunk that every thread waits for by itself; 0: all wait together.
         packed: whether 16-bit sentinels are tested two at a time (needs compute capability 9.0).
         num_warps: warps of a program.
-        predicted_cycles: the estimate by which this plan was preferred, in cycles of one step.
+        predicted_cycles: the estimated cycles of one step, by which the planner ranks plans.
         lanes: scans that run side by side, each in programs of its own.
         chained: whether the lanes are layers, one above the other, and not the two directions of one layer.
         hold: cycles after publishing before a program first looks for its peers' values; 0: at once.
@@ -144,7 +144,7 @@ class Plan:
 
     @property
     def projected_lanes(self) -> int:
-        """Lanes whose input projection is a product of its own, which is computed before the scan."""
+        """Lanes whose input projection is a separate product, computed before the scan."""
         if self.fuse_input:
             return 0
         return 1 if self.chained else self.lanes
@@ -176,12 +176,12 @@ class CellPlan:
     Attributes:
         block_batch: rows of a program's tile.
         block_hidden: hidden units of a program's tile.
-        programs: of the launch.
+        programs: programs of the launch.
         block_input: columns of a chunk of the input and its weights.
         block_k: columns of a chunk of the recurrent weights.
         dot_precision: "tf32", "tf32x3" or "ieee"; it matters for float32 only.
         tf32_rounding: how operands are rounded to TF32, in PTX's words: "rn" or "rna"; "": not at all.
-        num_stages: chunks that are under way at the same time.
+        num_stages: chunks that are loaded at the same time.
         num_warps: warps of a program.
     """
 
@@ -209,8 +209,8 @@ class Launch:
     The lanes of a stack are numbered layer after layer, each layer with its directions.
 
     Attributes:
-        first: the first of the launch's lanes.
-        plan: for `plan.lanes` of them.
+        first: the number of the launch's first lane.
+        plan: the plan of the launch, which takes `plan.lanes` lanes.
     """
 
     first: int
@@ -222,7 +222,7 @@ class Launch:
 
 
 def dtype_name(dtype: torch.dtype, allow_tf32: bool) -> str:
-    """The name of a dtype; "tf32" is float32 whose products may be rounded."""
+    """The name of a dtype; "tf32" is float32 whose products may be rounded to TF32."""
     return "tf32" if dtype == torch.float32 and allow_tf32 else str(dtype).removeprefix("torch.")
 
 
@@ -235,19 +235,23 @@ def dot_precision(dtype: torch.dtype, device: Device, allow_tf32: bool) -> Liter
 
 
 def tf32_rounding(precision: str, device: Device) -> str:
-    """How PTX is told to round to the nearest TF32: ties to even take one instruction, but need capability 9.0."""
+    """PTX's mode of rounding to the nearest TF32. "rn" (ties to even) is one instruction but needs capability 9.0."""
     if precision != "tf32":
         return ""
     return "rn" if device.capability >= 90 else "rna"
 
 
 def state_stride(hidden_size: int) -> int:
-    """Elements between two rows of the kernels' state buffers: aligned, and never shared between two words' writers."""
+    """Row stride of the state buffers, in elements: hidden_size, rounded up to 16.
+
+    Rows then begin at multiples of 32 bytes or more, so that loads are wide. No two rows share a 32-bit word, so no two
+    programs write parts of one word.
+    """
     return round_up(hidden_size, 16)
 
 
 def chunk_columns(depth: int, largest: int) -> int:
-    """Columns of a chunk: as many as possible without much padding in the last chunk."""
+    """Columns of a chunk: as many as possible, up to `largest`, without much padding in the last chunk."""
     enough = max(depth + depth // 8, min(2 * depth, depth + 64))
     block = min(largest, power_of_2(depth))
     while block > MIN_DOT_DEPTH and round_up(depth, block) > enough:

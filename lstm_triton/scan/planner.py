@@ -1,11 +1,11 @@
 """The one place where sizes are chosen: from a layer's sizes and a device's properties to tiles, warps and weights.
 
 `plan` is a pure function of a `ScanShape`. It lists the plans that fit the device (`candidates`, fit.py), estimates the
-cycles of a step of each (cost.py), and takes the cheapest, unless a table measured on that device (`table_path`) knows
-better.
+cycles of a step for each plan (cost.py), and takes the cheapest plan. If a plan was measured on the device
+(`table_path`), it takes the measured plan.
 
 Nothing here depends on the number of steps. The batch size only decides between a few tile heights, and whether a
-program serves one batch tile or several. So a layer needs few compiled kernels, whatever batches it meets.
+program serves one batch tile or several. So a layer needs few compiled kernels, whatever the batches are.
 """
 
 import json
@@ -33,7 +33,7 @@ from .plan import (
     tf32_rounding,
 )
 
-CELL_TILE_BYTES = 80 * 1024  # bytes of weights and rows under way to a program of the cell, in all of its stages
+CELL_TILE_BYTES = 80 * 1024  # bytes of weights and rows that a program of the cell loads at a time, in all stages
 
 
 def plan(shape: ScanShape) -> Plan:
@@ -46,7 +46,7 @@ def plan(shape: ScanShape) -> Plan:
 
 
 def candidates(shape: ScanShape) -> list[Plan]:
-    """Every plan that fits the device, the one that promises most first."""
+    """Every plan that fits the device, the plan with the fewest predicted cycles first."""
     found = []
     for block_hidden in (8, 16, 32, 64, 128):
         for block_batch in (8, 16, 32, 64):
@@ -62,13 +62,13 @@ def candidates(shape: ScanShape) -> list[Plan]:
 def launches(first: ScanShape, num_layers: int, directions: int) -> tuple[Launch, ...]:
     """The launches that a stack of layers takes, from the first layer to the last.
 
-    Layers of one direction go together where they all fit on the device and their steps, one layer a step behind the
-    other, take less time than one layer after the other. A layer that is read in both directions waits for the one
-    below to end: only its two directions go together.
+    Layers of one direction share a launch if they fit on the device together and take less time together. Each layer is
+    then one step behind the layer below. A bidirectional layer can begin only when the layer below has ended, so only
+    its two directions share a launch.
 
     Args:
         first: the shape of one lane of the first layer.
-        num_layers, directions: how many layers of how many directions the stack has.
+        num_layers, directions: the stack's number of layers, and of directions of each layer.
 
     Raises:
         ValueError: no plan fits the device.
@@ -76,7 +76,7 @@ def launches(first: ScanShape, num_layers: int, directions: int) -> tuple[Launch
     return _launches(first, num_layers, directions, _forced.get(first.kind))
 
 
-@cache  # every call of a layer asks
+@cache  # every call of a layer needs it
 def _launches(first: ScanShape, num_layers: int, directions: int, forced_plan: Plan | None) -> tuple[Launch, ...]:
     found, lane = [], 0
     for count in _lane_counts(first, num_layers, directions, forced_plan):
@@ -126,7 +126,7 @@ def _plan(shape: ScanShape, forced_plan: Plan | None) -> Plan:
 
 @cache
 def _best(shape: ScanShape) -> Plan | None:
-    """The plan that was measured to be best, or that promises most; None: no plan fits the device."""
+    """The measured plan, otherwise the plan with the fewest predicted cycles; None: no plan fits the device."""
     measured = _table(shape.device).get(shape.key)
     if measured is not None:
         return measured
@@ -135,7 +135,7 @@ def _best(shape: ScanShape) -> Plan | None:
 
 
 def _largest_chunks(shape: ScanShape, block_batch: int, block_hidden: int, fuse_input: bool) -> Placement | None:
-    """The placement with these tiles and the largest chunks that fit the device; None if no chunks fit it."""
+    """The placement with these tiles and the largest chunks that fit the device; None: no chunks fit."""
     for row_bytes in (1024, 512, 256, 128, 64):
         division = divided(shape, block_batch, block_hidden, fuse_input, row_bytes)
         placement = None if division is None else placed(division)
@@ -174,7 +174,7 @@ def _assembled(placement: Placement) -> Plan:
     )
 
 
-# --- Plans that are given: measured ones, and forced ones ---
+# --- Measured plans and forced plans ---
 
 
 def table_path(device: Device) -> Path:
@@ -192,7 +192,7 @@ def _table(device: Device) -> dict[str, Plan]:
     found = {}
     for key, entry in json.loads(path.read_text()).items():
         measured = {name: value for name, value in entry.items() if name in names}
-        # The rounding is no matter of speed, and tables of earlier versions do not have it.
+        # The rounding does not change the speed. Tables of earlier versions lack it.
         measured["tf32_rounding"] = tf32_rounding(measured["dot_precision"], device)
         found[key] = Plan(**measured)
     return found
@@ -203,7 +203,7 @@ _forced: dict[Kind, Plan] = {}
 
 @contextmanager
 def forced(chosen: Plan, kind: Kind = "forward") -> Iterator[None]:
-    """Run every scan of that kind with this plan inside the `with` block: for tests and for tuning."""
+    """Run every scan of this kind with this plan inside the `with` block. For tests and for tuning."""
     previous = _forced.get(kind)
     _forced[kind] = chosen
     try:
@@ -222,19 +222,19 @@ def forced(chosen: Plan, kind: Kind = "forward") -> Iterator[None]:
 def plan_cell(
     *, batch_size: int, input_size: int, hidden_size: int, dtype: torch.dtype, device: Device, allow_tf32: bool
 ) -> CellPlan:
-    """The plan for one step of the cell, which fits every device.
+    """The plan for one step of the cell. The plan fits every device.
 
-    A single step is bound by reading the weights: the tiles are as large as they can be while every multiprocessor has
-    one.
+    A single step takes as long as reading the weights. So tiles are as large as possible while every multiprocessor has
+    a tile.
     """
     block_batch = min(max(8, power_of_2(batch_size)), 64)
     row_tiles = divide_up(batch_size, block_batch)
-    block_hidden = min(32, max(4, power_of_2(hidden_size)))  # 4: tensor cores want 16 rows of weights
+    block_hidden = min(32, max(4, power_of_2(hidden_size)))  # 4 units at least: tensor cores take 16 rows of weights
     while block_hidden > 4 and row_tiles * divide_up(hidden_size, block_hidden) < device.multiprocessors:
         block_hidden //= 2
     rows, num_stages = 4 * block_hidden + block_batch, 3
     precision = dot_precision(dtype, device, allow_tf32)
-    row_bytes = 256 if precision == "tf32x3" else 512  # full precision keeps several parts of what it multiplies
+    row_bytes = 256 if precision == "tf32x3" else 512  # tf32x3 keeps several parts of its operands
     while row_bytes > 64 and num_stages * rows * row_bytes > min(CELL_TILE_BYTES, device.shared_bytes * 3 // 4):
         row_bytes //= 2
     return CellPlan(

@@ -1,4 +1,4 @@
-"""Matrix products outside the scans: in TF32 where cuDNN would use it, and between the two orders of gates."""
+"""Matrix products outside the scans, in TF32 where cuDNN would use TF32; and conversion between the two gate orders."""
 
 import contextlib
 import threading
@@ -17,7 +17,7 @@ from .layout import Layout
 
 
 def input_gradient(grad_gates: Tensor, weights: Sequence[LaneWeights], layout: Layout) -> Tensor:
-    """(rows, I) from a layer's grad_gates and its lanes' weights."""
+    """(rows, I) the gradient of a layer's input, from the gate gradients and the weights of its lanes."""
     products = [
         matmul(lane[layout.steps(), : 4 * layout.hidden_size], gate_minor(own.ih))
         for lane, own in zip(grad_gates, weights, strict=True)
@@ -26,7 +26,7 @@ def input_gradient(grad_gates: Tensor, weights: Sequence[LaneWeights], layout: L
 
 
 def gate_minor(weight: Tensor) -> Tensor:
-    """(4H, K) with gates one after the other -> (4H, K) with the gates of a unit side by side."""
+    """(4H, K) gate after gate -> (4H, K) gate-minor: the four gates of a unit are neighbours."""
     return _regrouped(weight, (4, -1))
 
 
@@ -41,9 +41,9 @@ def _regrouped(weight: Tensor, groups: tuple[int, int]) -> Tensor:
 
 
 def matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
-    """left @ right, in TF32 where cuDNN would use it for an LSTM: torch.matmul's own setting is off at first.
+    """left @ right, in TF32 where cuDNN would use TF32 for an LSTM. torch.matmul's own setting is off by default.
 
-    exact: never in TF32, as a single step's product, which takes no time worth mentioning, need not be.
+    exact: never use TF32. For the product of a single step, which takes hardly any time.
     """
     if target.current().may_take_tf32(left):
         product: Tensor = invoke(cuda_matmul, left, right, exact)
@@ -63,7 +63,7 @@ def _(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
 
 
 def project(rows: Tensor, weight: Tensor, projected: Tensor, add: bool = False) -> None:
-    """Write, or add, rows @ weight^T."""
+    """Write rows @ weight^T into `projected` (rows, 4H), or add it."""
     setting: AbstractContextManager[None] = contextlib.nullcontext()
     if target.current().may_take_tf32(rows):
         setting = matmul_precision("tf32" if allows_tf32() else "ieee")
@@ -72,7 +72,7 @@ def project(rows: Tensor, weight: Tensor, projected: Tensor, add: bool = False) 
 
 
 def batched_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
-    """`matmul` on a GPU, of any batch of matrices."""
+    """`matmul` on a GPU, for any batch of matrices."""
     with matmul_precision("tf32" if allows_tf32() and not exact else "ieee"):
         return left @ right
 
@@ -83,7 +83,7 @@ _matmul_precision_lock = threading.Lock()
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
     settings = torch.backends.cuda.matmul
-    # The setting is the whole process's, and backward runs in a thread for each device.
+    # A lock, since the setting belongs to the whole process and backward runs in one thread for each device.
     with _matmul_precision_lock:
         previous = settings.fp32_precision
         if previous == precision or {previous, precision} <= {"none", "ieee"}:
@@ -93,6 +93,6 @@ def matmul_precision(precision: str) -> Iterator[None]:
         try:
             yield
         finally:
-            settings.fp32_precision = "none"  # inherited from torch.backends.fp32_precision, as it may have been
+            settings.fp32_precision = "none"  # inherits torch.backends.fp32_precision, as `previous` may have
             if settings.fp32_precision != previous:
                 settings.fp32_precision = previous

@@ -1,4 +1,4 @@
-"""The gates and cell states of a lane once more, from what is known after the forward scan."""
+"""Compute a lane's gates and cell states again, from what forward kept."""
 
 from torch import Tensor
 
@@ -9,11 +9,11 @@ from .plan import RECOMPUTE_BLOCK, RECOMPUTE_WARPS
 
 
 def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -> None:
-    """Complete what `scan_backward` needs of a single lane, in place.
+    """Complete, in place, the gates and cell states of a single lane for `scan_backward`.
 
     Args:
         gates: (1, rows, 4H), pre-activations without biases on entry, activated gates on return.
-        cell: (1, state rows, state_stride(H)), c of the states that sequences start from on entry, of all on return.
+        cell: (1, state rows, state_stride(H)). On entry it has the c that sequences start from, on return every c.
     """
     from ..kernels.recompute import recompute_gates as kernel
 

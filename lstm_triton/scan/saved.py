@@ -1,7 +1,7 @@
-"""What the scans get, and what backward has of forward: each tensor by its name.
+"""What the scans get, and what forward saves for backward: every tensor has a name.
 
-A `torch.autograd.Function` takes and saves a flat list of tensors. The records of this file are its parts, in the order
-of the list: `Static`, `Fixed` and `Inputs` are the arguments of `Scan`; `Fixed`, `Buffers` and `Inputs` are saved.
+A `torch.autograd.Function` takes and saves a flat list of tensors. The records of this file are the parts of this list,
+in its order. `Static`, `Fixed` and `Inputs` are the arguments of `Scan`. `Fixed`, `Buffers` and `Inputs` are saved.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .dropout import Dropout
 
 
 class Static(NamedTuple):
-    """What is no tensor."""
+    """The arguments that are not tensors."""
 
     directions: int
     bias: bool
@@ -27,16 +27,16 @@ class Static(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """Tensors that no gradient reaches."""
+    """Tensors that get no gradient."""
 
     seed: Tensor | None = None  # of dropout
-    before: Tensor | None = None  # this and the next three are the tables of a ragged batch
+    before: Tensor | None = None  # this and the next three: the tables of a ragged batch (ragged.py)
     after: Tensor | None = None
     offsets: Tensor | None = None
     lengths: Tensor | None = None
 
     def tables(self) -> tuple[Tensor, ...]:
-        """As operators take them."""
+        """The tables as operators take them; empty if the batch is not ragged."""
         return tuple(table for table in self[1:] if table is not None)
 
     def ragged(self) -> Ragged | None:
@@ -44,11 +44,11 @@ class Fixed(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Tensors that gradients reach; also used for their gradients, and for whether each gradient is needed."""
+    """Tensors that get gradients. Also used for their gradients, and for bools: whether each gradient is needed."""
 
     input: Any
     start: Start
-    weights: Sequence[Any]  # of all lanes, one after the other
+    weights: Sequence[Any]  # the weights of all lanes, lane after lane
 
     @staticmethod
     def of(flat: Sequence[Any]) -> "Inputs":
@@ -60,7 +60,7 @@ class Inputs(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients of the results; None: zeros."""
+    """Gradients of the results. None stands for zeros."""
 
     output: Tensor | None
     h_n: Tensor | None
@@ -69,7 +69,7 @@ class Grads(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward has of forward."""
+    """What forward saves for backward."""
 
     static: Static
     fixed: Fixed

@@ -1,6 +1,6 @@
 """What a scan of a stack of layers launches: which lanes together, by which plan, and in which windows of time.
 
-The scans follow a schedule, and `lstm_triton.explain` tells it.
+The scans follow a schedule. `lstm_triton.explain` prints it.
 """
 
 from dataclasses import replace
@@ -12,9 +12,9 @@ from .windows import low_memory_bounds, steps_at_once, window_bounds
 
 
 def is_single_step(time_steps: int, ragged: bool, dropout: bool, fuse_input: bool) -> bool:
-    """Whether the kernel of the cell computes a stack, lane after lane, if no gradient is needed.
+    """Whether the kernel of single steps computes a stack, lane after lane. Only asked if no gradient is needed.
 
-    Streaming calls are such. In a single step no program has to wait for another one.
+    Streaming calls have a single step. In a single step no program has to wait for another program.
     """
     return time_steps == 1 and fuse_input and not (ragged or dropout)
 
@@ -37,7 +37,11 @@ class Schedule(NamedTuple):
 
     @property
     def parts(self) -> list[Launch]:
-        """What a window launches: all lanes together, but directions one by one where they meet different windows."""
+        """What is launched for a window: all lanes together.
+
+        With several windows, the two directions of a layer are launched one by one, since they take the windows in
+        opposite order.
+        """
         first, plan = self.planned.first, self.planned.plan
         if plan.chained or len(self.bounds) == 2:
             return [self.planned]
@@ -45,7 +49,7 @@ class Schedule(NamedTuple):
 
     @property
     def times(self) -> int:
-        """How many launches these are."""
+        """How many launches this schedule makes."""
         return len(self.parts) * (len(self.bounds) - 1)
 
 
@@ -63,8 +67,8 @@ def forward_schedules(
 
     Args:
         first: the shape of one lane of the first layer.
-        keep_gates: whether backward will find the gates of all steps in memory.
-        low_memory: whether backward will compute the gates again, window after window.
+        keep_gates: whether the gates of all steps are kept for backward.
+        low_memory: whether backward computes the gates again, window after window.
         fuse_input: whether a scan may project its input itself. If not, all input projections are computed beforehand.
     """
     found = []
@@ -82,7 +86,7 @@ def backward_schedules(
 ) -> list[Schedule]:
     """The backward scan of a stack, listed from the first layer to the last. It runs from the last to the first.
 
-    With `low_memory`, lane after lane runs by itself (low_memory.py).
+    With `low_memory`, every lane runs by itself (low_memory.py).
     """
     if not low_memory:
         return [Schedule(planned, [0, time_steps]) for planned in planner.launches(first, num_layers, directions)]

@@ -1,4 +1,4 @@
-"""One step of an LSTM layer, differentiable: what `LSTMCell` computes through the kernels."""
+"""One differentiable step of an LSTM layer: `LSTMCell` on the path through the kernels."""
 
 from typing import Any, NamedTuple
 
@@ -20,15 +20,15 @@ def step(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *weights: Tensor
     Args:
         input: (B, I), of any strides.
         h_0, c_0: (B, H), or both None for zeros.
-        weights: weight_ih (4H, I) and weight_hh (4H, H), gates in the order i, f, g, o; with biases bias_ih and bias_hh
-            (4H,) as well.
+        weights: weight_ih (4H, I) and weight_hh (4H, H); with biases also bias_ih and bias_hh (4H,). The gates are in
+            the order i, f, g, o.
 
     Returns:
         h_1, c_1: (B, H).
 
     All tensors have one dtype (float32, float16 or bfloat16) and one device, on which kernels run (target.py). The
-    caller has checked the arguments. Every tensor gets gradients, of any order: those above the first, and forward-mode
-    ones, come from the formula (reference.py), in the same dtype.
+    caller has checked the arguments. Every tensor gets gradients of any order. A kernel computes first derivatives.
+    Higher derivatives and forward-mode derivatives come from the formula (reference.py), in the dtype of the tensors.
     """
     biases = () if len(weights) == 4 else (None, None)
     arguments = (input, h_0, c_0, *weights, *biases)
@@ -43,7 +43,7 @@ def step(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *weights: Tensor
 
 
 class Inputs(NamedTuple):
-    """The arguments of a step; also used for whether the gradient of each is needed."""
+    """The arguments of a step. Also used for their gradients, and for bools: whether each gradient is needed."""
 
     input: Any
     h_0: Any
@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 class _Step(torch.autograd.Function):
-    """The arguments are `Inputs`; the results are h_1, c_1 and the gates."""
+    """Arguments: `Inputs`, as one flat list. Results: h_1, c_1 and the gates."""
 
     generate_vmap_rule = True
 
@@ -72,7 +72,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_h_1: Tensor, grad_c_1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # Autocast that is on where backward is called was not asked for by the cell.
+        # Autocast may be on where backward is called. The cell did not ask for it.
         with without_autocast(grad_h_1.device):
             arguments = (ctx.needs_input_grad, grad_h_1, grad_c_1, *ctx.saved_tensors)
             if torch.is_grad_enabled():
@@ -81,7 +81,7 @@ class _Step(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """`_gradients`, to be differentiated again: through the formula."""
+    """`_gradients`, made differentiable by the formula."""
 
     generate_vmap_rule = True
 
@@ -96,7 +96,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads_of_gradients: Tensor) -> tuple[Tensor | None, ...]:
-        grad_h_1, grad_c_1, _, _, *arguments = ctx.saved_tensors  # c_1 and the gates follow from the arguments
+        grad_h_1, grad_c_1, _, _, *arguments = ctx.saved_tensors  # the formula computes c_1 and the gates itself
         grads = (grad_h_1, grad_c_1)
         with without_autocast(grad_h_1.device):
             of_h_1, of_c_1, *found = second_gradients(lstm_cell, arguments, ctx.needed, grads, grads_of_gradients)
@@ -106,12 +106,12 @@ class _Gradients(torch.autograd.Function):
 def _gradients(
     needs: tuple[bool, ...], grad_h_1: Tensor, grad_c_1: Tensor, c_1: Tensor, gates: Tensor, *arguments: Any
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of a step's arguments, as far as they are needed."""
+    """The gradients of a step's arguments; None where a gradient is not needed."""
     needed, inputs = Inputs(*needs), Inputs(*arguments)
     grad_gates, grad_c_0 = invoke(cell_backward, grad_h_1, grad_c_1, inputs.c_0, c_1, gates)
     grad_bias = grad_gates.sum(0) if needed.bias_ih or needed.bias_hh else None
     grad_weight_hh = None
-    if needed.weight_hh:  # without a state the state was zeros, and so is the gradient
+    if needed.weight_hh:  # without h_0 the state is zeros, so the gradient is zeros
         given = inputs.h_0 is not None
         grad_weight_hh = grad_gates.t() @ inputs.h_0 if given else torch.zeros_like(inputs.weight_hh)
     grads = Inputs(

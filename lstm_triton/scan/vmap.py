@@ -1,7 +1,8 @@
 """What the operators of the kernels do under torch.vmap.
 
-A scan whose weights are shared becomes one scan of a larger batch; where each entry has its own weights, or the batch
-is ragged, there is one scan for each entry. All else of a layer is PyTorch's operations, which know vmap themselves.
+If all entries share the weights, a scan becomes one scan of a larger batch. There is one scan for each entry if each
+entry has its own weights, if the batch is ragged, with dropout, and with memory="low". The rest of a layer is PyTorch's
+own operations, which support vmap themselves.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from .dropout import dropout_scale
 from .forward import scan_forward
 from .low_memory import low_memory_gradients
 
-Dims = Sequence[Any]  # of each argument the axis that is mapped, None for none
+Dims = Sequence[Any]  # for each argument, its mapped axis; None: it has none
 
 
 def _scan_forward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]:
@@ -54,7 +55,7 @@ def _scan_backward(info: Any, in_dims: Dims, *arguments: Any) -> tuple[Any, Any]
 
 
 def _folded_rows(rows: Tensor, dim: int | None, batch_size: int, size: int) -> Tensor:
-    """(lanes, steps * B, ...), mapped, with the mapped axis as a part of the batch."""
+    """Mapped (lanes, T * B, ...) -> (lanes, T * N * B, ...): the mapped axis (size N) becomes a part of the batch."""
     if dim is not None:
         rows = rows.movedim(dim, 0)
     steps = rows.unflatten(-2, (-1, batch_size))
@@ -62,7 +63,7 @@ def _folded_rows(rows: Tensor, dim: int | None, batch_size: int, size: int) -> T
 
 
 def _unfolded_rows(rows: Tensor, batch_size: int, size: int) -> tuple[Tensor, int | None]:
-    """The inverse of _folded_rows, and where the mapped axis is then; what is empty is the same for all entries."""
+    """The inverse of `_folded_rows`, and the mapped axis of its result: None if `rows` is empty."""
     if rows.numel() == 0:
         return rows, None
     return rows.unflatten(1, (-1, size, batch_size)).movedim(2, 0).flatten(2, 3), 0
@@ -74,14 +75,14 @@ def _cuda_matmul(info: Any, in_dims: Dims, left: Tensor, right: Tensor, exact: b
 
 
 def _folded(tensor: Tensor | None, dim: int | None, size: int, batch_axis: int) -> Tensor | None:
-    """The mapped axis as a part of the batch: (N, B) sequences as N * B."""
+    """Make the mapped axis a part of the batch: (N, B) sequences become N * B."""
     if tensor is None:
         return None
     return _mapped_to(tensor, dim, size, batch_axis).flatten(batch_axis, batch_axis + 1)
 
 
 def _mapped_to(tensor: Tensor, dim: int | None, size: int, axis: int) -> Tensor:
-    """The tensor with its mapped axis elsewhere; without one, the same in all entries."""
+    """The tensor with its mapped axis at `axis`. Without a mapped axis, every entry gets the same tensor."""
     if dim is not None:
         return tensor.movedim(dim, axis)
     shape = list(tensor.shape)
