@@ -35,7 +35,7 @@ def positive(text: str) -> int:
 
 
 def usable_device(text: str) -> torch.device:
-    """A device that holds tensors on this machine, found out by using it."""
+    """A device that can hold tensors on this machine. It is tested by using it."""
     try:
         device = torch.device(text)
         torch.zeros(1, device=device).cpu()
@@ -53,7 +53,7 @@ def kernel_device(text: str) -> torch.device:
 
 
 def writable_png(text: str) -> Path:
-    """A path that a picture can be written to; found out before the work that the picture is about."""
+    """A path to which a picture can be written. It is tested now, before the work that the picture shows."""
     path = Path(text)
     if path.suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"{text!r} does not end in .png")
@@ -105,7 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Exit code 0: fine, 1: something disagrees, 2: something has to be put right first."""
+    """Runs one command. Exit code 0: fine, 1: something disagrees, 2: the user has to correct something first."""
     options = parse(argv)
     try:
         # Each command imports what only it needs.

@@ -1,4 +1,4 @@
-"""Unchanged models: their calls of `torch._VF.lstm`, which is what `nn.LSTM` ends in, are taken over by the kernels."""
+"""Run unchanged models in the kernels: replace `torch._VF.lstm`, the function that `nn.LSTM` calls."""
 
 from collections import Counter
 from threading import Lock
@@ -16,11 +16,11 @@ _original = torch._VF.lstm
 
 
 class Acceleration:
-    """What `accelerate` gives: the context, and a count of what happened in it; `print` it.
+    """The context that `accelerate` returns. It counts the calls inside the `with` block; `print` it.
 
     Attributes:
         taken_over: how many calls went to the kernels.
-        left: how many calls went to PyTorch's own function, by the reason.
+        left: how many calls went to PyTorch's own function, by reason.
     """
 
     def __init__(self) -> None:
@@ -52,18 +52,18 @@ class Acceleration:
 def accelerate() -> Acceleration:
     """Inside `with lstm_triton.accelerate():`, every `torch.nn.LSTM` runs in the Triton kernels where they can run.
 
-    For models that cannot be changed, subclasses of `nn.LSTM`, and code that insists on `isinstance(m, nn.LSTM)`: it
-    takes over the function in which `nn.LSTM` ends, `torch._VF.lstm`, and leaves the rest to the module. Where the
-    kernels do not take a call PyTorch's own function computes it, as it would have; `lstm_triton.backend` chooses here
-    as well.
+    It is for models that cannot be changed, for subclasses of `nn.LSTM`, and for code that insists on
+    `isinstance(m, nn.LSTM)`. It replaces `torch._VF.lstm`, the function that `nn.LSTM` calls, and leaves the rest to
+    the module. PyTorch's own function still computes the calls that the kernels do not take. `lstm_triton.backend`
+    chooses here as well.
 
-    It holds for all threads, as `lstm_triton.backend` does. Gradients may be computed inside or after it; only where
-    activation checkpointing computes a forward pass again, `backward` belongs inside. Layers compiled by TorchScript do
-    not pass through here, and `torch.jit.script` cannot compile an `nn.LSTM` inside.
+    It holds for all threads, as `lstm_triton.backend` does. `backward` may run inside or after the `with` block. With
+    activation checkpointing `backward` must run inside, since checkpointing computes the forward pass again. Layers
+    compiled by TorchScript are not accelerated, and `torch.jit.script` cannot compile an `nn.LSTM` inside the block.
 
     Returns:
-        The context. `with accelerate() as acceleration:` gives it a name, under which it tells what it did; of nested
-        ones the inner one counts.
+        The context. In `with accelerate() as acceleration:`, `acceleration` counts the calls. Of nested contexts, only
+        the inner one counts.
 
     >>> from torch import nn
     >>> with accelerate() as acceleration:
@@ -80,7 +80,7 @@ def _lstm(*arguments: Any, **by_name: Any) -> Any:
     call = None if by_name else call_of_vf_lstm(arguments)
     path, reason = ("aten", "the arguments are not those of nn.LSTM") if call is None else choose(None, call)
     with _lock:
-        if _active:  # another thread may just have left the last one
+        if _active:  # another thread may just have left the last context
             if path == "triton":
                 _active[-1].taken_over += 1
             else:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def autocast_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
-    """The dtype that autocast gives to tensors of one device. None: it is off, or keeps their dtypes, as for float64."""
+    """The dtype that autocast gives to tensors of one device. None: it is off, or keeps dtypes, as it does float64."""
     device_type = tensors[0].device.type
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None

@@ -19,7 +19,7 @@ MEMORY: tuple[str, ...] = get_args(Memory)
 
 
 class Call(NamedTuple):
-    """The checked arguments of one call of an LSTM. They have a batch dimension, even if the caller's input has none."""
+    """The checked arguments of one call of an LSTM. They have a batch dimension, even if the input has none."""
 
     data: Tensor  # (T, B, I), with batch_first (B, T, I), or the rows of a packed sequence (sum of lengths, I)
     batch_sizes: Tensor | None  # (T,), of a packed sequence
@@ -53,7 +53,7 @@ class Call(NamedTuple):
         return self.batch_sizes is None and self.lengths is None and self.resets is None
 
     def autocast_dtype(self) -> torch.dtype | None:
-        """The dtype that autocast gives to all tensors. None: autocast is off, or keeps their dtypes, as for float64."""
+        """The dtype that autocast gives to all tensors. None: it is off, or keeps dtypes, as it does float64."""
         return autocast_dtype(self.tensors())
 
     def ragged(self) -> Ragged | None:
@@ -66,7 +66,7 @@ class Call(NamedTuple):
         return None
 
     def prepared(self) -> tuple[Tensor, Start, Stack, Ragged | None]:
-        """Input (T, B, I) or (rows, I), start, stack and tables, as `ScanLayers` take them, in the dtype of autocast."""
+        """Input (T, B, I) or (rows, I), start, stack and tables for `ScanLayers`, in the dtype of autocast."""
         input, weights, ragged = self.data, self.weights, self.ragged()
         start = Start(*(self.states or (None, None)), *(self.reset_state or (None, None)))
         dtype = self.autocast_dtype()

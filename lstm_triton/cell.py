@@ -27,8 +27,8 @@ class LSTMCell(nn.LSTMCell):
 
     (Hochreiter & Schmidhuber, 1997; forget gate: Gers, Schmidhuber & Cummins, 2000; notation and gate order: the
     documentation of `torch.nn.LSTMCell`.) Arguments, attributes, initialisation, `state_dict` and errors are those of
-    `torch.nn.LSTMCell`. float32 is computed in TF32 where `torch.backends.cuda.matmul` allows it, as there. A whole
-    sequence is better given to `lstm_triton.LSTM`, which takes all steps in one launch.
+    `torch.nn.LSTMCell`. As there, float32 is computed in TF32 if `torch.backends.cuda.matmul` allows TF32. For whole
+    sequences `lstm_triton.LSTM` is better: it takes all steps in one launch.
 
     Args:
         input_size (int): the number of features of the input, I.
@@ -68,7 +68,7 @@ class LSTMCell(nn.LSTMCell):
         call = call_of_cell(self, input, hx)
         function = None if call is None else function_of(call)
         if call is None or function is None:
-            return super().forward(input, hx)  # which is also what refuses arguments
+            return super().forward(input, hx)  # this also refuses wrong arguments
         data, states, weights = call.data, call.states or (None, None), call.weights
         dtype = call.autocast_dtype()
         if dtype is not None and function is not lstm_cell:  # the formula's operations follow autocast themselves

@@ -1,4 +1,4 @@
-"""The checks of arguments, with all error messages. Every caller makes its `Call` here."""
+"""The checks of arguments, with their error messages. Every caller makes its `Call` here."""
 
 from collections.abc import Sequence
 from typing import Any

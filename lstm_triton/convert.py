@@ -1,4 +1,4 @@
-"""Whole models: every `torch.nn.LSTM` in them becomes an `lstm_triton.LSTM`, in place, and back."""
+"""Convert whole models in place: every `torch.nn.LSTM` becomes an `lstm_triton.LSTM`, and back."""
 
 from dataclasses import dataclass, field
 
@@ -13,9 +13,9 @@ class Replaced:
     """An `nn.LSTM` that is an `lstm_triton.LSTM` now.
 
     Attributes:
-        names: where it is in the model; several, where a model uses one module in several places; "" for the model.
-        module: it.
-        original_class: what it was, without what parametrizations make of a class.
+        names: its names in the model; several if the model uses it in several places; "" for the model itself.
+        module: the module.
+        original_class: its class before. The class that parametrizations derive from it does not count.
     """
 
     names: tuple[str, ...]
@@ -45,7 +45,7 @@ class Replacement:
     left: tuple[Left, ...]
 
     def undo(self) -> None:
-        """Make the modules `nn.LSTM`s again, with the weights they have now. Doing it twice does no harm.
+        """Make the modules `nn.LSTM`s again, with the weights they have now. A second call does nothing.
 
         Raises:
             RuntimeError: something else has changed the class of a module since; nothing is undone then.
@@ -55,7 +55,7 @@ class Replacement:
                 raise RuntimeError(f"cannot undo: {_shown(entry.names)} has become a {type(entry.module).__name__}")
         for entry in self.replaced:
             _set_class(entry.module, entry.original_class)
-            entry.module.flatten_parameters()  # for cuDNN, as they may have been moved meanwhile
+            entry.module.flatten_parameters()  # for cuDNN: parameters may have moved meanwhile
 
     def __str__(self) -> str:
         lines = [f"now lstm_triton.LSTM: {len(self.replaced)}"]
@@ -71,20 +71,20 @@ class Replacement:
 def replace_lstm(model: nn.Module) -> Replacement:
     """Make every `torch.nn.LSTM` of a model an `lstm_triton.LSTM`.
 
-    The modules remain the objects they are and only change their class, as PyTorch's own parametrizations do it: names
-    and `state_dict`, parameters (tied ones, too), hooks, parametrizations, weight_norm, the training flag, optimizers
-    and every reference to a module stay valid, and the model may itself be an `nn.LSTM`. Call it before `torch.compile`
-    and before `fully_shard` takes the LSTM by itself.
+    The modules stay the same objects. Only their class changes, as with PyTorch's own parametrizations. So names and
+    `state_dict`, parameters (tied ones, too), hooks, parametrizations, weight_norm, the training flag, optimizers and
+    every reference to a module stay valid. The model may itself be an `nn.LSTM`. Call `replace_lstm` before
+    `torch.compile`, and before `fully_shard` shards the LSTM by itself.
 
-    What is left as it was: `nn.LSTM`s that have methods or attributes of their own, by a subclass or on the object
-    itself (`lstm_triton.accelerate` may serve those), and what is no `nn.LSTM`: quantised layers, layers compiled by
-    TorchScript, `nn.LSTMCell`s.
+    An `nn.LSTM` is left as it was if it has methods or attributes of its own, from a subclass or set on the object
+    (`lstm_triton.accelerate` may serve such modules). Layers that are no `nn.LSTM` are left, too: quantised layers,
+    layers compiled by TorchScript, `nn.LSTMCell`s.
 
     Args:
         model: any module, with LSTMs at any depth.
 
     Returns:
-        what was done, what was left and why, and the way back.
+        what was replaced, what was left and why, and `undo`.
 
     Raises:
         TypeError: `model` is no `nn.Module`.
@@ -122,9 +122,9 @@ def replace_lstm(model: nn.Module) -> Replacement:
 
 
 def _reason_to_leave(module: nn.Module) -> str | None:
-    """Why an LSTM cannot be replaced; None if it can, or is none."""
+    """Why an LSTM cannot be replaced; None if it can be replaced, or if the module is no LSTM."""
     if isinstance(module, nn.LSTM):
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):  # whoever has it imported it
+        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):  # by name: no import of FSDP
             return "it is sharded by fully_shard: replace it before"
         added = own_names(_plain(type(module)))
         if added:
@@ -141,7 +141,7 @@ def _reason_to_leave(module: nn.Module) -> str | None:
 
 
 def _kind(module: nn.Module) -> str:
-    # TorchScript knows the class a module had.
+    # TorchScript keeps the name of the class that a module had.
     return str(getattr(module, "original_name", type(module).__name__))
 
 
@@ -150,7 +150,7 @@ def _shown(names: tuple[str, ...]) -> str:
 
 
 def _is_parametrized(cls: type) -> bool:
-    """Whether PyTorch derived a class for one module, whose parametrized weights are its properties."""
+    """Whether PyTorch derived this class for one module, to make the module's parametrized weights properties."""
     return cls.__module__ == nn.utils.parametrize.__name__
 
 

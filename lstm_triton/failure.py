@@ -1,7 +1,7 @@
 """A kernel that failed on the GPU: an error that says what happened and what to do.
 
-A GPU works behind the program that asks it. An error of a kernel therefore shows in a later call, and so does the error
-that ends a scan whose programs wait in vain for each other (kernels/spin.py). No call on this GPU works any more then.
+A GPU runs asynchronously, so the error of a kernel shows in a later call. One such error ends a scan whose programs
+wait in vain for each other (kernels/spin.py). After a kernel has failed, no call on this GPU works any more.
 """
 
 SIGNS = (  # in the messages of CUDA and HIP
@@ -17,7 +17,7 @@ class KernelFailed(RuntimeError):
 
 
 def explained(error: BaseException) -> KernelFailed | None:
-    """What is raised in the place of an error of the GPU; None for any other error."""
+    """The exception to raise instead of an error of the GPU; None for any other error."""
     message = str(error)
     if not any(sign in message for sign in SIGNS):
         return None

@@ -1,4 +1,4 @@
-"""The LSTM as a function of its weights: checks the arguments, chooses the path, runs the stack of layers."""
+"""The LSTM as a function of its weights. It checks the arguments, chooses the path and runs the stack of layers."""
 
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -89,18 +89,19 @@ def lstm(
             4H, D * P), weight_hh (4H, P), with `bias` also bias_ih and bias_hh (4H,), with `proj_size` also
             weight_hr (P, H). The gates are in the order i, f, g, o.
         dropout: the probability of dropout on the output of every layer but the last, when `training`.
-        lengths: (B,) integers on the input's device, in any order, 0 <= length <= T (on a GPU a wrong one is a
-            device-side assertion). The steps from there on count as absent: their output is 0, the final state is the
-            one before them, and the reverse direction begins before them. A sequence of length 0 ends as it began.
-        resets: (T, B) bool, (B, T) with `batch_first`, (T,) without a batch: where True, the sequence starts anew at
-            that step, from `reset_state`. No state passes from one side to the other in either direction: backwards,
-            the step before starts from `reset_state`.
-        reset_state: (h, c), shaped like `hx`; None: zeros.
+        lengths: (B,) integers on the input's device, in any order, 0 <= length <= T (on a GPU a wrong length is a
+            device-side assertion). Steps past the length are absent: their output is 0, the final state is that of the
+            last step before them, and the reverse direction begins at this last step. The final state of a sequence of
+            length 0 is its initial state.
+        resets: (T, B) bool, (B, T) with `batch_first`, (T,) without a batch: where True, the sequence is reset at that
+            step, which then starts from `reset_state`. No state passes between this step and the step before, in either
+            direction: in the reverse direction, the step before starts from `reset_state`.
+        reset_state: (h, c), shaped like `hx`, the state after a reset; None: zeros.
         return_cells: whether to return every c_t.
-        memory: "low" keeps little between forward and backward: every h_t (the output is one of them), and the c_t of a
-            few steps. Backward computes the gates again, window of time by window, which takes longer: two large
-            products more. On the Triton path only; with `return_cells` all is kept.
-        backend: "auto", "triton" or "aten"; None: what `lstm_triton.backend` says, "auto" unless told otherwise.
+        memory: "low" keeps little between forward and backward: every h_t (those of the last layer are the output),
+            and the c_t of a few steps. Backward computes the gates again, one window of time after the other. This
+            takes longer, by two large products. Only on the Triton path; with `return_cells` everything is kept.
+        backend: "auto", "triton" or "aten"; None: what `lstm_triton.backend` says, which is "auto" unless set.
 
     All tensors are of one floating-point dtype and on one device; under autocast, they are converted to its dtype.
 
@@ -166,9 +167,9 @@ def _in_order(states: States, order: Tensor | None) -> States:
 
 
 def compute(call: Call, path: str, lane: Lane | None = None) -> Results:
-    """All layers of a call by its path. The states are in the order of the data's sequences.
+    """Compute all layers of a call on its path. The states are in the order of the data's sequences.
 
-    With a `lane`, all layers lane after lane by the `lane`; cells are None where they are not asked for.
+    With a `lane`, this `lane` computes all layers, lane after lane. Cells are None unless they are asked for.
     """
     if path == "triton" and lane is None:
         from . import scan

@@ -1,4 +1,4 @@
-"""The layer with its parameters: what takes the place of `torch.nn.LSTM` in a model."""
+"""The layer with its parameters: `LSTM` takes the place of `torch.nn.LSTM` in a model."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -33,9 +33,9 @@ class LSTM(nn.RNNBase):
     documentation of `torch.nn.LSTM`). With ``proj_size > 0``, :math:`h_t` is multiplied by :math:`W_{hr}` besides
     (Sak et al., 2014).
 
-    Arguments, defaults, attributes, initialisation, `state_dict` and errors are those of `torch.nn.LSTM`, whose
-    checkpoints load. It is no subclass of `nn.LSTM`, since `torch.compile` refuses those. `torch.compile`,
-    `torch.export` and `torch.jit.trace` take it; `torch.jit.script` does not.
+    Arguments, defaults, attributes, initialisation, `state_dict` and errors are those of `torch.nn.LSTM`. Checkpoints
+    of `torch.nn.LSTM` load. It is no subclass of `nn.LSTM`, since `torch.compile` refuses such subclasses.
+    `torch.compile`, `torch.export` and `torch.jit.trace` take it; `torch.jit.script` does not.
 
     Args:
         input_size (int): the number of features of the input, I.
@@ -48,20 +48,20 @@ class LSTM(nn.RNNBase):
             directions are concatenated (D = 2, otherwise 1). Default: False
         proj_size (int): the size P of projected hidden states, 0 for none (P = H). Default: 0
         device, dtype: of the parameters.
-        memory (str): by name only: "full", or "low" to keep little between forward and backward: every :math:`h_t`,
-            which the output is, and a few :math:`c_t`, in place of all gates. Backward, which computes them again,
-            takes longer. It makes a difference in the Triton kernels only.
+        memory (str): by name only: "full" or "low". "low" keeps little between forward and backward: every :math:`h_t`
+            (those of the last layer are the output) and a few :math:`c_t`, instead of all gates. Backward computes the
+            gates again, so it takes longer. "low" has an effect in the Triton kernels only.
 
     Inputs:
         * **input**: (T, B, I), (B, T, I) with `batch_first`, (T, I) for one sequence without a batch, or a
           `PackedSequence`; in the dtype of the parameters unless autocast is on.
         * **hx**: (h_0, c_0) of shapes (D * num_layers, B, P) and (D * num_layers, B, H), without the B for an
           input without a batch. Default: zeros
-        * **lengths** (by name only): (B,) integers on the input's device, in any order, zero included: the steps of
-          each sequence; the others are ignored. Default: all have T steps
-        * **resets** (by name only): (T, B) bool, (B, T) with `batch_first`: where True, the sequence starts anew at
-          that step, and no state passes from one side to the other, in neither direction. Default: nowhere
-        * **reset_state** (by name only): what sequences start anew from, shaped like `hx`. Default: zeros
+        * **lengths** (by name only): (B,) integers on the input's device, in any order, zero included: how many
+          steps each sequence has. Later steps are ignored. Default: all have T steps
+        * **resets** (by name only): (T, B) bool, (B, T) with `batch_first`: where True, the sequence is reset at that
+          step. No state passes between this step and the step before, in either direction. Default: nowhere
+        * **reset_state** (by name only): the state after a reset, shaped like `hx`. Default: zeros
 
     Outputs:
         * **output**: (T, B, D * P), laid out like the input; zeros past a sequence's length.
@@ -82,7 +82,7 @@ class LSTM(nn.RNNBase):
     (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
     """
 
-    memory: Memory = "full"  # also of modules that were made as an nn.LSTM
+    memory: Memory = "full"  # also for modules that were an nn.LSTM (convert.py)
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class LSTM(nn.RNNBase):
         resets: Tensor | None = None,
         reset_state: States | list[Tensor] | None = None,
     ) -> tuple[Sequences, States, Tensor]:
-        """`forward`, and the long-term memory of every step besides, through which gradients flow as well.
+        """`forward`, and also the long-term memory c_t of every step. Gradients flow through the c_t, too.
 
         Returns:
             output and (h_n, c_n) as `forward` returns them, and cells (D * num_layers, ...): for each layer, for each
@@ -163,7 +163,7 @@ class LSTM(nn.RNNBase):
         )
 
     def _weights(self) -> list[Tensor]:
-        # By name, at each call: what replaces a weight (weight_norm, functional_call, ...) may pass by _flat_weights.
+        # By name, at each call: weight_norm, functional_call and others replace a weight, but not in _flat_weights.
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def _options(self) -> dict[str, Any]:
@@ -181,9 +181,9 @@ class LSTM(nn.RNNBase):
     def to_torch_lstm(self) -> nn.LSTM:
         """A `torch.nn.LSTM` that computes the same: for ONNX, TorchScript, and machines without this package.
 
-        It has the same `Parameter` objects, so training the one trains the other, and the same training flag. A weight
-        that is no parameter but computed from others (weight_norm, parametrizations) becomes a parameter of its own,
-        with the present value. Hooks stay behind: they are about this module.
+        It has the same `Parameter` objects, so training one module trains the other. It has the same training flag. A
+        weight that is computed from other tensors (weight_norm, parametrizations) becomes a new parameter with the
+        present value. Hooks are not copied: they belong to this module.
 
         >>> import torch
         >>> stock = LSTM(10, 20).to_torch_lstm()
@@ -202,7 +202,7 @@ class LSTM(nn.RNNBase):
     def from_torch_lstm(cls, module: nn.LSTM) -> "LSTM":
         """An LSTM of this library with the same `Parameter` objects and the same training flag as an `nn.LSTM`.
 
-        Training the one trains the other; an optimizer made for the one serves both. Hooks stay behind.
+        Training one module trains the other. An optimizer made for one serves both. Hooks are not copied.
         `lstm_triton.replace_lstm` changes a module in place instead, and keeps hooks and parametrizations as well.
 
         Raises:
@@ -234,14 +234,14 @@ class LSTM(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every parameter where it is."""
 
-    # For callers that use nn.LSTM's helpers; forward has no need of them.
+    # For callers that use nn.LSTM's helpers. `forward` does not use them.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
 
 def _without_weights(cls: Callable[..., Layer], module: nn.RNNBase) -> Layer:
-    """A module of a class with the options of another, whose weights have sizes only, until they are set."""
+    """A `cls` with the options of `module`. Its weights have sizes but no memory, until they are set."""
     twin = cls(
         module.input_size,
         module.hidden_size,
@@ -252,12 +252,12 @@ def _without_weights(cls: Callable[..., Layer], module: nn.RNNBase) -> Layer:
         proj_size=module.proj_size,
         device="meta",
     )
-    twin.dropout = module.dropout  # set afterwards: what the constructor had to say about it was said once
+    twin.dropout = module.dropout  # not in the constructor, which would repeat its warning about dropout
     return twin.train(module.training)
 
 
 def own_names(cls: type[nn.Module]) -> str:
-    """What a subclass of `nn.LSTM` defines beside a constructor, and an `lstm_triton.LSTM` would not have."""
+    """The names that a subclass of `nn.LSTM` defines besides a constructor. An `lstm_triton.LSTM` would lack them."""
     of_every_class = {"__init__", "__module__", "__doc__", "__annotations__", "__orig_bases__", "__parameters__"}
     of_every_class |= {"__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}
     added = cls.__mro__[: cls.__mro__.index(nn.LSTM)]

@@ -1,4 +1,4 @@
-"""Pictures of gates and memories over time. Imports matplotlib, so that only `Trace.plot` imports this file."""
+"""Pictures of gates and memories over time. This file imports matplotlib, so only `Trace.plot` imports this file."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MOST_LINES = 4  # hidden units side by side; more become heat maps
-MARKED_STEPS = 40  # with more steps than these, markers would hide the lines
+MARKED_STEPS = 40  # with more steps, markers would hide the lines
 
 # The order, the names and the meaning of the gates and memories, in all pictures.
 GATES = {
@@ -28,7 +28,7 @@ MEMORIES = {
 
 
 def draw(tensors: Mapping[str, Tensor], units: Sequence[int], title: str) -> Figure:
-    """One sequence of a layer: lines for each of a few units, heat maps of many.
+    """Draw one sequence of a layer: lines for a few units, heat maps for many units.
 
     Args:
         tensors: by the names in GATES and MEMORIES, (steps, H); "hidden_state" may be projected, (steps, P).
@@ -38,7 +38,7 @@ def draw(tensors: Mapping[str, Tensor], units: Sequence[int], title: str) -> Fig
     steps, hidden_size = values["cell_state"].shape
     projected = values["hidden_state"].shape[1] != hidden_size
     for name in values:
-        if name != "hidden_state" or not projected:  # what is projected belongs to no unit
+        if name != "hidden_state" or not projected:  # a projected feature belongs to no unit
             values[name] = values[name][:, list(units)]
     as_lines = len(units) <= MOST_LINES and not projected
     figure = _lines(values, steps, units) if as_lines else _heat_maps(values, steps, units, projected)
@@ -71,7 +71,7 @@ def _lines(values: dict[str, NDArray[Any]], steps: int, units: Sequence[int]) ->
             axes.label_outer()
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        # Above the row, in a place of its own: it may be wider than a column.
+        # The legend has a place of its own above the row, since it may be wider than a column.
         caption = figure.add_subplot(grid[row - 1, :])
         caption.set_axis_off()
         caption.legend(*axes.get_legend_handles_labels(), loc="lower left", frameon=False, borderaxespad=0)

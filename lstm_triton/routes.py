@@ -1,8 +1,8 @@
-"""Where PyTorch's own function was measured to be faster than the kernels: there "auto" takes it.
+"""Sizes for which PyTorch's own function was measured to be faster than the kernels. There "auto" takes it.
 
-What was measured on a device lies beside its measured plans, in plans/NAME-against-stock.json: for layers of some
-sizes, the time of the kernels divided by that of `nn.LSTM`. `python -m bench.routes` writes the file from the results
-of a benchmark. Of other sizes the nearest one speaks, if it is no more than a factor of two away.
+A device's measurements lie beside its measured plans, in plans/NAME-against-stock.json: for layers of some sizes, the
+time of the kernels divided by the time of `nn.LSTM`. `python -m bench.routes` writes the file from the results of a
+benchmark. For other sizes the nearest measured size decides, if it is at most a factor of two away.
 """
 
 import json
@@ -18,7 +18,7 @@ from .scan.planner import table_path
 from .target import Device
 
 FARTHEST = 1.0  # in powers of two, of hidden and batch size together
-SLOWER = 1.05  # below, the difference is less than what lies between two measurements
+SLOWER = 1.05  # a smaller ratio is within the noise of two measurements
 
 
 class Measured(NamedTuple):
@@ -45,7 +45,7 @@ def table_path_of(device: Device) -> Path:
 
 @cache
 def measured_on(device: Device) -> tuple[Measured, ...]:
-    """All that was measured on a device; nothing, where nobody has."""
+    """All that was measured on a device; empty if nothing was measured."""
     path = table_path_of(device)
     if not path.exists():
         return ()
@@ -56,7 +56,7 @@ def measured_on(device: Device) -> tuple[Measured, ...]:
 def why_stock(
     mode: str, dtype: torch.dtype, allow_tf32: bool, hidden_size: int, batch_size: int, device: Device
 ) -> str | None:
-    """Why a layer had better take PyTorch's own function; None if it had not."""
+    """Why a layer takes PyTorch's own function: it was measured to be faster; None: it was not."""
     name = dtype_name(dtype, allow_tf32)
 
     def distance(row: Measured) -> float:

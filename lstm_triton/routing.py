@@ -107,7 +107,7 @@ def _obstacle(call: Call | CellCall) -> str | None:
 
 
 def _why_stock(call: Call) -> str | None:
-    """Why PyTorch's own function takes a call that the kernels can take: it was measured to be faster. None: it was not."""
+    """Why PyTorch's own function replaces the kernels in a call: it was measured to be faster; None: it was not."""
     # In a compiled program the batch size may vary. Inside torch.func, or without cuDNN, nn.LSTM takes another path.
     if torch.compiler.is_compiling() or not isinstance(call.batch_size, int) or not _is_gpu(call.data):
         return None
@@ -120,8 +120,8 @@ def _why_stock(call: Call) -> str | None:
     from .routes import why_stock
     from .scan.launch import allows_tf32
 
-    # The mode must not depend on whether gradients are enabled: with checkpointing, a call runs once without gradients and
-    # once with them, and both runs must take one path.
+    # The mode must not depend on whether gradients are enabled: with checkpointing, a call runs once without gradients
+    # and once with them, and both runs must take one path.
     mode = "training" if call.training else "inference"
     dtype = call.autocast_dtype() or call.data.dtype
     return why_stock(mode, dtype, allows_tf32(), call.hidden_size, call.batch_size, Device.of(call.data.device))

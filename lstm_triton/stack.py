@@ -199,7 +199,7 @@ def formula_lane(
 
 
 def layers_of(lane: Lane) -> ScanLayers:
-    """A function that computes a stack with this `lane`. It ignores `low_memory`: a lane decides itself what it keeps."""
+    """A function that computes a stack with this `lane`. It ignores `low_memory`: the lane decides what it keeps."""
 
     def layers(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
         def drop(layer: int, output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Look inside an LSTM: the gates and both memories of every step, as the path that the call takes computes them."""
+"""Look inside an LSTM: the gates and both memories of every step, computed by the path that the call takes."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 class LayerTrace:
     """What one layer did in one direction. T time steps, B sequences (1 without a batch), H hidden units, P outputs.
 
-    All tensors are (T, B, H), `hidden_state` (T, B, P), where P is H unless projected, whatever the layout of the
-    input; their order is that of time in both directions, and of the sequences as they were given. They are in the
-    dtype that the layer computes in, and NaN where a sequence has no step.
+    All tensors are (T, B, H), whatever the layout of the input. Only `hidden_state` is (T, B, P), where P is H unless
+    projected. Steps are in the order of time, in both directions. Sequences are in the order in which they were given.
+    The dtype is the dtype that the layer computes in. Values are NaN where a sequence has no step.
 
     Attributes:
         layer: counted from 0.
         direction: of reading; "reverse" starts from the end of the sequence.
         forget_gate: what part of the long-term memory is kept, 0 to 1.
-        input_gate: what part of the potential memory is added to it, 0 to 1.
-        output_gate: what part of it becomes the new short-term memory, 0 to 1.
+        input_gate: what part of the potential memory is added to the long-term memory, 0 to 1.
+        output_gate: what part of the long-term memory becomes the new short-term memory, 0 to 1.
         candidate: the potential memory, -1 to 1.
         cell_state: the long-term memory, c_t = forget_gate * c_{t-1} + input_gate * candidate.
         hidden_state: the short-term memory, h_t = output_gate * tanh(c_t), multiplied by W_hr if projected.
@@ -55,10 +55,10 @@ class Trace(Generic[Sequences]):
     """What `trace` saw.
 
     Attributes:
-        path: which computed it: "triton", the kernels, or "aten", PyTorch's own function.
+        path: what computed the call: "triton", the kernels, or "aten", PyTorch's own function.
         layers: one entry per layer and direction, the directions of a layer side by side.
         lengths: (B,) the number of steps of each sequence.
-        output, h_n, c_n: what the module returns, laid out as it does.
+        output, h_n, c_n: what the module returns, in the module's layout.
     """
 
     path: Literal["triton", "aten"]
@@ -102,8 +102,8 @@ class Trace(Generic[Sequences]):
             title: of the figure; None: what is drawn.
 
         Returns:
-            A matplotlib Figure, of no window: `figure.savefig("trace.png")` writes it, notebooks show it with
-            `display(figure)`.
+            A matplotlib Figure. It opens no window. `figure.savefig("trace.png")` writes it to a file, and notebooks
+            show it with `display(figure)`.
 
         Raises:
             ValueError: there is no such layer, direction, sequence or unit, or the sequence has no steps.
@@ -144,14 +144,14 @@ def trace(
 ) -> Trace[Sequences]:
     """Run a module, and keep what is inside: the gates' percentages, the long-term and the short-term memory.
 
-    On the Triton path the gates and cells are those that the kernels themselves leave behind. PyTorch's own function
-    shows only h_t: there the gates are computed by the formula from each step's input and h_{t-1}, and c_t from them.
-    Layer by layer, it may round packed sequences in another way than all layers at once do; under autocast on the CPU
-    it shows them as they are without autocast.
+    On the Triton path, gates and cells are what the kernels themselves keep. PyTorch's own function returns only h_t.
+    There the formula computes the gates from each step's input and h_{t-1}, and c_t from the gates. `trace` calls
+    PyTorch's own function layer by layer, so it may round packed sequences differently than one call of all layers
+    does. Packed sequences on the CPU are traced without autocast.
 
     Args:
         module: an `lstm_triton.LSTM`, or an `nn.LSTM`, which is run as an `lstm_triton.LSTM`. Dropout is off, as in
-            evaluation, whether or not the module is in training.
+            evaluation, even if the module is in training.
         input, hx, lengths, resets, reset_state: as `lstm_triton.LSTM` takes them.
 
     Returns:
@@ -207,7 +207,7 @@ def trace(
 
 
 def _autocast_of(call: Call, path: str) -> AbstractContextManager[object]:
-    """Autocast as it is, but off where PyTorch's own function keeps the dtype: of packed sequences on the CPU."""
+    """Autocast as it is; off for packed sequences on the CPU, whose dtype PyTorch's own function keeps."""
     data = call.data
     left_alone = path == "aten" and call.batch_sizes is not None and data.device.type == "cpu"
     if left_alone and data.dtype == call.weights[0].dtype:

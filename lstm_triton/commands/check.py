@@ -1,7 +1,7 @@
 """`python -m lstm_triton check`: do the Triton kernels agree with nn.LSTM on this machine?
 
-Both are compared with nn.LSTM in float64 on the CPU. Rounding differs from one way of computing to the next, so what is
-asked of the kernels is an error of the size that nn.LSTM itself makes: see `Comparison`.
+Both are compared with nn.LSTM in float64 on the CPU. Different ways of computing round differently. So the error of the
+kernels is compared with the error that nn.LSTM itself makes: see `Comparison`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ GPU_CASES = [
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far one tensor is from float64, of the kernels and of nn.LSTM in the same dtype, as a part of its length."""
+    """Relative errors (2-norm) of one tensor against float64: of the kernels, and of nn.LSTM in the same dtype."""
 
     error: float
     their_error: float
@@ -69,9 +69,9 @@ class Comparison:
 
     @staticmethod
     def of(ours: Tensor, theirs: Tensor, reference: Tensor, in_tf32: bool = False) -> Comparison:
-        """Allowed is twice nn.LSTM's error, or four units in the last place: nn.LSTM may be exact by luck.
+        """Allowed is twice nn.LSTM's error, but at least four units in the last place: nn.LSTM may be exact by luck.
 
-        in_tf32: the units are those of TF32. For small layers cuDNN computes in float32 all the same.
+        in_tf32: use the units of TF32. For small layers cuDNN computes in float32, even if TF32 is allowed.
         """
         error, their_error = (
             torch.linalg.norm(tensor.cpu().double() - reference).item() / torch.linalg.norm(reference).item()
@@ -82,7 +82,7 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        return self.error <= self.allowed  # not so if it is NaN
+        return self.error <= self.allowed  # False for NaN
 
     @property
     def severity(self) -> tuple[bool, float]:
@@ -93,7 +93,7 @@ Named = dict[str, Tensor]
 
 
 def values_and_gradients(lstm: nn.RNNBase, tensors: Named) -> tuple[Named, Named]:
-    """What one forward and backward pass gives, on the module's device and in its dtype."""
+    """The results and gradients of one forward and backward pass, on the module's device and in its dtype."""
     weight = next(lstm.parameters())
     leaves = {
         name: tensor.to(weight, copy=True).requires_grad_() for name, tensor in tensors.items() if name[:4] != "grad"
@@ -108,7 +108,7 @@ def values_and_gradients(lstm: nn.RNNBase, tensors: Named) -> tuple[Named, Named
 
 
 def compare(case: CheckCase, device: torch.device, seed: int) -> tuple[dict[str, Comparison], dict[str, Comparison]]:
-    """Values and gradients of one case, by name; the kernels run inside the caller's `kernels_on`."""
+    """The comparisons of values and of gradients of one case, by name. The caller is inside `kernels_on`."""
     torch.manual_seed(seed)
     sizes = (case.input_size, case.hidden_size, case.num_layers)
     theirs = nn.LSTM(*sizes, bidirectional=case.bidirectional).to(case.dtype)
@@ -142,7 +142,7 @@ def compare(case: CheckCase, device: torch.device, seed: int) -> tuple[dict[str,
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether float32 may be rounded to TF32 inside, by cuDNN's LSTM and by ours."""
+    """Let cuDNN's LSTM and ours round float32 to TF32 inside the `with` block, or forbid it."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = allowed
     try:
@@ -153,7 +153,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 @contextmanager
 def kernels_on(device: torch.device, seed: int) -> Iterator[str]:
-    """Inside, the kernels take the device's tensors; gives a description of how they run."""
+    """Inside the `with` block, the kernels take the device's tensors. Yields a description of how the kernels run."""
     if device.type == "cuda":
         os.environ["TRITON_INTERPRET"] = "0"
         import triton

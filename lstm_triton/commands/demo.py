@@ -1,7 +1,7 @@
 """`python -m lstm_triton demo`: one classifier trained twice side by side, with nn.LSTM and with lstm_triton.LSTM.
 
 The data are scikit-learn's 1797 handwritten digits of 8 x 8 pixels, which come with the package. A digit is read pixel
-by pixel, row after row: 64 steps of one number, and what was seen at the top has to be remembered to the end.
+by pixel, row after row: 64 steps of one number. The model must remember the first rows until the last step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DigitReader(nn.Module):
         self.lstm = lstm
         self.scores = nn.Linear(lstm.hidden_size, 10)
         with torch.no_grad():
-            # A forget gate that starts open: gradients reach the first pixels from the first epoch on.
+            # The forget gate starts open, so that gradients reach the first pixels from the first epoch on.
             lstm.get_parameter("bias_ih_l0")[lstm.hidden_size : 2 * lstm.hidden_size] = 1.0
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -100,15 +100,15 @@ def batches(digit_count: int, epochs: int) -> Iterator[Tensor]:
 def run(epochs: int, hidden_size: int, seed: int, device: torch.device, out: Path) -> int:
     """Trains both, prints how they compare and draws it into `out`; returns exit code 0.
 
-    In float32 without TF32: for small layers cuDNN takes float32 even where it may take TF32, and the two learning
-    curves would part after some steps because of that alone.
+    Both compute in float32 without TF32. For small layers cuDNN takes float32 even if it may take TF32. This difference
+    alone would make the two learning curves part after some steps.
     """
     with tf32(False):
         return compare(epochs, hidden_size, seed, device, out)
 
 
 def compare(epochs: int, hidden_size: int, seed: int, device: torch.device, out: Path) -> int:
-    """`run`, in the precision that is set."""
+    """`run`, in the precision that PyTorch is set to."""
     torch.manual_seed(seed)
     pixels, labels = digits(device)
     test_pixels, test_labels = pixels[:TEST_DIGITS], labels[:TEST_DIGITS]
@@ -131,7 +131,7 @@ def compare(epochs: int, hidden_size: int, seed: int, device: torch.device, out:
     redraw_seconds = 0.2 if sys.stderr.isatty() else 10.0  # a log file is not a terminal
     with tqdm(total=epochs * steps_per_epoch, unit="step", desc="training", mininterval=redraw_seconds) as progress:
         for chosen in batches(len(train_labels), epochs):
-            for contestant in contestants:  # in turn, so that neither gets the quieter minute
+            for contestant in contestants:  # in turn, so that other load on the machine slows both
                 contestant.train_step(train_pixels[chosen], train_labels[chosen])
             progress.set_postfix({c.name: f"{c.losses[-1]:.4f}" for c in contestants}, refresh=False)
             progress.update()

@@ -10,7 +10,7 @@ import torch
 import lstm_triton
 from lstm_triton.target import Device
 
-# Pairs of PyTorch and Triton that the tests ran with: `.ci/versions`, and `.ci/run`. README.md names the same ones.
+# Pairs of PyTorch and Triton that the tests ran with: `.ci/versions`, and `.ci/run`. README.md names the same pairs.
 TESTED = (("2.9.1", "3.5.1"), ("2.11.0", "3.6.0"), ("2.13.0", "3.9.0"), ("2.14.1", "3.8.0"))
 SEQ_LEN, BATCH_SIZE, SIZE = 16, 16, 512  # of the example whose path is explained
 
@@ -50,7 +50,7 @@ def accelerator_libraries() -> str:
 
 
 def tested(pytorch: str, triton: str) -> str:
-    """Whether this release of lstm-triton was tested with these versions, in words; otherwise with which."""
+    """A text: was this release of lstm-triton tested with these versions? If not, it names the tested versions."""
     if (pytorch.split("+")[0], triton) in TESTED:  # whatever it was built for: "2.11.0+cu130"
         return "tested with this release"
     return f"not tested with this release; tested: {tested_pairs()}"

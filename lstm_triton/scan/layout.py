@@ -90,7 +90,7 @@ class Layout(NamedTuple):
     def first_step_gates(self, grad_gates: Tensor, reverse: bool) -> Tensor:
         """(B, 4H) gate gradients of the first step of each sequence, out of a lane's `grad_gates`.
 
-        They are 0 where a sequence does not start from its initial state. Their product with W_hh is the gradient of h_0.
+        They are 0 if a sequence does not start from its initial state. Multiplied by W_hh: the gradient of h_0.
         """
         columns, first = slice(4 * self.hidden_size), self.first(reverse)
         if self.ragged is None:
