@@ -18,12 +18,17 @@ Memory = Literal["full", "low"]
 MEMORY: tuple[str, ...] = get_args(Memory)
 
 
+def in_order(states: States, order: Tensor | None) -> States:
+    """The states with their sequences in another order."""
+    return states if order is None else (states[0].index_select(1, order), states[1].index_select(1, order))
+
+
 class Call(NamedTuple):
     """The checked arguments of one call of an LSTM. They have a batch dimension, even if the input has none."""
 
     data: Tensor  # (T, B, I), with batch_first (B, T, I), or the rows of a packed sequence (sum of lengths, I)
     batch_sizes: Tensor | None  # (T,), of a packed sequence
-    states: States | None
+    states: States | None  # h_0 and c_0; of a packed sequence, in the order of its sequences before they were sorted
     weights: list[Tensor]
     num_layers: int
     bias: bool
@@ -40,6 +45,7 @@ class Call(NamedTuple):
     reset_state: States | None = None
     return_cells: bool = False
     low_memory: bool = False
+    sorted_indices: Tensor | None = None  # (B,), of a packed sequence: the order of its sequences in the data
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that takes part in the arithmetic."""
@@ -51,6 +57,10 @@ class Call(NamedTuple):
     def dense(self) -> bool:
         """Whether every sequence has T steps, and no sequence is reset."""
         return self.batch_sizes is None and self.lengths is None and self.resets is None
+
+    def ordered_states(self) -> States | None:
+        """h_0 and c_0 in the order of the data's sequences."""
+        return None if self.states is None else in_order(self.states, self.sorted_indices)
 
     def autocast_dtype(self) -> torch.dtype | None:
         """The dtype that autocast gives to all tensors. None: it is off, or keeps dtypes, as it does float64."""
@@ -68,7 +78,7 @@ class Call(NamedTuple):
     def prepared(self) -> tuple[Tensor, Start, Stack, Ragged | None]:
         """Input (T, B, I) or (rows, I), start, stack and tables for `ScanLayers`, in the dtype of autocast."""
         input, weights, ragged = self.data, self.weights, self.ragged()
-        start = Start(*(self.states or (None, None)), *(self.reset_state or (None, None)))
+        start = Start(*(self.ordered_states() or (None, None)), *(self.reset_state or (None, None)))
         dtype = self.autocast_dtype()
         if dtype is not None:
             input, weights = input.to(dtype), [weight.to(dtype) for weight in weights]

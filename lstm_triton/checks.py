@@ -118,6 +118,7 @@ def check_arguments(
         reset_state,
         return_cells,
         low_memory=checked_memory(memory) == "low",
+        sorted_indices=input.sorted_indices if isinstance(input, PackedSequence) else None,
     )
 
 

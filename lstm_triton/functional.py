@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .call import Call, Memory, Sequences
+from .call import Call, Memory, Sequences, in_order
 from .checks import check_arguments
 from .routing import choose
 from .stack import Lane, Options, Results, ScanLayers, States, layers_of
@@ -149,21 +149,15 @@ def lstm(
 def run(call: Call, input: Sequences, path: str, lane: Lane | None = None) -> tuple[Sequences, States, Tensor | None]:
     """Run a checked call. Output, (h_n, c_n) and cells are laid out as the caller's input is; see `compute`."""
     if isinstance(input, PackedSequence):
-        states = None if call.states is None else _in_order(call.states, input.sorted_indices)
-        output, h_n, c_n, cells = compute(call._replace(states=states), path, lane)
+        output, h_n, c_n, cells = compute(call, path, lane)
         packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-        return packed, _in_order((h_n, c_n), input.unsorted_indices), cells
+        return packed, in_order((h_n, c_n), input.unsorted_indices), cells
     output, h_n, c_n, cells = compute(call, path, lane)
     if input.dim() == 2:
         batch_axis = 0 if call.batch_first else 1
         output, h_n, c_n = output.squeeze(batch_axis), h_n.squeeze(1), c_n.squeeze(1)
         cells = None if cells is None else cells.squeeze(batch_axis + 1)
     return output, (h_n, c_n), cells
-
-
-def _in_order(states: States, order: Tensor | None) -> States:
-    """The states with their sequences in another order."""
-    return states if order is None else (states[0].index_select(1, order), states[1].index_select(1, order))
 
 
 def compute(call: Call, path: str, lane: Lane | None = None) -> Results:

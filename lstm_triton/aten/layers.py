@@ -30,7 +30,7 @@ def lane_of(call: Call) -> Lane | None:
 
 def whole_stack(call: Call) -> Results:
     """The whole stack in one call of PyTorch's own function, as `torch.nn.LSTM` makes it."""
-    states = call.states
+    states = call.ordered_states()
     if states is None:
         lanes = call.num_layers * call.directions
         h_0 = call.data.new_zeros(lanes, call.batch_size, call.output_size)

@@ -150,6 +150,6 @@ def test_packed_tables_are_those_of_the_lengths() -> None:
     assert torch.equal(packed.lengths, padded.lengths)
     state_row = torch.full((20,), -1, dtype=torch.int32)
     state_row[places] = packed.own_rows().int()
-    of_padded = torch.cat([torch.arange(4), state_row, 4 + packed.rows + torch.arange(8)]).int()
+    of_padded = torch.cat([torch.arange(4), state_row, 4 + packed.rows() + torch.arange(8)]).int()
     for field in ("before", "after"):
         assert torch.equal(getattr(packed, field), of_padded[getattr(padded, field)[places].long()])

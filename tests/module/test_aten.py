@@ -132,13 +132,14 @@ def test_compiled_with_states_autocast_and_dropout() -> None:
     assert actual["output"].dtype == torch.bfloat16
 
 
-def test_compiled_with_packed_input() -> None:
+@pytest.mark.parametrize("hx", [None, (torch.randn(1, 2, 4), torch.randn(1, 2, 4))], ids=["zeros", "states"])
+def test_compiled_with_packed_input(hx: tuple[Tensor, Tensor] | None) -> None:
     """As with nn.LSTM, at the price of a graph break."""
     ours = lstm_triton.LSTM(3, 4)
     packed = pack_padded_sequence(torch.randn(5, 2, 3), torch.tensor([3, 5]), enforce_sorted=False)
-    expected = run(ours, packed)
+    expected = run(ours, packed, hx)
     ours.compile(backend="eager")
-    assert_same(run(ours, packed), expected)
+    assert_same(run(ours, packed, hx), expected)
 
 
 def test_exported_program_needs_only_pytorch() -> None:

@@ -24,6 +24,7 @@ KERNEL_CASES = call_cases(
     dtypes=(torch.float32, torch.float16, torch.bfloat16),
     layouts=("batched", "unbatched"),
     projections=False,
+    smallest_hidden=6,  # of fewer numbers, a gradient that cancels has no typical error
     dropouts=(0.0, 1.0),
     empty_batches=False,
 )

@@ -307,7 +307,7 @@ def quantised() -> nn.Module:
         (forward_set_on_the_object, "LSTM", "its forward was set on the object"),
         (lambda: torch.jit.script(nn.LSTM(3, 4)), "LSTM", "it is compiled by TorchScript"),
         (quantised, "LSTM", "it is quantised, or made for that"),
-        (lambda: nn.LSTMCell(3, 4), "LSTMCell", "it computes one step"),
+        (lambda: nn.LSTMCell(3, 4), "LSTMCell", "its calls are single steps"),
     ],
 )
 def test_left_with_the_reason(make: Callable[[], nn.Module], kind: str, reason: str) -> None:

@@ -57,7 +57,7 @@ def call_cases(
     num_layers = draw(st.integers(1, 3))
     options: dict[str, Any] = {
         "input_size": draw(st.integers(1, 5)),
-        "hidden_size": draw(st.integers(smallest_hidden, 6)),
+        "hidden_size": draw(st.integers(smallest_hidden, smallest_hidden + 5)),
         "num_layers": num_layers,
         "bias": draw(st.booleans()),
         "batch_first": draw(st.booleans()),
