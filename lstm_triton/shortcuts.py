@@ -88,7 +88,8 @@ def _call_operations_directly() -> None:
     wrapper = core.builtin(lambda: None).__code__
 
     def patch_attr(owner: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
-        operation = member.__wrapped__ if member.__code__ is wrapper else member
+        # Some members are classes, which have no code of their own.
+        operation = member.__wrapped__ if getattr(member, "__code__", None) is wrapper else member
 
         def call(*arguments: Any, **keywords: Any) -> Any:
             keywords["_semantic"] = interpreter.interpreter_semantic
