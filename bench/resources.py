@@ -29,6 +29,7 @@ from lstm_triton.scan.plan import (
     Kind,
     Plan,
     ScanShape,
+    divide_up,
     state_stride,
 )
 from lstm_triton.target import Device
@@ -243,7 +244,7 @@ def report(case: KernelCase) -> dict[str, Any]:
     """One row. `error` says why a case has no resources."""
     row: dict[str, Any] = asdict(case)
     if case.kernel == AGAIN:
-        tiles = (-(-size // block) for size, block in zip((case.batch, case.hidden), RECOMPUTE_BLOCK, strict=True))
+        tiles = (divide_up(size, block) for size, block in zip((case.batch, case.hidden), RECOMPUTE_BLOCK, strict=True))
         row |= {"programs": math.prod(tiles), "resident_fraction": None, "plan": None, "error": None}
         return {**row, **resources(compiled_recompute(case), is_scan=False), "compile_seconds": None}
     empty = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "step_cycles", "compile_seconds"))

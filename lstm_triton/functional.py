@@ -148,11 +148,10 @@ def lstm(
 
 def run(call: Call, input: Sequences, path: str, lane: Lane | None = None) -> tuple[Sequences, States, Tensor | None]:
     """Run a checked call. Output, (h_n, c_n) and cells are laid out as the caller's input is; see `compute`."""
+    output, h_n, c_n, cells = compute(call, path, lane)
     if isinstance(input, PackedSequence):
-        output, h_n, c_n, cells = compute(call, path, lane)
         packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
         return packed, in_order((h_n, c_n), input.unsorted_indices), cells
-    output, h_n, c_n, cells = compute(call, path, lane)
     if input.dim() == 2:
         batch_axis = 0 if call.batch_first else 1
         output, h_n, c_n = output.squeeze(batch_axis), h_n.squeeze(1), c_n.squeeze(1)

@@ -12,7 +12,7 @@ from . import planner
 from .alignment import with_aligned_rows
 from .dispatch import named
 from .launch import launch
-from .plan import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan
+from .plan import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan, divide_up
 
 BACKWARD_OPTIONS: dict[str, object] = {"num_warps": CELL_BACKWARD_WARPS, "enable_fp_fusion": True}
 
@@ -190,7 +190,7 @@ def cell_backward(
     }
     block = CELL_BACKWARD_BLOCK
     constants = {"HIDDEN": c_1.shape[1], "HAS_STATE": c_0 is not None, "BLOCK": block}
-    launch(kernel, (-(-c_1.numel() // block),), gates.device, arguments, constants, BACKWARD_OPTIONS)
+    launch(kernel, (divide_up(c_1.numel(), block),), gates.device, arguments, constants, BACKWARD_OPTIONS)
     return grad_gates, grad_cell
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..stack import Stack
 from .launch import launch
-from .plan import DROPOUT_BLOCK, Launch
+from .plan import DROPOUT_BLOCK, Launch, divide_up
 
 
 class Dropout(NamedTuple):
@@ -50,7 +50,7 @@ def dropout_scale(seed: Tensor, lane: int, dropout: float, like: Tensor, first_r
         "elements": scale.numel(),
         "first_element": first_row * like.shape[-1],
     }
-    grid = (-(-scale.numel() // DROPOUT_BLOCK),)
+    grid = (divide_up(scale.numel(), DROPOUT_BLOCK),)
     launch(dropout_scales, grid, like.device, arguments, {"BLOCK": DROPOUT_BLOCK}, {})
     return scale
 

@@ -141,6 +141,4 @@ def _read_by(layer: int, saved: Saved, stack: Stack, layout: Layout) -> Sequence
     if layer > 0:
         buffer = saved.buffers.hidden_dropped if saved.static.dropout > 0 else saved.buffers.hidden
         return buffer[stack.layer(layer - 1), layout.steps(), : layout.hidden_size].unbind()
-    rows = saved.inputs.input.reshape(layout.rows, -1)
-    # Where there is no step, the input may have any value.
-    return (rows if layout.ragged is None else torch.where(layout.ragged.is_step().unsqueeze(1), rows, 0),)
+    return (layout.input_rows(saved.inputs.input),)

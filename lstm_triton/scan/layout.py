@@ -77,6 +77,11 @@ class Layout(NamedTuple):
         """The state row of each sequence's first step; for a sequence without steps, a row that holds no step."""
         return self.last(not reverse)
 
+    def input_rows(self, input: Tensor) -> Tensor:
+        """(rows, I) the input of the steps. Rows without a step are 0: the caller may have any value there."""
+        rows = input.reshape(self.rows, -1)
+        return rows if self.ragged is None else torch.where(self.ragged.is_step().unsqueeze(1), rows, 0)
+
     def hidden_before(self, hidden: Tensor, reverse: bool, rows: slice | None = None) -> Tensor:
         """(rows, H) the h that the steps start from, out of a lane's state rows. `rows`: for these steps only."""
         if self.ragged is None:

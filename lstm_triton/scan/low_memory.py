@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ragged import Ragged
+from ..ragged import Ragged, tables_of
 from ..stack import LaneWeights, Stack, Start
 from . import products
 from .backward import scan_backward
 from .dispatch import invoke, named
 from .dropout import Dropout
-from .gradients import add_absent_steps, of_lane
+from .gradients import add_absent_steps, of_lane, stacked
 from .layout import Layout
 from .recompute import recompute_gates
 from .saved import Grads, Inputs, Saved
@@ -105,10 +105,11 @@ def low_memory_gradients(
             grad_weights[lane], grad_starts[lane] = sums
         grad_rows = grad_below
     grad_input = input.new_empty(0) if grad_rows is None else grad_rows.view(input.shape)
-    grad_start = [
-        torch.stack(states) for states in zip(*(grad_starts[lane] for lane in range(stack.lanes())), strict=True)
+    grad_start = stacked([grad_starts[lane] for lane in range(stack.lanes())])  # every state has a gradient here
+    found: list[Any] = [
+        *grad_start,
+        *(weight for lane in range(stack.lanes()) for weight in grad_weights[lane].given()),
     ]
-    found = [*grad_start, *(weight for lane in range(stack.lanes()) for weight in grad_weights[lane].given())]
     return [grad_input, *(total.to(input.dtype) for total in found)]
 
 
@@ -116,10 +117,9 @@ def low_memory_gradients(
 def _(*arguments: Any) -> list[Tensor]:
     given = named(low_memory_gradients, arguments)
     stack = Stack.of(given.weights, given.directions, given.bias)
-    batch_size = Layout.of(given.input, stack.hidden_size(), Ragged.of(given.tables)).batch_size
-    sizes = (stack.hidden_size(),) * 4 + (
-        4 * stack.hidden_size(),
-    ) * 2  # of h, c, h_reset, c_reset, preact, preact_reset
+    hidden_size = stack.hidden_size()
+    batch_size = Layout.of(given.input, hidden_size, Ragged.of(given.tables)).batch_size
+    sizes = [hidden_size] * 4 + [4 * hidden_size] * 2  # h, c, h_reset, c_reset; preact, preact_reset
     return [
         given.input.new_empty(given.input.shape if given.of_input else 0),
         *(given.input.new_empty(stack.lanes(), batch_size, size) for size in sizes),
@@ -132,9 +132,7 @@ class _Read:
 
     def __init__(self, input: Tensor, hidden: Tensor, stack: Stack, layout: Layout, dropout: Dropout) -> None:
         self.hidden, self.stack, self.layout, self.dropout = hidden, stack, layout, dropout
-        self.input = input.reshape(layout.rows, -1)
-        if layout.ragged is not None:  # where there is no step, the input may have any value
-            self.input = torch.where(layout.ragged.is_step().unsqueeze(1), self.input, 0)
+        self.input = layout.input_rows(input)
 
     def inputs(self, lane: int, rows: slice) -> Tensor:
         """(rows, K) the output of the layer below after dropout; for the first layer, the input."""
@@ -198,9 +196,8 @@ def _of_lane(
         output = None if grads.output is None else grads.output[window.rows]
         if output is not None and own.ragged is None:
             output = output.unflatten(0, (-1, batch_size))
-        tables = () if own.ragged is None else tuple(own.ragged)
         grad_gates, grad_cell = invoke(
-            scan_backward, output, grad_h, grad_c, *alone.arguments(), cell, gates, tables, batch_size
+            scan_backward, output, grad_h, grad_c, *alone.arguments(), cell, gates, tables_of(own.ragged), batch_size
         )
         found, found_start = of_lane(
             grad_gates[0], own, reverse, weights, [rows], hidden_before, every_weight, every_start

@@ -5,7 +5,7 @@ from torch import Tensor
 from ..stack import Stack
 from .launch import launch
 from .layout import Layout
-from .plan import RECOMPUTE_BLOCK, RECOMPUTE_WARPS
+from .plan import RECOMPUTE_BLOCK, RECOMPUTE_WARPS, divide_up
 
 
 def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -> None:
@@ -19,7 +19,7 @@ def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -
 
     ragged, batch_size = layout.ragged, layout.batch_size
     block_batch, block_hidden = RECOMPUTE_BLOCK
-    grid = (-(-batch_size // block_batch), -(-stack.hidden_size() // block_hidden))
+    grid = (divide_up(batch_size, block_batch), divide_up(stack.hidden_size(), block_hidden))
     biases_ih, biases_hh = stack.biases()
     arguments = {
         "gates_ptr": gates,

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..ragged import Ragged
 from ..stack import Stack, Start
 from .buffers import Buffers
-from .dropout import Dropout
 
 
 class Static(NamedTuple):
@@ -86,9 +85,6 @@ class Saved(NamedTuple):
 
     def stack(self) -> Stack:
         return stack_of(self.static, self.inputs)
-
-    def dropout(self) -> Dropout:
-        return Dropout(self.static.dropout, self.fixed.seed)
 
 
 def stack_of(static: Static, inputs: Inputs) -> Stack:
