@@ -79,6 +79,14 @@ def _without_onednns_layers() -> set[torch.dtype]:
 _WITHOUT_ONEDNNS_LAYERS = _without_onednns_layers()
 
 
+def _is_onednns(dtype: torch.dtype) -> bool:
+    """Whether PyTorch takes oneDNN for a layer in this dtype, and oneDNN has such a layer.
+
+    In float16 oneDNN has layers for inference only. PyTorch knows this, and asks whether gradients are recorded.
+    """
+    return dtype not in _WITHOUT_ONEDNNS_LAYERS and not (dtype == torch.float16 and torch.is_grad_enabled())
+
+
 def _dtype_to_convert_to(tensors: Sequence[Tensor]) -> torch.dtype | None:
     """The dtype that autocast gives to a batch on a CPU, if oneDNN has no LSTM in this dtype; otherwise None.
 
@@ -89,7 +97,7 @@ def _dtype_to_convert_to(tensors: Sequence[Tensor]) -> torch.dtype | None:
     if not data.is_cpu or not torch.backends.mkldnn.enabled or h_0.shape[-1] < c_0.shape[-1] or data.numel() == 0:
         return None
     dtype = autocast_dtype(tensors)
-    return dtype if dtype in _WITHOUT_ONEDNNS_LAYERS and data.dtype not in _WITHOUT_ONEDNNS_LAYERS else None
+    return dtype if dtype is not None and not _is_onednns(dtype) and _is_onednns(data.dtype) else None
 
 
 def _is_cudnns(tensor: Tensor) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,8 +68,24 @@ def project(rows: Tensor, weight: Tensor, projected: Tensor, add: bool = False) 
     setting: AbstractContextManager[None] = contextlib.nullcontext()
     if target.current().may_take_tf32(rows):
         setting = matmul_precision("tf32" if allows_tf32() else "ieee")
+    elif rows.is_cpu:
+        setting = _without_onednn()
     with without_autocast(rows.device), setting:
         torch.addmm(projected, rows, weight.t(), beta=int(add), out=projected)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """oneDNN's bfloat16 product for processors with AMX lets NaN of a row into the row before, for an odd H or I.
+
+    Rows without a step may hold NaN.
+    """
+    onednn: Any = torch.backends.mkldnn
+    previous, onednn.enabled = onednn.enabled, False
+    try:
+        yield
+    finally:
+        onednn.enabled = previous
 
 
 def batched_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:

@@ -59,9 +59,27 @@ def test_where_pytorchs_own_function_may_fail(dtype: torch.dtype, kind: str, wit
     expected = stock_in_autocast(stock, input, hx, dtype)
     with torch.autocast("cpu", dtype):
         assert_same(run(ours, input, hx), expected)
-        with torch.no_grad():
-            output, _ = ours(input, hx)
-    torch.testing.assert_close(output, expected["output"])
+
+
+@pytest.mark.parametrize("with_states", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("input_dtype", [torch.float32, None], ids=["float32", "that dtype"])
+def test_inference_where_pytorchs_own_function_may_fail(
+    input_dtype: torch.dtype | None, dtype: torch.dtype, with_states: bool
+) -> None:
+    """PyTorch computes inference by other functions than training, in float16 at least."""
+    ours, stock = twins(3, 8, num_layers=2, bidirectional=True)
+    hx = (torch.randn(4, 2, 8), torch.randn(4, 2, 8)) if with_states else None
+    input = torch.randn(4, 2, 3).to(input_dtype or dtype)
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype):
+            results = ours(input, hx)
+        if native._is_onednns(dtype) or input_dtype is None:
+            with torch.autocast("cpu", dtype):
+                expected = stock(input, hx)
+        else:
+            expected = stock.to(dtype)(input.to(dtype), None if hx is None else [state.to(dtype) for state in hx])
+    assert_same(results, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,0 +1,19 @@
+"""Matrix products outside the scans."""
+
+import pytest
+import torch
+
+from lstm_triton.scan import products
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("input_size", [1, 4, 7])
+def test_nan_stays_in_its_row(dtype: torch.dtype, input_size: int) -> None:
+    """Rows without a step may hold NaN, and each row belongs to another sequence."""
+    rows, weight = torch.randn(34, input_size, dtype=dtype), torch.randn(32, input_size, dtype=dtype)
+    rows[5] = torch.nan
+    projected = torch.empty(34, 32, dtype=dtype)  # NaN, too: see conftest.py
+    products.project(rows, weight, projected)
+    assert projected.isnan().any(1).nonzero().flatten().tolist() == [5]
