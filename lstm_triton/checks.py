@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import transforms
+from .attributes import options_of, weights_of
 from .call import MEMORY, Call, CellCall
 from .stack import States
 
@@ -238,20 +239,7 @@ def call_of_module(
         if caller == "explain":
             takes = "an LSTM or an LSTMCell, of lstm_triton or of torch.nn"
         raise TypeError(f"{caller} takes {takes}, got {type(module).__name__}")
-    return check_arguments(
-        input,
-        hx,
-        [getattr(module, name) for name in module._flat_weights_names],
-        num_layers=module.num_layers,
-        bias=module.bias,
-        batch_first=module.batch_first,
-        dropout=module.dropout,
-        training=module.training,
-        bidirectional=module.bidirectional,
-        proj_size=module.proj_size,
-        memory=getattr(module, "memory", "full"),
-        **sequences,
-    )
+    return check_arguments(input, hx, weights_of(module), **options_of(module), **sequences)
 
 
 VF_LSTM_ARGUMENTS = 9  # nn.LSTM calls torch._VF.lstm with so many, all positional
