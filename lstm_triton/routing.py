@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -12,23 +12,30 @@ from torch import Tensor
 
 from . import target, transforms
 from .call import Call, CellCall
+from .settings import Setting
 from .target import Device
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BACKENDS = ("auto", "triton", "aten")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_current = "auto"  # a plain global: torch.compile can guard on it, but not on a context variable
 _triton_installed = importlib.util.find_spec("triton") is not None  # without importing it
+_backend = Setting("backend", "auto")
+_traced: str | None = None  # what a block says that torch.compile traces; always None outside of its traces
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Choose the path of every call inside the `with` block, unless the call itself names one. Holds for all threads.
+def backend(name: str, *, all_threads: bool = False) -> AbstractContextManager[object]:
+    """Choose the path of every call inside the `with` block, unless the call itself names one.
+
+    It holds in the thread or asyncio task that enters the block, and in what took the context along: tasks that are
+    created inside, `asyncio.to_thread`, `contextvars.copy_context().run`, and the threads of a backward pass that is
+    called inside. Blocks may end in any order. A block may be entered again, and may decorate a function.
 
     Args:
         name: "auto": the Triton kernels where they can run; PyTorch's own function elsewhere, and where it was measured
             to be faster on this GPU. "triton": the kernels; where they cannot run, a RuntimeError says why. "aten":
             PyTorch's own function.
+        all_threads: whether the block holds in every thread that has no block of its own, too. `nn.DataParallel` needs
+            that.
 
     Raises:
         ValueError: for any other name.
@@ -37,13 +44,26 @@ def backend(name: str) -> Iterator[None]:
     >>> with lstm_triton.backend("aten"):
     ...     output, (h_n, c_n) = lstm_triton.LSTM(3, 4)(torch.zeros(5, 2, 3))
     """
-    global _current
-    previous = _current
-    _current = _checked(name)
+    checked = _checked(name)
+    if torch.compiler.is_dynamo_compiling():  # which can trace a generator, and a global, but not context variables
+        return _traced_block(checked)
+    return _backend.block(checked, all_threads=all_threads)
+
+
+@contextmanager
+def _traced_block(name: str) -> Iterator[None]:
+    global _traced
+    previous, _traced = _traced, name
     try:
         yield
     finally:
-        _current = previous
+        _traced = previous
+
+
+def current_backend() -> str:
+    if torch.compiler.is_dynamo_compiling() and _traced is not None:
+        return _traced
+    return _backend.now
 
 
 class Choice(NamedTuple):
@@ -58,7 +78,7 @@ def choose(requested: str | None, call: Call | CellCall) -> Choice:
         ValueError: `requested` is not the name of a backend.
         RuntimeError: "triton" is asked for where the kernels cannot run.
     """
-    name = _current if requested is None else _checked(requested)
+    name = current_backend() if requested is None else _checked(requested)
     if name == "aten":
         return Choice("aten", 'the backend "aten" was asked for')
     obstacle = _obstacle(call)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .settings import Block, Setting
+
 
 @dataclass(frozen=True)
 class Device:
@@ -33,7 +35,7 @@ class Device:
     @staticmethod
     def of(device: torch.device) -> "Device":
         """The device as the current target describes it."""
-        return _current.describe(device)
+        return current().describe(device)
 
     @property
     def capability(self) -> int:
@@ -119,7 +121,7 @@ def _gpu(index: int) -> Device:
     return Device(properties.name, arch, properties.multi_processor_count, shared_bytes)
 
 
-_current: Target = Gpus()  # a plain global: torch.compile can guard on it
+_target: Setting[Target] = Setting("target", Gpus())
 
 Watcher = Callable[[KernelLaunch], object]
 _before: list[Watcher] = []
@@ -127,25 +129,19 @@ _after: list[Watcher] = []
 
 
 def current() -> Target:
-    return _current
+    return _target.now
 
 
-@contextmanager
-def running_on(target: Target) -> Iterator[None]:
-    """Run every kernel on this target inside the `with` block. Holds for all threads."""
-    global _current
-    previous, _current = _current, target
-    try:
-        yield
-    finally:
-        _current = previous
+def running_on(target: Target, *, all_threads: bool = False) -> Block:
+    """Run every kernel on this target inside the `with` block (settings.py)."""
+    return _target.block(target, all_threads=all_threads)
 
 
 def run(launch: KernelLaunch) -> None:
     """Run a kernel on the current target: every launch of this library goes through here."""
     for watch in _before:
         watch(launch)
-    _current.run(launch)
+    current().run(launch)
     for watch in _after:
         watch(launch)
 

@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -203,16 +203,103 @@ def test_another_takeover_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch._VF.lstm is other
 
 
+class Other:
+    """Another library's function in the place of `torch._VF.lstm`, which calls what it replaces."""
+
+    def __init__(self) -> None:
+        self.calls, self.replaced = 0, torch._VF.lstm
+        torch._VF.lstm = self
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return self.replaced(*arguments)
+
+    def remove(self) -> None:
+        torch._VF.lstm = self.replaced
+
+
+@pytest.fixture
+def plain() -> Iterator[Any]:
+    found = torch._VF.lstm
+    yield found
+    torch._VF.lstm = found
+
+
 @pytest.mark.interpreted
-def test_threads() -> None:
-    """It holds for all of them."""
+def test_what_others_replace_inside_is_kept(plain: Any) -> None:
     model, input = insistent(), torch.randn(4, 3, 5)
     with interpret(), lstm_triton.accelerate() as acceleration:
-        for count in (1, 2):
-            thread = threading.Thread(target=model, args=(input,))
+        other = Other()
+        with lstm_triton.accelerate() as inner:
+            model(input)
+        assert (other.calls, inner.taken_over) == (1, 1)
+    assert torch._VF.lstm is other
+    model(input)
+    assert (other.calls, acceleration.taken_over) == (2, 0)
+    for _ in range(2):
+        with lstm_triton.accelerate() as acceleration:
+            model(input)
+            with interpret():
+                model(input)
+        assert acceleration.taken_over == 1
+        assert dict(acceleration.left) == {ON_THE_CPU: 1}  # counted once, though `other` calls what was ours
+        assert torch._VF.lstm is other
+    assert other.calls == 4
+    other.remove()
+    with lstm_triton.accelerate() as acceleration:
+        model(input)
+    assert dict(acceleration.left) == {ON_THE_CPU: 1}
+    assert torch._VF.lstm is plain
+
+
+@pytest.mark.interpreted
+def test_others_take_their_own_away_inside(plain: Any) -> None:
+    """It then puts the original back, and does not know of ours. The next block takes over again."""
+    model, input, other = insistent(), torch.randn(4, 3, 5), Other()
+    with interpret(), lstm_triton.accelerate():
+        other.remove()
+        assert torch._VF.lstm is plain
+        with lstm_triton.accelerate() as inner:
+            model(input)
+        assert inner.taken_over == 1
+    assert torch._VF.lstm is plain
+
+
+@pytest.mark.interpreted
+def test_threads() -> None:
+    """One block for the thread that enters it, another for all."""
+    model, input = insistent(), torch.randn(4, 3, 5)
+
+    def call() -> None:
+        thread = threading.Thread(target=model, args=(input,))
+        thread.start()
+        thread.join()
+
+    everywhere = lstm_triton.accelerate(all_threads=True)
+    with interpret(all_threads=True), everywhere as for_all, lstm_triton.accelerate() as acceleration:
+        call()
+        assert (acceleration.taken_over, for_all.taken_over) == (0, 1)
+        model(input)
+        assert (acceleration.taken_over, for_all.taken_over) == (1, 1)
+    call()
+    assert for_all.taken_over == 1
+
+
+@pytest.mark.interpreted
+def test_counts_of_many_threads() -> None:
+    model, input = insistent(), torch.randn(1, 1, 5)
+
+    def call() -> None:
+        for _ in range(20):
+            model(input)
+
+    with lstm_triton.accelerate(all_threads=True) as acceleration:
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        for thread in threads:
             thread.start()
+        for thread in threads:
             thread.join()
-            assert acceleration.taken_over == count
+    assert dict(acceleration.left) == {ON_THE_CPU: 80}
 
 
 def test_left_when_an_exception_ends_it() -> None:
