@@ -40,36 +40,36 @@ def weights_of(module: nn.RNNBase) -> list[Tensor]:
     `functional_call` and others exchange attributes. Otherwise the list counts: a subclass may have put other tensors
     there, and a deleted parameter is still there.
     """
-    if torch.compiler.is_compiling():
-        return _traced(module)
-    own = vars(module)
-    names, listed, seen, parameters = (
-        own["_flat_weights_names"],
-        own["_flat_weights"],
-        own["_flat_weight_refs"],
-        own["_parameters"],
-    )
-    if len(listed) == len(seen) == len(names):
+    names: list[str] = module._flat_weights_names
+    listed: list[Any] = module._flat_weights
+    seen: list[Any] = module._flat_weight_refs
+    compiling = torch.compiler.is_compiling()
+    if not compiling and len(listed) == len(seen) == len(names):
+        # The usual case, quickly: both places have the same parameters, and they are those of the last call.
+        attributes = vars(module)
+        parameters = attributes["_parameters"]
         for name, weight, known in zip(names, listed, seen, strict=True):
-            if parameters.get(name) is not weight or known is None or known() is not weight or name in own:
+            if parameters.get(name) is not weight or known is None or known() is not weight or name in attributes:
                 break
         else:
-            return listed  # type: ignore[no-any-return]
-    named = [getattr(module, name, None) for name in names]
+            return listed
+    named: list[Any] = [getattr(module, name, None) for name in names]
     for weight, known in zip(named, seen, strict=False):
         if weight is not None and known is not None and known() is not weight:
-            _remember(module, named)
-            return named  # type: ignore[return-value]
+            if not compiling:
+                _remember(module, named)
+            return named
     return list(listed)
 
 
-def _remember(module: nn.RNNBase, named: list[Tensor | None]) -> None:
-    """Write down which tensors the attributes were. A later change of the list then counts.
+def _remember(module: nn.RNNBase, named: list[Any]) -> None:
+    """Write down which tensors the attributes are. A later change of the list then counts.
 
-    Only tensors that the module may keep are written down: not a tensor with a graph behind it, and no tensor of
+    Only tensors that the module may keep are written down: no tensor with a graph behind it, and no tensor of
     torch.func. A weight that is not written down counts as another tensor at the next call, too.
     """
-    listed, seen = list(module._flat_weights), list(module._flat_weight_refs)
+    listed: list[Any] = list(module._flat_weights)
+    seen: list[Any] = list(module._flat_weight_refs)
     if not len(listed) == len(seen) == len(named):
         listed, seen = list(named), [None] * len(named)
     for index, weight in enumerate(named):
@@ -77,11 +77,3 @@ def _remember(module: nn.RNNBase, named: list[Tensor | None]) -> None:
         if plain and weight.is_leaf:
             listed[index], seen[index] = weight, ref(weight)
     module._flat_weights, module._flat_weight_refs = listed, seen
-
-
-def _traced(module: nn.RNNBase) -> list[Tensor]:
-    named = [getattr(module, name, None) for name in module._flat_weights_names]
-    for weight, known in zip(named, module._flat_weight_refs, strict=False):
-        if weight is not None and known is not None and known() is not weight:
-            return named
-    return list(module._flat_weights)

@@ -1,5 +1,8 @@
 """A single step of an LSTM layer: `LSTMCell`, in place of `torch.nn.LSTMCell`."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -83,6 +86,20 @@ def _stock_of(cell: LSTMCell) -> nn.LSTMCell:
     for name in WEIGHTS:
         setattr(stock, name, cell._parameters[name])
     return stock
+
+
+def call_of_vf_lstm_cell(arguments: tuple[Any, ...]) -> CellCall | None:
+    """The checked call of `torch._VF.lstm_cell`; None: the arguments are wrong, and PyTorch's function says how."""
+    if len(arguments) != 2 + len(WEIGHTS):
+        return None
+    input, hx, *weights = arguments
+    try:
+        if input.dim() != 2 or hx is None:  # no call of nn.LSTMCell, which adds a batch dimension and states first
+            return None
+        sizes = {"input_size": weights[0].shape[1], "hidden_size": weights[1].shape[1]}
+        return call_of_cell(SimpleNamespace(**sizes, **dict(zip(WEIGHTS, weights, strict=True))), input, hx)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return None
 
 
 def compute_cell(call: CellCall, path: str) -> States:

@@ -264,8 +264,13 @@ def call_of_vf_lstm(arguments: tuple[Any, ...]) -> Call | None:
         return None
 
 
-def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall | None:
-    """The call that a cell would make, with a batch dimension; None: `nn.LSTMCell` itself judges the arguments."""
+def call_of_cell(cell: Any, input: Any, hx: Any) -> CellCall | None:
+    """The call that a cell would make, with a batch dimension; None: `nn.LSTMCell` itself judges the arguments.
+
+    Args:
+        cell: an `nn.LSTMCell`, or what has the attributes that are read here.
+        input, hx: as the cell takes them.
+    """
     states: list[Tensor] = [] if hx is None else list(hx)
     if isinstance(hx, Tensor) or (hx is not None and len(states) != 2):
         return None

@@ -96,7 +96,7 @@ def replace_lstm(model: nn.Module) -> Replacement:
     own. With `torch._dynamo.config.allow_rnn = True` there is one graph, and `fullgraph=True` works.
 
     A module is left as it was if it has methods or attributes of its own, from a subclass or set on the object
-    (`lstm_triton.accelerate` may serve such modules). Quantised layers and layers compiled by TorchScript are left, too.
+    (`lstm_triton.accelerate` may serve such modules). Quantised layers, and layers compiled by TorchScript, are left.
 
     Args:
         model: any module, with LSTMs at any depth.

@@ -134,7 +134,7 @@ class LSTM(nn.RNNBase):
             state["_flat_weights"] = [parameters.get(name) for name in state.get("_flat_weights_names", [])]
         if state.get("memory") in MEMORY:  # where this library kept it at first
             state.setdefault(MEMORY_ATTRIBUTE, state["memory"])
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         memory = memory_of(self)

@@ -3,8 +3,6 @@
 Models ask `isinstance(module, nn.LSTM)` when they run. So a replaced module must stay what it was.
 """
 
-from collections.abc import Callable
-from functools import cache
 from types import new_class
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch import nn
 from . import cell, module
 
 
-class LSTM(module.LSTM, nn.LSTM):  # type: ignore[misc]
+class LSTM(module.LSTM, nn.LSTM):
     """An `lstm_triton.LSTM` that is an `nn.LSTM`, too.
 
     It computes what `lstm_triton.LSTM` computes, and has its methods and options. But `torch.compile` refuses to look
@@ -30,26 +28,26 @@ def stand_in_for(original: type[nn.Module]) -> type[Any]:
     """
     if original is nn.LSTM:
         return LSTM
-    return cell.LSTMCell if original is nn.LSTMCell else _derived(original)
+    if original is nn.LSTMCell:
+        return cell.LSTMCell
+    if original not in _derived:
+        ours: type[nn.Module] = LSTM if issubclass(original, nn.LSTM) else cell.LSTMCell
+        names = {"__module__": __name__, "__doc__": ours.__doc__, "__reduce_ex__": _reduce_ex}
+        _derived[original] = new_class(original.__name__, (original, ours), exec_body=lambda body: body.update(names))
+    return _derived[original]
 
 
-@cache
-def _derived(original: type[nn.Module]) -> type[nn.Module]:
-    ours: type[nn.Module] = LSTM if issubclass(original, nn.LSTM) else cell.LSTMCell
+_derived: dict[type[nn.Module], type[nn.Module]] = {}  # by the original class
 
-    def reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # Nobody can import this class by its name. What a file has is the original class.
-        _, _, *state = super(made, self).__reduce_ex__(protocol)
-        return new_stand_in, (original,), *state
 
-    def fill(names: dict[str, Any]) -> None:
-        names.update(__module__=__name__, __doc__=ours.__doc__, __reduce_ex__=reduce_ex)
-
-    made = new_class(original.__name__, (original, ours), exec_body=fill)
-    return made
+def _reduce_ex(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    # Nobody can import the class by its name. So a file has the original class.
+    made: Any = next(cls for cls in type(self).__mro__ if cls in _derived.values())
+    _, _, *state = super(made, self).__reduce_ex__(protocol)
+    return new_stand_in, (made.__bases__[0],), *state
 
 
 def new_stand_in(original: type[nn.Module]) -> nn.Module:
     """An empty module, which `pickle` and `copy` fill."""
-    made: Callable[..., nn.Module] = stand_in_for(original).__new__
-    return made(stand_in_for(original))
+    made: Any = stand_in_for(original)
+    return made.__new__(made)  # type: ignore[no-any-return]
