@@ -275,5 +275,5 @@ def own_names(cls: type[nn.Module], stock: type[nn.Module]) -> str:
     of_every_class = {*vars(_Plain), "__init__", "__annotations__", "__type_params__", "__slots__", "__constants__"}
     of_every_class |= {"__orig_bases__", "__firstlineno__", "__static_attributes__"}
     of_every_class |= {"__annotate_func__", "__annotations_cache__"}
-    added = [base for base in cls.__mro__ if base not in stock.__mro__ and base.__module__ not in ("abc", "typing")]
+    added = [base for base in cls.__mro__ if base not in (*stock.__mro__, abc.ABC, Generic)]
     return ", ".join(sorted({name for base in added for name in vars(base)} - of_every_class))
