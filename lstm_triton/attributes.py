@@ -62,6 +62,15 @@ def weights_of(module: nn.RNNBase) -> list[Tensor]:
     return list(listed)
 
 
+def computed_weights(module: nn.RNNBase) -> list[str]:
+    """The names of the weights that are no parameters of the module: computed from others, or handed over."""
+    computed = []
+    for name, weight in zip(module._flat_weights_names, weights_of(module), strict=True):
+        if not isinstance(weight, nn.Parameter) or module._parameters.get(name) is not weight:
+            computed.append(name)
+    return computed
+
+
 def _remember(module: nn.RNNBase, named: list[Any]) -> None:
     """Write down which tensors the attributes are. A later change of the list then counts.
 

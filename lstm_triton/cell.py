@@ -78,7 +78,7 @@ class LSTMCell(nn.LSTMCell):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles: an `nn.LSTMCell` with the same parameters."""
-        return scriptable(self, LSTMCell, WEIGHTS, _stock_of)
+        return scriptable(self, LSTMCell, [name for name in WEIGHTS if name not in self._parameters], _stock_of)
 
 
 def _stock_of(cell: LSTMCell) -> nn.LSTMCell:

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .attributes import MEMORY_ATTRIBUTE, memory_of, options_of, weights_of
+from .attributes import MEMORY_ATTRIBUTE, computed_weights, memory_of, options_of, weights_of
 from .call import MEMORY, Memory, Sequences
 from .checks import checked_memory
 from .functional import lstm
@@ -127,7 +127,7 @@ class LSTM(nn.RNNBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        if "_flat_weights_names" not in state and "_all_weights" in state:  # PyTorch 1.3 and earlier
+        if "_flat_weights_names" not in state and "_all_weights" in state:  # of an early PyTorch
             state["_flat_weights_names"] = [name for names in state["_all_weights"] for name in names]
         if "_flat_weights" not in state:
             parameters = {**state, **state["_parameters"]}
@@ -199,9 +199,9 @@ class LSTM(nn.RNNBase):
         True
         """
         twin = _without_weights(nn.LSTM, self)
-        for name in self._flat_weights_names:
-            weight = self._parameters.get(name)
-            setattr(twin, name, nn.Parameter(getattr(self, name).detach().clone()) if weight is None else weight)
+        for name, weight in zip(self._flat_weights_names, weights_of(self), strict=True):
+            computed = not isinstance(weight, nn.Parameter)
+            setattr(twin, name, nn.Parameter(weight.detach().clone()) if computed else weight)
         return twin
 
     @classmethod
@@ -223,12 +223,11 @@ class LSTM(nn.RNNBase):
         """
         if not isinstance(module, nn.LSTM) or isinstance(module, LSTM):
             raise TypeError(f"module must be a torch.nn.LSTM, got {type(module).__name__}")
-        for name in module._flat_weights_names:
-            if module._parameters.get(name) is None:
-                raise ValueError(
-                    f"module.{name} must be a parameter, but is computed from others: "
-                    "lstm_triton.replace_lstm(module) keeps that"
-                )
+        for name in computed_weights(module):
+            raise ValueError(
+                f"module.{name} must be a parameter, but is computed from others: "
+                "lstm_triton.replace_lstm(module) keeps that"
+            )
         lost = own_names(type(module), nn.LSTM)
         if lost:
             raise TypeError(f"module must be a plain torch.nn.LSTM, but {type(module).__name__} defines {lost}")
@@ -242,7 +241,7 @@ class LSTM(nn.RNNBase):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script` compiles: an `nn.LSTM` with the same parameters."""
-        return scriptable(self, LSTM, self._flat_weights_names, LSTM.to_torch_lstm)
+        return scriptable(self, LSTM, computed_weights(self), LSTM.to_torch_lstm)
 
     # For callers that use nn.LSTM's helpers. `forward` does not use them.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size

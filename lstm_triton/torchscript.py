@@ -8,14 +8,14 @@ from torch import nn
 
 
 def scriptable(
-    module: nn.Module, ours: type[nn.Module], weights: Sequence[str], stock_of: Callable[[Any], nn.Module]
+    module: nn.Module, ours: type[nn.Module], computed: Sequence[str], stock_of: Callable[[Any], nn.Module]
 ) -> nn.Module:
     """What `torch.jit.script` compiles for a module: see `__prepare_scriptable__` in PyTorch.
 
     Args:
         module: the module.
         ours: its class in this library.
-        weights: the names of its weights.
+        computed: the names of its weights that are no parameters.
         stock_of: makes the module of torch.nn that has the same parameters.
 
     Raises:
@@ -23,13 +23,12 @@ def scriptable(
     """
     if "forward" in vars(module) or type(module).forward is not ours.forward:
         return module  # a subclass: its own forward is what is compiled
-    for name in weights:
-        if name not in module._parameters:
-            raise ValueError(
-                f"torch.jit.script cannot compile an lstm_triton.{ours.__name__} whose {name} is computed from other "
-                "tensors. First remove what computes it, such as a parametrization or weight_norm"
-            )
     kind = f"lstm_triton.{ours.__name__}"
+    if computed:
+        raise ValueError(
+            f"torch.jit.script cannot compile an {kind} whose {', '.join(computed)} is computed from other tensors. "
+            "First remove what computes it, such as a parametrization or weight_norm"
+        )
     warnings.warn(
         f"torch.jit.script compiles a torch.nn.{ours.__name__} with the same parameters in place of an {kind}, and "
         f"leaves it in the model that it was given. To keep the {kind} there, script copy.deepcopy(model)",

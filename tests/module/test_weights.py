@@ -102,7 +102,9 @@ def values_and_gradients(module: Any) -> Any:
 def test_as_nn_lstm(way: Callable[[Any], None], path: Callable[[], AbstractContextManager[Any]], kind: str) -> None:
     """Also a second time, and in everything else that runs a module."""
     ours, stock = twins(3, 4)
-    module: Any = {"ours": lambda: ours, "replaced": lambda: replaced(twins(3, 4)[1])}.get(kind, lambda: twins(3, 4)[1])()
+    module: Any = {"ours": lambda: ours, "replaced": lambda: replaced(twins(3, 4)[1])}.get(
+        kind, lambda: twins(3, 4)[1]
+    )()
     accelerated = lstm_triton.accelerate if kind == "accelerated" else nullcontext
     for each in (module, stock):
         each(INPUT)
@@ -199,19 +201,21 @@ STEPS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def outcome(module: Any, step: str) -> Any:
+    try:
+        result = STEPS[step](module)
+    except Exception as error:
+        return type(error)
+    return result[0] if step == "call" else None
+
+
 @given(st.lists(st.sampled_from(sorted(STEPS)), max_size=6))
 def test_any_order_of_changes(steps: list[str]) -> None:
     """Without kernels, bit by bit."""
     modules: tuple[Any, Any] = twins(3, 4)
     with torch.no_grad():
         for step in [*steps, "call", "call"]:
-            outcomes = []
-            for module in modules:
-                try:
-                    STEPS[step](module)
-                    outcomes.append(module(INPUT)[0] if step == "call" else None)
-                except Exception as error:
-                    outcomes.append(type(error))
+            outcomes = [outcome(module, step) for module in modules]
             if isinstance(outcomes[0], Tensor):
                 assert_same(*outcomes)
             elif outcomes[0] is outcomes[1] is None:
@@ -219,6 +223,23 @@ def test_any_order_of_changes(steps: list[str]) -> None:
             else:
                 assert all(isinstance(outcome, type) for outcome in outcomes), (step, outcomes)
                 return
+
+
+# --- One layer to nn.LSTM and from it ---
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_plain_twin_has_the_weights_of_a_call(way: Callable[[Any], None]) -> None:
+    ours, stock = twins(3, 4)
+    for each in (ours, stock):
+        each(INPUT)
+        way(each)
+    assert_same(ours.to_torch_lstm()(INPUT), stock(INPUT))
+    if way is hand_over_before_a_call:  # it changed nothing
+        assert_same(lstm_triton.LSTM.from_torch_lstm(stock)(INPUT), stock(INPUT))
+        return
+    with pytest.raises(ValueError, match="must be a parameter, but is computed from others"):
+        lstm_triton.LSTM.from_torch_lstm(stock)
 
 
 # --- Nothing of a call is kept that should not be ---

@@ -236,7 +236,7 @@ def test_a_cell_is_scripted_by_itself() -> None:
 def test_what_cannot_be_scripted_says_why() -> None:
     holder = Holder()
     parametrizations.weight_norm(holder.lstm, "weight_hh_l0")
-    with pytest.raises(ValueError, match="whose weight_hh_l0 is computed from other tensors. First remove"):
+    with pytest.raises(ValueError, match=r"whose weight_hh_l0 is computed from other tensors\. First remove"):
         torch.jit.script(holder)
 
 
@@ -320,7 +320,9 @@ def test_names_of_a_subclass_are_its_own(path: Callable[[], AbstractContextManag
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("value", [deque(), "low", torch.ones(3), nn.Linear(1, 1), nn.Parameter(torch.ones(2))], ids=str)
+@pytest.mark.parametrize(
+    "value", [deque(), "low", torch.ones(3), nn.Linear(1, 1), nn.Parameter(torch.ones(2))], ids=str
+)
 def test_names_of_a_module_that_is_replaced_are_its_own(
     value: Any, path: Callable[[], AbstractContextManager[Any]]
 ) -> None:
