@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from . import transforms
+from . import refusal, transforms
 from .call import CellCall
 from .checks import call_of_cell
 from .reference import lstm_cell
-from .routing import choose
+from .refusal import LaunchRefused
+from .routing import choose, fall_back
 from .stack import States
 
 
@@ -66,9 +68,24 @@ class LSTMCell(nn.LSTMCell):
             (h, c) after the step, shaped like `hx`.
         """
         call = call_of_cell(self, input, hx)
-        function = None if call is None else function_of(call)
-        if call is None or function is None:
-            return super().forward(input, hx)  # this also refuses wrong arguments
+        if call is None:
+            return super().forward(input, hx)  # this refuses wrong arguments
+        path = choose(None, call).path
+        if path == "aten" or torch.compiler.is_dynamo_compiling():
+            return self._computed(call, path, input, hx)
+        try:
+            results = self._computed(call, path, input, hx)
+        except LaunchRefused as error:
+            fall_back(error, call, None)
+            return self._computed(call, "aten", input, hx)
+        if refusal.state:
+            refusal.forget()
+        return results
+
+    def _computed(self, call: CellCall, path: str, input: Tensor, hx: States | None) -> States:
+        function = function_of(call, path)
+        if function is None:
+            return super().forward(input, hx)
         data, states, weights = call.data, call.states or (None, None), call.weights
         dtype = call.autocast_dtype()
         if dtype is not None and function is not lstm_cell:  # the formula's operations follow autocast themselves
@@ -78,9 +95,9 @@ class LSTMCell(nn.LSTMCell):
         return (h_1.squeeze(0), c_1.squeeze(0)) if input.dim() == 1 else (h_1, c_1)
 
 
-def function_of(call: CellCall) -> Callable[..., States] | None:
-    """What computes a call; None: PyTorch's own function does."""
-    if choose(None, call).path == "triton":
+def function_of(call: CellCall, path: str) -> Callable[..., States] | None:
+    """What computes a call on its path; None: PyTorch's own function does."""
+    if path == "triton":
         from .scan.step import step
 
         return step
