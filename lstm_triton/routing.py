@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -158,7 +158,7 @@ def _obstacle_of_device(
     return _found_obstacle_of_device(device, dtype, input_sizes, hidden_size)
 
 
-@cache  # in a function of its own: torch.compile warns of a cache that it sees
+@lru_cache(maxsize=1024)  # in a function of its own: torch.compile warns of a cache that it sees
 def _found_obstacle_of_device(
     device: torch.device, dtype: torch.dtype, input_sizes: tuple[int, ...], hidden_size: int
 ) -> str | None:
