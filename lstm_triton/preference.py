@@ -50,7 +50,7 @@ def _traced_block(name: str) -> Iterator[None]:
 
 
 def current_backend() -> str:
-    if torch.compiler.is_dynamo_compiling() and _traced is not None:
+    if _traced is not None and torch.compiler.is_dynamo_compiling():
         return _traced
     return _backend.now
 

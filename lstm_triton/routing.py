@@ -35,7 +35,7 @@ def choose(requested: str | None, call: Call | CellCall) -> Choice:
     if name == "aten":
         return Choice("aten", 'the backend "aten" was asked for')
     obstacle = _obstacle(call)
-    if obstacle is None and name == "auto":
+    if obstacle is None and name == "auto" and (refusal.state or torch.compiler.is_dynamo_compiling()):
         obstacle = _refusal(call)
     if obstacle is None:
         faster = None if name == "triton" or isinstance(call, CellCall) else _why_stock(call)
@@ -81,7 +81,7 @@ def _refusal(call: Call | CellCall) -> str | None:
     # A compiled program cannot fall back while it runs. So the kernels are tried before they are compiled into it.
     if torch.compiler.is_dynamo_compiling() and target.current().may_refuse(device):
         try_kernels(device, dtype, call.hidden_size, isinstance(call, CellCall))
-    return _known_refusal(refusal.state, device, dtype, call.hidden_size) if refusal.state else None
+    return _known_refusal(refusal.state, device, dtype, call.hidden_size)
 
 
 def fall_back(error: refusal.LaunchRefused, call: Call | CellCall, requested: str | None) -> None:
