@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import transforms
+from . import refusal, transforms
 from .call import CellCall
 from .checks import call_of_cell
 from .reference import lstm_cell
-from .routing import choose
+from .refusal import LaunchRefused
+from .routing import choose, fall_back
 from .stack import States
 from .torchscript import scriptable
 
@@ -103,7 +104,23 @@ def call_of_vf_lstm_cell(arguments: tuple[Any, ...]) -> CellCall | None:
 
 
 def compute_cell(call: CellCall, path: str) -> States:
-    """Compute a checked call on its path. The states have a batch dimension."""
+    """Compute a checked call on its path. The states have a batch dimension.
+
+    If the kernels are refused on this machine, PyTorch's own function computes the call.
+    """
+    if path == "aten" or torch.compiler.is_dynamo_compiling():
+        return _computed(call, path)
+    try:
+        results = _computed(call, path)
+    except LaunchRefused as error:
+        fall_back(error, call, None)
+        return _computed(call, "aten")
+    if refusal.state:
+        refusal.forget()
+    return results
+
+
+def _computed(call: CellCall, path: str) -> States:
     data, states, weights = call.data, call.states, call.weights
     if path == "triton":
         from .scan.step import step

@@ -40,6 +40,9 @@ class Interpreted(Gpus):
     def takes(self, device: torch.device) -> bool:
         return device.type == "cpu" or super().takes(device)
 
+    def may_refuse(self, device: torch.device) -> bool:
+        return device.type != "cpu"
+
 
 def active() -> bool:
     """Whether CPU tensors take the Triton path now."""

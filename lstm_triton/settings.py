@@ -18,7 +18,7 @@ from contextlib import ContextDecorator
 from contextvars import ContextVar
 from threading import Lock, local
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -54,10 +54,10 @@ class ForkLock:
 class _Entered:
     """One entering of a block. It stays in the contexts that took it along, so it says itself whether it ended."""
 
-    __slots__ = ("block", "ended")
+    __slots__ = ("ended", "name", "value")
 
-    def __init__(self, block: "Block") -> None:
-        self.block = block
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
         self.ended = False
 
 
@@ -70,13 +70,19 @@ class _Told:
     blocks: "Open" = ()
 
 
+class _Thread(local):
+    """What each thread has of its own: what it told autograd."""
+
+    told: _Told | None = None
+
+
 Open = tuple[_Entered, ...]  # in the order of entering
 _lock = ForkLock()
 _own: ContextVar[Open] = ContextVar("lstm_triton_blocks", default=())
 _of_all_threads: Open = ()
 _ever_entered = False
 _FOR_BACKWARD = "lstm_triton_blocks"
-_thread = local()  # `told`: what this thread told autograd
+_thread = _Thread()
 
 
 class Block(ContextDecorator):
@@ -88,7 +94,7 @@ class Block(ContextDecorator):
 
     def __enter__(self: Own) -> Own:
         global _of_all_threads, _ever_entered
-        entered = _Entered(self)
+        entered = _Entered(self._name, self._value)
         with _lock:
             self._open += (entered,)
             if self._all_threads:
@@ -122,17 +128,16 @@ def _still_open(blocks: Open) -> Open:
 
 def _blocks() -> Open:
     """The blocks of this thread or task, ended ones among them."""
-    own = _own.get()
-    mine: _Told | None = getattr(_thread, "told", None)
-    if torch._C._is_key_in_tls(_FOR_BACKWARD):
-        told: _Told = torch._C._get_obj_in_tls(_FOR_BACKWARD)
-        if told is not mine:  # a thread of autograd, which was told by another thread
-            return (*told.blocks, *own)
-    else:
-        mine = _thread.told = mine or _Told()
-        _hand_to_autograd(mine)
-    if mine is not None:
-        mine.blocks = own
+    own, told = _own.get(), _thread.told
+    if told is not None:
+        told.blocks = own
+        return own
+    if torch._C._is_key_in_tls(_FOR_BACKWARD):  # a thread of autograd, which was told by another thread
+        return (*torch._C._get_obj_in_tls(_FOR_BACKWARD).blocks, *own)
+    if own and torch._C._current_graph_task_id() == -1:  # not a thread of autograd
+        _thread.told = told = _Told()
+        told.blocks = own
+        _hand_to_autograd(told)
     return own
 
 
@@ -160,10 +165,10 @@ class Setting(ModuleType, Generic[Value]):
     def now(self) -> Value:
         """What the innermost open block of this thread or task says."""
         if _ever_entered:
-            for blocks in (_blocks(), _of_all_threads):
-                for entered in reversed(blocks):
-                    if entered.block._name == self._name and not entered.ended:
-                        return entered.block._value  # type: ignore[return-value]
+            name = self._name
+            for entered in _blocks()[::-1] + _of_all_threads[::-1]:
+                if entered.name == name and not entered.ended:
+                    return entered.value  # type: ignore[no-any-return]
         return self._default
 
     def block(self, value: Value, *, all_threads: bool) -> Block:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from . import refusal
 from .settings import Block, Setting
 
 
@@ -68,6 +69,19 @@ class KernelLaunch(NamedTuple):
         """The arguments in the order of the parameters: Triton takes longer to find arguments by their names."""
         return [self.arguments[name] for name in self.kernel.arg_names]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the layer: that of the first tensor, for every kernel of this library."""
+        dtypes = [value.dtype for value in self.arguments.values() if isinstance(value, Tensor)]
+        return dtypes[0] if dtypes else torch.float32
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the layer; 0 for a kernel that does not know H."""
+        hidden_size = self.arguments.get("HIDDEN", 0)
+        assert isinstance(hidden_size, int)
+        return hidden_size
+
 
 class Target(Protocol):
     """Where kernels run."""
@@ -82,6 +96,10 @@ class Target(Protocol):
 
     def may_take_tf32(self, tensor: Tensor) -> bool:
         """Whether PyTorch's own matrix products of a tensor depend on the TF32 setting."""
+        ...
+
+    def may_refuse(self, device: torch.device) -> bool:
+        """Whether a launch may be refused there (refusal.py), so that a trial pays before torch.compile."""
         ...
 
     def run(self, launch: KernelLaunch) -> None: ...
@@ -100,6 +118,9 @@ class Gpus:
 
     def may_take_tf32(self, tensor: Tensor) -> bool:
         return tensor.dtype == torch.float32 and tensor.is_cuda
+
+    def may_refuse(self, device: torch.device) -> bool:
+        return True
 
     def run(self, launch: KernelLaunch) -> None:
         if launch.device.type == "cpu":  # interpreted; a backward pass may run after the interpreter's `with` block
@@ -137,11 +158,28 @@ def running_on(target: Target, *, all_threads: bool = False) -> Block:
     return _target.block(target, all_threads=all_threads)
 
 
+def layers(device: torch.device, dtype: torch.dtype, hidden_size: int) -> refusal.Layers:
+    """Layers on the current target, of which kernels may be refused."""
+    return refusal.Layers(current(), device, dtype, hidden_size)
+
+
 def run(launch: KernelLaunch) -> None:
-    """Run a kernel on the current target: every launch of this library goes through here."""
+    """Run a kernel on the current target: every launch of this library goes through here.
+
+    Raises:
+        LaunchRefused: Triton cannot compile the kernel on this machine, or the driver does not launch it.
+    """
     for watch in _before:
         watch(launch)
-    current().run(launch)
+    try:
+        current().run(launch)
+    except Exception as error:
+        instead = refusal.refused(error)
+        if instead is None:
+            raise
+        # Who falls back remembers it, too. A program of torch.compile cannot: it raises, and is compiled anew.
+        refusal.remember(instead, layers(launch.device, launch.dtype, launch.hidden_size))
+        raise instead from error
     for watch in _after:
         watch(launch)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lstm_triton
-from lstm_triton import acceleration, interpreter, routing, target
+from lstm_triton import acceleration, interpreter, preference, target
 from lstm_triton.settings import ForkLock
 
 Block = AbstractContextManager[Any]
@@ -40,7 +40,7 @@ CASES = [
     pytest.param(
         BlockCase(
             lambda number, **options: lstm_triton.backend(BACKENDS[number], **options),
-            lambda: BACKENDS.index(routing.current_backend()),
+            lambda: BACKENDS.index(preference.current_backend()),
         ),
         id="backend",
     ),
@@ -289,7 +289,7 @@ def test_compiled_code_follows_the_blocks() -> None:
     counter = CompileCounter()
     layer, input = lstm_triton.LSTM(3, 4), torch.zeros(5, 2, 3)
     compiled = torch.compile(
-        lambda input: (input + (1 if routing.current_backend() == "auto" else 2), layer(input)), backend=counter
+        lambda input: (input + (1 if preference.current_backend() == "auto" else 2), layer(input)), backend=counter
     )
 
     def path() -> int:
@@ -317,7 +317,7 @@ def test_a_block_in_compiled_code() -> None:
 
     with lstm_triton.backend("triton"):
         call(input)
-    assert routing.current_backend() == "auto"
+    assert preference.current_backend() == "auto"
 
 
 # --- fork ---
