@@ -9,7 +9,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import transforms
 from .call import MEMORY, Call, CellCall
+from .option_checks import checked_bools, checked_dropout, checked_int, checked_weights
+from .packed_checks import check_packed
 from .stack import States
+
+INTEGERS = {
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+}
 
 
 def check_arguments(
@@ -32,12 +39,21 @@ def check_arguments(
 ) -> Call:
     """Check the arguments of an LSTM. What `torch.nn.LSTM` refuses is refused in its words and in its order.
 
-    Wrong states of packed sequences are refused as well.
+    So is what `torch.nn.LSTM` takes and computes wrong results for, such as packed sequences that are not well-formed,
+    and weights or states of packed sequences that have wrong sizes.
     """
+    checked_bools(bias=bias, batch_first=batch_first, training=training, bidirectional=bidirectional)
+    num_layers, proj_size = checked_int("num_layers", num_layers), checked_int("proj_size", proj_size)
+    dropout = checked_dropout(dropout, is_applied=training and num_layers > 1)
+    weights = checked_weights(weights)
     directions = 2 if bidirectional else 1
     input_size, hidden_size = _check_weights(weights, num_layers, bias, directions, proj_size)
     output_size = proj_size or hidden_size
 
+    if isinstance(input, PackedSequence):
+        check_packed(input, with_states=hx is not None)
+        if hx is not None:
+            _check_pair(hx)
     states = None if hx is None else (hx[0], hx[1])
     if isinstance(input, PackedSequence):
         data, batch_sizes = input.data, input.batch_sizes
@@ -64,8 +80,6 @@ def check_arguments(
             f"RNN input dtype ({data.dtype}) does not match weight dtype ({dtype}). "
             f"Convert input: input.to({dtype}), or convert model: model.to({data.dtype})"
         )
-    if batch_sizes is not None and data.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     if data.shape[-1] != input_size:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {data.shape[-1]}")
     if states is not None:
@@ -73,10 +87,8 @@ def check_arguments(
             expected, got = (num_layers * directions, batch_size, size), list(states[index].shape)
             if got != list(expected):
                 raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {got}")
-    if isinstance(hx, Tensor):
-        raise TypeError("lstm() received an invalid combination of arguments - hx must be (h_0, c_0), got one Tensor")
-    if hx is not None and len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
+    if hx is not None:
+        _check_pair(hx)
     if time_steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     given = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
@@ -98,6 +110,7 @@ def check_arguments(
         reset_state = _checked_reset_state(reset_state, resets, sizes, data)
         if not batch:
             reset_state = (reset_state[0].unsqueeze(1), reset_state[1].unsqueeze(1))
+    _check_memory(data, states or (), weights)
     return Call(
         data,
         batch_sizes,
@@ -122,6 +135,33 @@ def check_arguments(
     )
 
 
+def _check_pair(hx: Any) -> None:
+    if not isinstance(hx, (tuple, list)):
+        got = "one Tensor" if isinstance(hx, Tensor) else type(hx).__name__
+        raise TypeError(f"lstm() received an invalid combination of arguments - hx must be (h_0, c_0), got {got}")
+    for index, state in enumerate(hx):
+        if not isinstance(state, Tensor):
+            raise TypeError(f"hx must be (h_0, c_0), a pair of Tensors, got {type(state).__name__} as hx[{index}]")
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+
+
+def _check_memory(data: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Refuse tensors on the "meta" device beside tensors that have memory.
+
+    PyTorch's own function refuses most of these calls, but computes garbage for packed sequences. Other devices and
+    dtypes that do not fit are refused by the operations of that function.
+    """
+    is_meta = data.is_meta
+    for name, tensors in (("hidden", states), ("parameter", weights)):
+        for tensor in tensors:
+            if tensor.is_meta != is_meta:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, found input tensor at {data.device} and "
+                    f"{name} tensor at {tensor.device}"
+                )
+
+
 def checked_memory(memory: str) -> str:
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
@@ -130,18 +170,14 @@ def checked_memory(memory: str) -> str:
 
 def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-    ):
+    if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
         raise TypeError(f"lengths must be a tensor of integers, got {kind}")
     if lengths.shape != shape:
         raise ValueError(f"lengths must have one number for each sequence, shape {shape}, got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"lengths must be on the input's device, {device}, got {lengths.device}")
+    if lengths.dtype not in (torch.int32, torch.int64):  # a comparison would convert T to the dtype of the lengths
+        lengths = lengths.to(torch.int64)
     fits = ((lengths >= 0) & (lengths <= time_steps)).all()
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
         # To raise an exception, the host would wait for the device. With a number in the message, torch.compile would
@@ -201,6 +237,9 @@ def _check_weights(
     count = num_layers * directions * (2 + (2 if bias else 0) + (1 if proj_size else 0))
     if len(weights) != count:
         raise RuntimeError(f"Expected {count} weights, got {len(weights)}")
+    for index, weight in enumerate(weights):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"Expected weights[{index}] to be a Tensor, got {type(weight).__name__}")
     if weights[0].dim() != 2:
         raise RuntimeError(f"Expected weights[0] to be 2-D, got {weights[0].dim()}-D")
     input_size, hidden_size = weights[0].shape[1], weights[0].shape[0] // 4
@@ -225,6 +264,24 @@ def _check_weights(
     return input_size, hidden_size
 
 
+def weights_in_use(module: nn.RNNBase, weights: list[Tensor]) -> list[Tensor]:
+    """The weights of the layers that a module has now: its attribute `num_layers` may have been lowered.
+
+    Raises:
+        RuntimeError: the first weight has not the sizes in the module's attributes. `nn.LSTM` compares the input and
+            the states with these.
+    """
+    size = (4 * module.hidden_size, module.input_size)
+    if isinstance(weights[0], Tensor) and weights[0].shape != size:
+        raise RuntimeError(
+            f"Expected {module._flat_weights_names[0]} size (4 * hidden_size, input_size) = {size}, "
+            f"got {list(weights[0].shape)}"
+        )
+    lanes = checked_int("num_layers", module.num_layers) * (2 if module.bidirectional else 1)
+    count = lanes * (2 + (2 if module.bias else 0) + (1 if module.proj_size else 0))
+    return weights[:count] if 0 < count < len(weights) else weights
+
+
 def call_of_module(
     module: nn.RNNBase,
     input: Tensor | PackedSequence,
@@ -241,7 +298,7 @@ def call_of_module(
     return check_arguments(
         input,
         hx,
-        [getattr(module, name) for name in module._flat_weights_names],
+        weights_in_use(module, [getattr(module, name) for name in module._flat_weights_names]),
         num_layers=module.num_layers,
         bias=module.bias,
         batch_first=module.batch_first,
@@ -277,15 +334,26 @@ def call_of_vf_lstm(arguments: tuple[Any, ...]) -> Call | None:
 
 
 def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall | None:
-    """The call that a cell would make, with a batch dimension; None: `nn.LSTMCell` itself judges the arguments."""
-    states: list[Tensor] = [] if hx is None else list(hx)
-    if isinstance(hx, Tensor) or (hx is not None and len(states) != 2):
+    """The call that a cell would make, with a batch dimension; None: `nn.LSTMCell` itself judges the arguments.
+
+    Raises:
+        RuntimeError: for what `nn.LSTMCell` takes, but crashes on or computes garbage from.
+    """
+    if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
         return None
-    if input.dim() == 1:
-        input, *states = (tensor.unsqueeze(0) for tensor in (input, *states))
+    states: list[Tensor] = [] if hx is None else list(hx)
     weights = [cell.weight_ih, cell.weight_hh]
-    if cell.bias_ih is not None:
+    if cell.bias_ih is not None and cell.bias_hh is not None:
         weights += [cell.bias_ih, cell.bias_hh]
+    for tensor in (input, *states, *weights):
+        if not isinstance(tensor, Tensor):
+            return None
+    if len(weights) == 2 and (cell.bias_ih is not None or cell.bias_hh is not None):
+        weights += _with_zeros(cell.bias_ih, cell.bias_hh)
+    dimensions = input.dim()
+    if dimensions == 1:
+        input = input.unsqueeze(0)
+        states = [state.unsqueeze(0) for state in states]
     gates = 4 * cell.hidden_size
     expected = [(gates, cell.input_size), (gates, cell.hidden_size), (gates,), (gates,)]
     fits = (
@@ -297,8 +365,33 @@ def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall | None:
         and cell.hidden_size > 0
     )
     if not fits:
+        _refuse_in_cell(cell, dimensions, states, weights)
         return None
+    if not input.is_meta:
+        _check_memory(input, states, weights)
     return CellCall(input, (states[0], states[1]) if states else None, weights, input.shape[0], cell.hidden_size)
+
+
+def _with_zeros(bias_ih: Tensor | None, bias_hh: Tensor | None) -> list[Tensor]:
+    """Both biases of a cell that has one of them."""
+    bias_ih = torch.zeros_like(bias_hh) if bias_ih is None and bias_hh is not None else bias_ih
+    bias_hh = torch.zeros_like(bias_ih) if bias_hh is None and bias_ih is not None else bias_hh
+    return [bias for bias in (bias_ih, bias_hh) if bias is not None]
+
+
+def _refuse_in_cell(cell: nn.LSTMCell, dimensions: int, states: list[Tensor], weights: list[Tensor]) -> None:
+    """Refuse what `nn.LSTMCell` takes by mistake: it broadcasts weights, and states of another rank than the input."""
+    for index, state in enumerate(states):
+        # nn.LSTMCell compares these two sizes only, and then splits the wrong dimension into gates.
+        if state.dim() > 2 and dimensions < 3 and state.shape[1] == cell.hidden_size:
+            raise RuntimeError(
+                f"hx[{index}] must be {dimensions}-D like the input, got {state.dim() - (dimensions == 1)}-D"
+            )
+    for name, weight in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights, strict=False):
+        columns = {"weight_ih": (cell.input_size,), "weight_hh": (cell.hidden_size,)}.get(name, ())
+        size = (4 * cell.hidden_size, *columns)
+        if weight.dim() != len(size) or weight.shape[0] != size[0]:
+            raise RuntimeError(f"Expected {name} size {size}, got {list(weight.shape)}")
 
 
 def checked_call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .call import Memory, Sequences
-from .checks import checked_memory
+from .checks import checked_memory, weights_in_use
 from .functional import lstm
 from .stack import States
 
@@ -164,7 +164,7 @@ class LSTM(nn.RNNBase):
 
     def _weights(self) -> list[Tensor]:
         # By name, at each call: weight_norm, functional_call and others replace a weight, but not in _flat_weights.
-        return [getattr(self, name) for name in self._flat_weights_names]
+        return weights_in_use(self, [getattr(self, name) for name in self._flat_weights_names])
 
     def _options(self) -> dict[str, Any]:
         return {
