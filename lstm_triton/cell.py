@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from . import transforms
 from .call import CellCall
-from .checks import call_of_cell
+from .cell_checks import call_of_cell
 from .reference import lstm_cell
 from .routing import choose
 from .stack import States

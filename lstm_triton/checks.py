@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import transforms
-from .call import MEMORY, Call, CellCall
+from .call import MEMORY, Call
 from .option_checks import checked_bools, checked_dropout, checked_int, checked_weights
 from .packed_checks import check_packed
 from .stack import States
@@ -47,7 +47,9 @@ def check_arguments(
     dropout = checked_dropout(dropout, is_applied=training and num_layers > 1)
     weights = checked_weights(weights)
     directions = 2 if bidirectional else 1
-    input_size, hidden_size = _check_weights(weights, num_layers, bias, directions, proj_size)
+    # Like `nn.LSTM`, which reads the dtype of the first weight, but not beside a packed sequence.
+    no_first = TypeError if isinstance(input, PackedSequence) else AttributeError
+    input_size, hidden_size = _check_weights(weights, num_layers, bias, directions, proj_size, no_first)
     output_size = proj_size or hidden_size
 
     if isinstance(input, PackedSequence):
@@ -110,7 +112,7 @@ def check_arguments(
         reset_state = _checked_reset_state(reset_state, resets, sizes, data)
         if not batch:
             reset_state = (reset_state[0].unsqueeze(1), reset_state[1].unsqueeze(1))
-    _check_memory(data, states or (), weights)
+    check_memory(data, states or (), weights)
     return Call(
         data,
         batch_sizes,
@@ -146,7 +148,7 @@ def _check_pair(hx: Any) -> None:
         raise RuntimeError("lstm expects two hidden states")
 
 
-def _check_memory(data: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+def check_memory(data: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
     """Refuse tensors on the "meta" device beside tensors that have memory.
 
     PyTorch's own function refuses most of these calls, but computes garbage for packed sequences. Other devices and
@@ -224,9 +226,11 @@ def _checked_reset_state(
 
 
 def _check_weights(
-    weights: Sequence[Tensor], num_layers: int, bias: bool, directions: int, proj_size: int
+    weights: Sequence[Tensor], num_layers: int, bias: bool, directions: int, proj_size: int, no_first: type[Exception]
 ) -> tuple[int, int]:
     """Check the sizes of all weights. Returns the input size and the hidden size, which the first weight tells.
+
+    The exception `no_first` says that the first weight is None.
 
     PyTorch's own function does not check every weight. It reads past the end of a weight that is too small.
     """
@@ -239,7 +243,8 @@ def _check_weights(
         raise RuntimeError(f"Expected {count} weights, got {len(weights)}")
     for index, weight in enumerate(weights):
         if not isinstance(weight, Tensor):
-            raise TypeError(f"Expected weights[{index}] to be a Tensor, got {type(weight).__name__}")
+            error = no_first if index == 0 and weight is None else TypeError
+            raise error(f"Expected weights[{index}] to be a Tensor, got {type(weight).__name__}")
     if weights[0].dim() != 2:
         raise RuntimeError(f"Expected weights[0] to be 2-D, got {weights[0].dim()}-D")
     input_size, hidden_size = weights[0].shape[1], weights[0].shape[0] // 4
@@ -277,9 +282,15 @@ def weights_in_use(module: nn.RNNBase, weights: list[Tensor]) -> list[Tensor]:
             f"Expected {module._flat_weights_names[0]} size (4 * hidden_size, input_size) = {size}, "
             f"got {list(weights[0].shape)}"
         )
-    lanes = checked_int("num_layers", module.num_layers) * (2 if module.bidirectional else 1)
-    count = lanes * (2 + (2 if module.bias else 0) + (1 if module.proj_size else 0))
-    return weights[:count] if 0 < count < len(weights) else weights
+    num_layers = checked_int("num_layers", module.num_layers)
+    if num_layers <= 0:
+        raise RuntimeError(f"num_layers must be greater than zero, got {num_layers}")
+    count = (
+        num_layers
+        * (2 if module.bidirectional else 1)
+        * (2 + (2 if module.bias else 0) + (1 if module.proj_size else 0))
+    )
+    return weights[:count] if count < len(weights) else weights
 
 
 def call_of_module(
@@ -331,73 +342,3 @@ def call_of_vf_lstm(arguments: tuple[Any, ...]) -> Call | None:
         return check_arguments(data, hx, weights, batch_first=batch_first, proj_size=proj_size, **options)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None
-
-
-def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall | None:
-    """The call that a cell would make, with a batch dimension; None: `nn.LSTMCell` itself judges the arguments.
-
-    Raises:
-        RuntimeError: for what `nn.LSTMCell` takes, but crashes on or computes garbage from.
-    """
-    if hx is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
-        return None
-    states: list[Tensor] = [] if hx is None else list(hx)
-    weights = [cell.weight_ih, cell.weight_hh]
-    if cell.bias_ih is not None and cell.bias_hh is not None:
-        weights += [cell.bias_ih, cell.bias_hh]
-    for tensor in (input, *states, *weights):
-        if not isinstance(tensor, Tensor):
-            return None
-    if len(weights) == 2 and (cell.bias_ih is not None or cell.bias_hh is not None):
-        weights += _with_zeros(cell.bias_ih, cell.bias_hh)
-    dimensions = input.dim()
-    if dimensions == 1:
-        input = input.unsqueeze(0)
-        states = [state.unsqueeze(0) for state in states]
-    gates = 4 * cell.hidden_size
-    expected = [(gates, cell.input_size), (gates, cell.hidden_size), (gates,), (gates,)]
-    fits = (
-        input.dim() == 2
-        and input.shape[1] == cell.input_size
-        and all(state.shape == (input.shape[0], cell.hidden_size) for state in states)
-        and all(weight.shape == shape for weight, shape in zip(weights, expected, strict=False))
-        and cell.input_size > 0
-        and cell.hidden_size > 0
-    )
-    if not fits:
-        _refuse_in_cell(cell, dimensions, states, weights)
-        return None
-    if not input.is_meta:
-        _check_memory(input, states, weights)
-    return CellCall(input, (states[0], states[1]) if states else None, weights, input.shape[0], cell.hidden_size)
-
-
-def _with_zeros(bias_ih: Tensor | None, bias_hh: Tensor | None) -> list[Tensor]:
-    """Both biases of a cell that has one of them."""
-    bias_ih = torch.zeros_like(bias_hh) if bias_ih is None and bias_hh is not None else bias_ih
-    bias_hh = torch.zeros_like(bias_ih) if bias_hh is None and bias_ih is not None else bias_hh
-    return [bias for bias in (bias_ih, bias_hh) if bias is not None]
-
-
-def _refuse_in_cell(cell: nn.LSTMCell, dimensions: int, states: list[Tensor], weights: list[Tensor]) -> None:
-    """Refuse what `nn.LSTMCell` takes by mistake: it broadcasts weights, and states of another rank than the input."""
-    for index, state in enumerate(states):
-        # nn.LSTMCell compares these two sizes only, and then splits the wrong dimension into gates.
-        if state.dim() > 2 and dimensions < 3 and state.shape[1] == cell.hidden_size:
-            raise RuntimeError(
-                f"hx[{index}] must be {dimensions}-D like the input, got {state.dim() - (dimensions == 1)}-D"
-            )
-    for name, weight in zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights, strict=False):
-        columns = {"weight_ih": (cell.input_size,), "weight_hh": (cell.hidden_size,)}.get(name, ())
-        size = (4 * cell.hidden_size, *columns)
-        if weight.dim() != len(size) or weight.shape[0] != size[0]:
-            raise RuntimeError(f"Expected {name} size {size}, got {list(weight.shape)}")
-
-
-def checked_call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall:
-    """`call_of_cell`; wrong arguments raise the error that the cell itself would raise."""
-    call = call_of_cell(cell, input, hx)
-    if call is None:
-        nn.LSTMCell.forward(cell, input, hx)
-        raise ValueError("the sizes of the input, the states and the weights do not fit each other")
-    return call

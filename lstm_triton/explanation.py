@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import Call, CellCall
-from .checks import call_of_module, checked_call_of_cell
+from .cell_checks import checked_call_of_cell
+from .checks import call_of_module
 from .functional import compute
 from .routing import choose
 from .target import Device
