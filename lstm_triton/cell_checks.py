@@ -19,13 +19,13 @@ def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall | None:
         return None
     states: list[Tensor] = [] if hx is None else list(hx)
     weights = [cell.weight_ih, cell.weight_hh]
-    if cell.bias_ih is not None and cell.bias_hh is not None:
-        weights += [cell.bias_ih, cell.bias_hh]
-    for tensor in (input, *states, *weights):
-        if not isinstance(tensor, Tensor):
-            return None
-    if len(weights) == 2 and (cell.bias_ih is not None or cell.bias_hh is not None):
-        weights += _with_zeros(cell.bias_ih, cell.bias_hh)
+    weights += [bias for bias in (cell.bias_ih, cell.bias_hh) if bias is not None]
+    given: tuple[Any, ...] = (input, *states, *weights)
+    if not all(isinstance(tensor, Tensor) for tensor in given):
+        return None
+    if len(weights) == 3:  # one bias was taken away
+        zeros = torch.zeros_like(weights[2])
+        weights = [*weights[:2], *((zeros, weights[2]) if cell.bias_ih is None else (weights[2], zeros))]
     dimensions = input.dim()
     if dimensions == 1:
         input = input.unsqueeze(0)
@@ -46,13 +46,6 @@ def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall | None:
     if not input.is_meta:
         check_memory(input, states, weights)
     return CellCall(input, (states[0], states[1]) if states else None, weights, input.shape[0], cell.hidden_size)
-
-
-def _with_zeros(bias_ih: Tensor | None, bias_hh: Tensor | None) -> list[Tensor]:
-    """Both biases of a cell that has one of them."""
-    bias_ih = torch.zeros_like(bias_hh) if bias_ih is None and bias_hh is not None else bias_ih
-    bias_hh = torch.zeros_like(bias_ih) if bias_hh is None and bias_ih is not None else bias_hh
-    return [bias for bias in (bias_ih, bias_hh) if bias is not None]
 
 
 def _refuse_in_cell(cell: nn.LSTMCell, dimensions: int, states: list[Tensor], weights: list[Tensor]) -> None:

@@ -241,7 +241,8 @@ def _check_weights(
     count = num_layers * directions * (2 + (2 if bias else 0) + (1 if proj_size else 0))
     if len(weights) != count:
         raise RuntimeError(f"Expected {count} weights, got {len(weights)}")
-    for index, weight in enumerate(weights):
+    given: Sequence[Any] = weights
+    for index, weight in enumerate(given):
         if not isinstance(weight, Tensor):
             error = no_first if index == 0 and weight is None else TypeError
             raise error(f"Expected weights[{index}] to be a Tensor, got {type(weight).__name__}")

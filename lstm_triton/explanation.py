@@ -121,7 +121,8 @@ def explain(
     call = call_of_module(module, input, hx)
     choice = choose(None, call)
     if _has_several_dtypes(call):
-        compute(_piece(call), choice.path)
+        with torch.no_grad():
+            compute(_piece(call), choice.path)
     names: list[Literal["forward", "reverse"]] = ["forward", "reverse"] if call.directions == 2 else ["forward"]
     layers = [LayerExplanation(layer, direction, *choice) for layer in range(call.num_layers) for direction in names]
     dtype = call.autocast_dtype() or call.data.dtype
@@ -135,7 +136,9 @@ def _explained_cell(module: nn.LSTMCell, input: object, hx: object) -> Explanati
     call = checked_call_of_cell(module, input, hx)
     choice = choose(None, call)
     if _has_several_dtypes(call):
-        nn.LSTMCell.forward(module, call.data[:1], None if call.states is None else tuple(h[:1] for h in call.states))
+        states = None if call.states is None else (call.states[0][:1], call.states[1][:1])
+        with torch.no_grad():
+            nn.LSTMCell.forward(module, call.data[:1], states)
     dtype = call.autocast_dtype() or call.data.dtype
     launches = _launches_of_cell(call, dtype) if choice.path == "triton" else []
     layers = (LayerExplanation(0, "forward", *choice),)
@@ -170,7 +173,7 @@ def _piece(call: Call) -> Call:
     """One sequence of at most two steps. PyTorch's own function alone knows which mixtures of dtypes it takes."""
     states = None if call.states is None else (call.states[0][:, :1], call.states[1][:, :1])
     steps = min(call.time_steps, 2)
-    piece = call._replace(states=states, time_steps=steps, batch_size=1, sorted_indices=None)
+    piece = call._replace(states=states, time_steps=steps, batch_size=1, sorted_indices=None, training=False)
     if call.batch_sizes is None:
         return piece._replace(data=call.data[:1, :steps] if call.batch_first else call.data[:steps, :1])
     return piece._replace(data=call.data[:steps], batch_sizes=call.batch_sizes.new_ones(steps))

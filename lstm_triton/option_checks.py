@@ -26,10 +26,9 @@ def checked_int(name: str, value: Any) -> int:
     raise TypeError(f"{name} must be an int, got {_shown(value)}")
 
 
-def checked_dropout(dropout: Any, is_applied: bool) -> float:
+def checked_dropout(value: Any, is_applied: bool) -> float:
     """The probability of dropout, checked. Like PyTorch, take any number where no dropout is applied."""
-    if not isinstance(dropout, float):
-        dropout = _number(dropout)
+    dropout = value if isinstance(value, float) else _number(value)
     if is_applied and not 0 <= dropout <= 1:  # NaN is refused, too
         raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {str(dropout).removesuffix('.0')}")
     return dropout

@@ -21,7 +21,8 @@ def check_packed(packed: PackedSequence, with_states: bool) -> None:
     Args:
         with_states: whether initial states are given. `torch.nn.LSTM` then raises other classes of exceptions.
     """
-    data, batch_sizes, sorted_indices, unsorted_indices = packed
+    data: Any = packed.data
+    batch_sizes, sorted_indices, unsorted_indices = packed[1:]
     if not isinstance(data, Tensor):
         error = TypeError if with_states else AttributeError
         raise error(f"the data of a PackedSequence must be a Tensor, got {type(data).__name__}")
