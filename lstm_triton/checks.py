@@ -42,24 +42,24 @@ def check_arguments(
     So is what `torch.nn.LSTM` takes and computes wrong results for, such as packed sequences that are not well-formed,
     and weights or states of packed sequences that have wrong sizes.
     """
+    packed = isinstance(input, PackedSequence)
+    batch_first = batch_first if not packed else False  # there is no batch axis
     checked_bools(bias=bias, batch_first=batch_first, training=training, bidirectional=bidirectional)
     num_layers, proj_size = checked_int("num_layers", num_layers), checked_int("proj_size", proj_size)
     dropout = checked_dropout(dropout, is_applied=training and num_layers > 1)
     weights = checked_weights(weights)
     directions = 2 if bidirectional else 1
     # Like `nn.LSTM`, which reads the dtype of the first weight, but not beside a packed sequence.
-    no_first = TypeError if isinstance(input, PackedSequence) else AttributeError
+    no_first = TypeError if packed else AttributeError
     input_size, hidden_size = _check_weights(weights, num_layers, bias, directions, proj_size, no_first)
     output_size = proj_size or hidden_size
 
     if isinstance(input, PackedSequence):
         check_packed(input, with_states=hx is not None)
-        if hx is not None:
-            _check_pair(hx)
+        _check_pair(hx, is_permuted=input.sorted_indices is not None)
     states = None if hx is None else (hx[0], hx[1])
     if isinstance(input, PackedSequence):
         data, batch_sizes = input.data, input.batch_sizes
-        batch_first = False  # there is no batch axis
         time_steps, batch_size = batch_sizes.shape[0], int(batch_sizes[0])
     else:
         data, batch_sizes = input, None
@@ -89,8 +89,8 @@ def check_arguments(
             expected, got = (num_layers * directions, batch_size, size), list(states[index].shape)
             if got != list(expected):
                 raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {got}")
-    if hx is not None:
-        _check_pair(hx)
+    if not packed:
+        _check_pair(hx, is_permuted=False)
     if time_steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     given = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
@@ -137,13 +137,19 @@ def check_arguments(
     )
 
 
-def _check_pair(hx: Any) -> None:
+def _check_pair(hx: Any, is_permuted: bool) -> None:
+    """Check that the states are two tensors. `nn.LSTM` fails in another way if it brings them into another order."""
+    if hx is None:
+        return
+    for index in range(2 if is_permuted else 0):
+        if not isinstance(hx[index], Tensor):
+            raise AttributeError(f"hx must be (h_0, c_0), a pair of Tensors, got {type(hx[index]).__name__} in it")
     if not isinstance(hx, (tuple, list)):
         got = "one Tensor" if isinstance(hx, Tensor) else type(hx).__name__
         raise TypeError(f"lstm() received an invalid combination of arguments - hx must be (h_0, c_0), got {got}")
-    for index, state in enumerate(hx):
+    for state in hx:
         if not isinstance(state, Tensor):
-            raise TypeError(f"hx must be (h_0, c_0), a pair of Tensors, got {type(state).__name__} as hx[{index}]")
+            raise TypeError(f"hx must be (h_0, c_0), a pair of Tensors, got {type(state).__name__} in it")
     if len(hx) != 2:
         raise RuntimeError("lstm expects two hidden states")
 
@@ -277,8 +283,8 @@ def weights_in_use(module: nn.RNNBase, weights: list[Tensor]) -> list[Tensor]:
         RuntimeError: the first weight has not the sizes in the module's attributes. `nn.LSTM` compares the input and
             the states with these.
     """
-    size = (4 * module.hidden_size, module.input_size)
-    if isinstance(weights[0], Tensor) and weights[0].shape != size:
+    size = (4 * checked_int("hidden_size", module.hidden_size), module.input_size)
+    if weights and isinstance(weights[0], Tensor) and weights[0].shape != size:
         raise RuntimeError(
             f"Expected {module._flat_weights_names[0]} size (4 * hidden_size, input_size) = {size}, "
             f"got {list(weights[0].shape)}"
