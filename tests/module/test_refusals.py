@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 import lstm_triton
 from lstm_triton import functional, interpreter
 from lstm_triton.target import recorded_launches
+from tests.support.cells import cell_arguments, cell_twins, run_cell
 from tests.support.comparing import assert_same, twins
 
 Z = torch.zeros
@@ -314,3 +315,88 @@ def test_lowered_num_layers_runs_the_first_layers(options: dict[str, Any], path:
     assert len(explained.layers) == (2 if options.get("bidirectional") else 1)
     for expected in (stock(input), shallow(input)):
         torch.testing.assert_close(found, expected)
+
+
+# --- Cells ---
+
+CELL_STATES: dict[str, Callable[[], Any]] = {
+    name: STATES[name] for name in ("string", "bytes", "namespace", "range", "number", "nested", "lists", "arrays")
+} | {
+    "deque": lambda: deque((H[0], H[0])),
+    "UserList": lambda: UserList((H[0], H[0])),
+    "ParameterList": lambda: nn.ParameterList((H[0], H[0])),
+    "set": lambda: {H[0], H[0] + 1},
+    "generator": lambda: (state for state in (H[0], H[0])),
+    "values": lambda: {0: H[0], 1: H[0]}.values(),
+    "dict": lambda: {0: H[0], 1: H[0]},
+    "None inside": lambda: (None, H[0]),
+    "none": lambda: (),
+    "three": lambda: (H[0], H[0], H[0]),
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", CELL_STATES)
+def test_states_of_cells(name: str, path: Any) -> None:
+    ours, stock = cell_twins(5, 7)
+    expected = outcome(stock, Z(2, 5), CELL_STATES[name]())
+    assert expected != "computed"
+    with path():
+        assert outcome(ours, Z(2, 5), CELL_STATES[name]()) == expected
+        assert outcome(lstm_triton.explain, ours, Z(2, 5), CELL_STATES[name]()) == expected
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("hidden_size", [1, 2, 7])
+def test_states_of_another_rank_than_the_input_of_a_cell(hidden_size: int, path: Any) -> None:
+    """nn.LSTMCell crashes on states of sizes (H, 1), or computes garbage from (H, n), beside a 1-D input."""
+    cell = lstm_triton.LSTMCell(5, hidden_size)
+    right, sizes = Z(hidden_size), [(1, 1), (2, 1), (2, hidden_size), (hidden_size, 1), (hidden_size, 7), (1, 2, 7), ()]
+    with path():
+        for size in sizes:
+            for states in ((Z(size), Z(size)), (Z(size), right), (right, Z(size))):
+                assert outcome(cell, Z(5), states) in ("RuntimeError", "ValueError")
+        for size in ((hidden_size,), (1,), ()):
+            right = Z(2, hidden_size)
+            for states in ((Z(size), Z(size)), (Z(size), right), (right, Z(size))):
+                assert outcome(cell, Z(2, 5), states) in ("IndexError", "ValueError", "RuntimeError")
+    with pytest.raises(
+        RuntimeError, match=r"^For unbatched 1-D input, hx\[0\] should also be 1-D but got a 2-D tensor$"
+    ):
+        cell(Z(5), (Z(hidden_size, 1), Z(hidden_size, 1)))
+
+
+CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", CELL_WEIGHTS)
+def test_weights_of_cells(name: str, path: Any) -> None:
+    """nn.LSTMCell broadcasts some of them, and computes garbage from others."""
+    for change in WRONG.values():
+        ours, stock = cell_twins(5, 7)
+        for cell in (ours, stock):
+            replaced(name, change)(cell)
+        allowed = {outcome(stock, Z(2, 5)), "RuntimeError"} - {"computed"}
+        with path():
+            assert outcome(ours, Z(2, 5)) in allowed
+    for value in (None, 3.0):
+        ours, stock = cell_twins(5, 7)
+        for cell in (ours, stock):
+            to_plain(name, value)(cell)
+        with path() if value is not None or "weight" in name else nullcontext():
+            assert outcome(ours, Z(2, 5)) == outcome(stock, Z(2, 5))
+
+
+@pytest.mark.parametrize("path", [nullcontext, pytest.param(interpreter.interpret, marks=pytest.mark.interpreted)])
+@pytest.mark.parametrize("missing", [("bias_ih",), ("bias_hh",), ("bias_ih", "bias_hh")])
+def test_biases_taken_away_from_a_cell(missing: tuple[str, ...], path: Any) -> None:
+    ours, stock = cell_twins(5, 7)
+    for cell in (ours, stock):
+        for name in missing:
+            setattr(cell, name, None)
+    tensors = cell_arguments(2, 5, 7)
+    with path():
+        found = run_cell(ours, *tensors)
+        lstm_triton.explain(ours, tensors[0])
+    torch.testing.assert_close(found, run_cell(stock, *tensors))
