@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import transforms
 from .call import MEMORY, Call
-from .option_checks import checked_bools, checked_dropout, checked_int, checked_weights
+from .option_checks import check_bools, checked_dropout, checked_int, checked_weights
 from .packed_checks import check_packed
 from .stack import States
 
@@ -44,10 +44,16 @@ def check_arguments(
     """
     packed = isinstance(input, PackedSequence)
     batch_first = batch_first if not packed else False  # there is no batch axis
-    checked_bools(bias=bias, batch_first=batch_first, training=training, bidirectional=bidirectional)
-    num_layers, proj_size = checked_int("num_layers", num_layers), checked_int("proj_size", proj_size)
-    dropout = checked_dropout(dropout, is_applied=training and num_layers > 1)
-    weights = checked_weights(weights)
+    are_bools = type(bias) is type(batch_first) is type(training) is type(bidirectional) is bool
+    if not are_bools:  # a slower check says which
+        check_bools(bias=bias, batch_first=batch_first, training=training, bidirectional=bidirectional)
+    if not type(num_layers) is type(proj_size) is int:
+        num_layers = checked_int("num_layers", num_layers)
+        proj_size = checked_int("proj_size", int(proj_size) if isinstance(proj_size, bool) else proj_size)
+    if type(dropout) is not float or not 0 <= dropout <= 1:
+        dropout = checked_dropout(dropout, is_applied=training and num_layers > 1)
+    if type(weights) is not list:
+        weights = checked_weights(weights)
     directions = 2 if bidirectional else 1
     # Like `nn.LSTM`, which reads the dtype of the first weight, but not beside a packed sequence.
     no_first = TypeError if packed else AttributeError
@@ -89,7 +95,7 @@ def check_arguments(
             expected, got = (num_layers * directions, batch_size, size), list(states[index].shape)
             if got != list(expected):
                 raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {got}")
-    if not packed:
+    if not (packed or hx is None or (type(hx) is tuple and len(hx) == 2)):
         _check_pair(hx, is_permuted=False)
     if time_steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -112,7 +118,8 @@ def check_arguments(
         reset_state = _checked_reset_state(reset_state, resets, sizes, data)
         if not batch:
             reset_state = (reset_state[0].unsqueeze(1), reset_state[1].unsqueeze(1))
-    check_memory(data, states or (), weights)
+    if packed or lengths is not None or resets is not None or return_cells:  # PyTorch checks the memory of the others
+        check_memory(data, states or (), weights)
     return Call(
         data,
         batch_sizes,
@@ -247,11 +254,9 @@ def _check_weights(
     count = num_layers * directions * (2 + (2 if bias else 0) + (1 if proj_size else 0))
     if len(weights) != count:
         raise RuntimeError(f"Expected {count} weights, got {len(weights)}")
-    given: Sequence[Any] = weights
-    for index, weight in enumerate(given):
-        if not isinstance(weight, Tensor):
-            error = no_first if index == 0 and weight is None else TypeError
-            raise error(f"Expected weights[{index}] to be a Tensor, got {type(weight).__name__}")
+    first: Any = weights[0]
+    if not isinstance(first, Tensor):
+        _refuse_weight(0, first, no_first)
     if weights[0].dim() != 2:
         raise RuntimeError(f"Expected weights[0] to be 2-D, got {weights[0].dim()}-D")
     input_size, hidden_size = weights[0].shape[1], weights[0].shape[0] // 4
@@ -270,10 +275,18 @@ def _check_weights(
         if proj_size:
             expected += [(proj_size, hidden_size)]
         for size in expected * directions:
-            if weights[index].shape != size:
-                raise RuntimeError(f"Expected weights[{index}] size {size}, got {list(weights[index].shape)}")
+            weight: Any = weights[index]
+            if not isinstance(weight, Tensor):
+                _refuse_weight(index, weight, TypeError)
+            if weight.shape != size:
+                raise RuntimeError(f"Expected weights[{index}] size {size}, got {list(weight.shape)}")
             index += 1
     return input_size, hidden_size
+
+
+def _refuse_weight(index: int, weight: Any, of_none: type[Exception]) -> None:
+    error = of_none if weight is None else TypeError
+    raise error(f"Expected weights[{index}] to be a Tensor, got {type(weight).__name__}")
 
 
 def weights_in_use(module: nn.RNNBase, weights: list[Tensor]) -> list[Tensor]:
@@ -283,20 +296,19 @@ def weights_in_use(module: nn.RNNBase, weights: list[Tensor]) -> list[Tensor]:
         RuntimeError: the first weight has not the sizes in the module's attributes. `nn.LSTM` compares the input and
             the states with these.
     """
-    size = (4 * checked_int("hidden_size", module.hidden_size), module.input_size)
+    size = (4 * module.hidden_size, module.input_size)
     if weights and isinstance(weights[0], Tensor) and weights[0].shape != size:
+        checked_int("hidden_size", module.hidden_size)
         raise RuntimeError(
             f"Expected {module._flat_weights_names[0]} size (4 * hidden_size, input_size) = {size}, "
             f"got {list(weights[0].shape)}"
         )
-    num_layers = checked_int("num_layers", module.num_layers)
-    if num_layers <= 0:
-        raise RuntimeError(f"num_layers must be greater than zero, got {num_layers}")
-    count = (
-        num_layers
-        * (2 if module.bidirectional else 1)
-        * (2 + (2 if module.bias else 0) + (1 if module.proj_size else 0))
-    )
+    lane = 2 + (2 if module.bias else 0) + (1 if module.proj_size else 0)
+    count = module.num_layers * (2 if module.bidirectional else 1) * lane
+    if count == len(weights):
+        return weights
+    if checked_int("num_layers", module.num_layers) <= 0:
+        raise RuntimeError(f"num_layers must be greater than zero, got {module.num_layers}")
     return weights[:count] if count < len(weights) else weights
 
 

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .call import Call, CellCall
 from .cell_checks import checked_call_of_cell
-from .checks import call_of_module
+from .checks import call_of_module, check_memory
 from .functional import compute
 from .routing import choose
 from .target import Device
@@ -119,6 +119,7 @@ def explain(
     if isinstance(module, nn.RNNBase):
         input, hx = _with_memory(module, input, hx)
     call = call_of_module(module, input, hx)
+    check_memory(call.data, call.states or (), call.weights)
     choice = choose(None, call)
     if _has_several_dtypes(call):
         with torch.no_grad():
@@ -135,10 +136,9 @@ def _explained_cell(module: nn.LSTMCell, input: object, hx: object) -> Explanati
     input, hx = _with_memory(module, input, hx)
     call = checked_call_of_cell(module, input, hx)
     choice = choose(None, call)
-    if _has_several_dtypes(call):
-        states = None if call.states is None else (call.states[0][:1], call.states[1][:1])
-        with torch.no_grad():
-            nn.LSTMCell.forward(module, call.data[:1], states)
+    if call.states is not None and _has_several_dtypes(call):
+        with torch.no_grad():  # PyTorch's own function alone knows which mixtures of dtypes it takes
+            nn.LSTMCell.forward(module, call.data[:1], (call.states[0][:1], call.states[1][:1]))
     dtype = call.autocast_dtype() or call.data.dtype
     launches = _launches_of_cell(call, dtype) if choice.path == "triton" else []
     layers = (LayerExplanation(0, "forward", *choice),)

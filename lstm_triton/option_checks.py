@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 
-def checked_bools(**options: Any) -> None:
+def check_bools(**options: Any) -> None:
     """Refuse what is no bool, by name."""
     for name, value in options.items():
         if not isinstance(value, bool):

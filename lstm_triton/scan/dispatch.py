@@ -12,7 +12,8 @@ from torch import Tensor
 from .. import transforms
 from ..failure import explained
 
-PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
+TENSORS = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = {type(None), bool, int, float, str}
 
 
 def invoke(operator: Any, *arguments: Any) -> Any:
@@ -39,8 +40,13 @@ def _is_observed(arguments: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     for argument in arguments:
+        if type(argument) in PLAIN_TYPES:
+            continue
         for each in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if type(each) not in PLAIN_TYPES or (isinstance(each, Tensor) and each.is_neg()):
+            if type(each) in TENSORS:
+                if each.is_neg():
+                    return True
+            elif type(each) not in PLAIN_TYPES:
                 return True
     return False
 

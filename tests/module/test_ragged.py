@@ -264,9 +264,9 @@ def test_lengths_of_any_integer_dtype(path: str, dtype: torch.dtype) -> None:
 def test_lengths_of_a_dtype_that_cannot_hold_the_number_of_steps(dtype: torch.dtype, time_steps: int) -> None:
     """A comparison in the dtype of the lengths would refuse right ones, or take wrong ones."""
     weights = [parameter.detach() for parameter in nn.LSTM(1, 1, bias=False).parameters()]
-    options: dict[str, Any] = dict(num_layers=1, bias=False, batch_first=False, dropout=0.0, training=False)
+    options: dict[str, Any] = dict.fromkeys(("bias", "batch_first", "training", "bidirectional"), False)
+    options |= {"num_layers": 1, "proj_size": 0, "dropout": 0.0}
     check = partial(check_arguments, torch.zeros(time_steps, 2, 1), None, weights, **options)
-    check = partial(check, bidirectional=False, proj_size=0)
     largest = min(time_steps, torch.iinfo(dtype).max)
     call = check(lengths=torch.tensor([largest, 3], dtype=dtype))
     assert call.lengths is not None
