@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import refusal, transforms
 from .call import CellCall
-from .checks import call_of_cell
+from .cell_checks import call_of_cell
 from .reference import lstm_cell
 from .refusal import LaunchRefused
 from .routing import choose, fall_back

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .attributes import MEMORY_ATTRIBUTE, computed_weights, memory_of, options_of, weights_of
 from .call import MEMORY, Memory, Sequences
-from .checks import checked_memory
+from .checks import checked_memory, weights_in_use
 from .functional import lstm
 from .stack import States
 from .torchscript import scriptable
@@ -150,7 +150,13 @@ class LSTM(nn.RNNBase):
         reset_state: States | list[Tensor] | None = None,
     ) -> tuple[Sequences, States]:
         return lstm(
-            input, hx, weights_of(self), lengths=lengths, resets=resets, reset_state=reset_state, **options_of(self)
+            input,
+            hx,
+            weights_in_use(self, weights_of(self)),
+            lengths=lengths,
+            resets=resets,
+            reset_state=reset_state,
+            **options_of(self),
         )
 
     def with_cells(
@@ -176,7 +182,7 @@ class LSTM(nn.RNNBase):
         return lstm(
             input,
             hx,
-            weights_of(self),
+            weights_in_use(self, weights_of(self)),
             lengths=lengths,
             resets=resets,
             reset_state=reset_state,

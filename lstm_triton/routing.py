@@ -55,6 +55,8 @@ def _obstacle(call: Call | CellCall) -> str | None:
     for tensor in call.tensors():
         if tensor.device != device:
             return f"tensors are on several devices, {device} and {tensor.device}"
+        if tensor.layout != torch.strided:
+            return f"the kernels take dense tensors, not tensors of the layout {tensor.layout}"
     dtype = call.autocast_dtype()
     if dtype is None:
         dtype = call.data.dtype
