@@ -20,7 +20,8 @@ from threading import Lock, local
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
-import torch
+# By name: torch.compile looks into functions that name the module torch, also if they are called between its programs.
+from torch._C import _current_graph_task_id, _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
 
 Value = TypeVar("Value")
 Own = TypeVar("Own", bound="Block")
@@ -132,9 +133,9 @@ def _blocks() -> Open:
     if told is not None:
         told.blocks = own
         return own
-    if torch._C._is_key_in_tls(_FOR_BACKWARD):  # a thread of autograd, which was told by another thread
-        return (*torch._C._get_obj_in_tls(_FOR_BACKWARD).blocks, *own)
-    if own and torch._C._current_graph_task_id() == -1:  # not a thread of autograd
+    if _is_key_in_tls(_FOR_BACKWARD):  # a thread of autograd, which was told by another thread
+        return (*_get_obj_in_tls(_FOR_BACKWARD).blocks, *own)
+    if own and _current_graph_task_id() == -1:  # not a thread of autograd
         _thread.told = told = _Told()
         told.blocks = own
         _hand_to_autograd(told)
@@ -144,7 +145,7 @@ def _blocks() -> Open:
 def _hand_to_autograd(told: _Told) -> None:
     """Let PyTorch hand this object to the threads of autograd, as it hands them the grad mode."""
     references = sys.getrefcount(told)
-    torch._C._stash_obj_in_tls(_FOR_BACKWARD, told)
+    _stash_obj_in_tls(_FOR_BACKWARD, told)
     if sys.getrefcount(told) == references:  # PyTorch 2.11 and older take over a reference without counting it
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(told))
 
