@@ -31,11 +31,13 @@ TIMED_STEPS = 256  # the best plan does not depend on T
 def read_table(path: Path) -> dict[str, JsonObject]:
     """The table in a file. Empty where there is no file. Raises ResultsError for a file that is no table."""
     from lstm_triton.scan.plan import Plan
+    from lstm_triton.scan.tables import ABOUT
 
     if not path.exists():
         return {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
+        table.pop(ABOUT, None)
         for entry in table.values():
             Plan(**entry)
     except OSError as error:
@@ -45,8 +47,20 @@ def read_table(path: Path) -> dict[str, JsonObject]:
     return dict(table)
 
 
-def write_table(path: Path, table: dict[str, JsonObject]) -> None:
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(table[key])}" for key in sorted(table))
+def was_measured_on(path: Path, device: Device) -> bool:
+    """Whether the plans in a table were measured on this device, with the present kernels, if the table says so."""
+    from lstm_triton.scan.tables import ABOUT, about
+
+    expected = about(device)
+    return bool(json.loads(path.read_text(encoding="utf-8")).get(ABOUT, expected) == expected)
+
+
+def write_table(path: Path, table: dict[str, JsonObject], device: Device | None = None) -> None:
+    """Write a table. With a device, it says that its plans were measured there, with the present kernels."""
+    from lstm_triton.scan.tables import ABOUT, about
+
+    entries = table if device is None else {ABOUT: about(device), **table}
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entries[key])}" for key in sorted(entries))
     write_atomically(path, "{\n" + lines + "\n}\n")
 
 
@@ -119,6 +133,9 @@ def tune(
 
     require_writable(path.parent)
     table = read_table(path)
+    if table and not was_measured_on(path, device):
+        say(f"the plans in {path} were measured with other kernels or on another device: they are dropped")
+        table = {}
     found = 0
     with ending(watchdog):
         try:
@@ -131,7 +148,7 @@ def tune(
                         best = tune_case(kind, case, device, watchdog, limit, seconds, say)
                         if best is not None:
                             table[key] = asdict(best)
-                            write_table(path, table)
+                            write_table(path, table, device)
                             found += 1
         except OutOfBudget:
             say("out of budget")

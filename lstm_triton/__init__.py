@@ -17,7 +17,7 @@ from .cell import LSTMCell
 from .convert import Replacement, replace_lstm
 from .explanation import Explanation, explain
 from .module import LSTM
-from .routing import backend
+from .preference import backend
 from .tracing import Trace, trace
 
 __version__ = "0.1.0"

@@ -1,15 +1,21 @@
 """A single step of an LSTM layer: `LSTMCell`, in place of `torch.nn.LSTMCell`."""
 
-from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from . import transforms
+from . import refusal, transforms
 from .call import CellCall
-from .checks import call_of_cell
+from .cell_checks import call_of_cell
 from .reference import lstm_cell
-from .routing import choose
+from .refusal import LaunchRefused
+from .routing import choose, fall_back
 from .stack import States
+from .torchscript import scriptable
+
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class LSTMCell(nn.LSTMCell):
@@ -66,23 +72,68 @@ class LSTMCell(nn.LSTMCell):
             (h, c) after the step, shaped like `hx`.
         """
         call = call_of_cell(self, input, hx)
-        function = None if call is None else function_of(call)
-        if call is None or function is None:
-            return super().forward(input, hx)  # this also refuses wrong arguments
-        data, states, weights = call.data, call.states or (None, None), call.weights
-        dtype = call.autocast_dtype()
-        if dtype is not None and function is not lstm_cell:  # the formula's operations follow autocast themselves
-            data, weights = data.to(dtype), [weight.to(dtype) for weight in weights]
-            states = (None, None) if call.states is None else (call.states[0].to(dtype), call.states[1].to(dtype))
-        h_1, c_1 = function(data, *states, *weights)
+        if call is None:
+            return super().forward(input, hx)  # this refuses wrong arguments
+        h_1, c_1 = compute_cell(call, choose(None, call).path)
         return (h_1.squeeze(0), c_1.squeeze(0)) if input.dim() == 1 else (h_1, c_1)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles: an `nn.LSTMCell` with the same parameters."""
+        return scriptable(self, LSTMCell, [name for name in WEIGHTS if name not in self._parameters], _stock_of)
 
-def function_of(call: CellCall) -> Callable[..., States] | None:
-    """What computes a call; None: PyTorch's own function does."""
-    if choose(None, call).path == "triton":
+
+def _stock_of(cell: LSTMCell) -> nn.LSTMCell:
+    stock = nn.LSTMCell(cell.input_size, cell.hidden_size, cell.bias, device="meta").train(cell.training)
+    for name in WEIGHTS:
+        setattr(stock, name, cell._parameters[name])
+    return stock
+
+
+def call_of_vf_lstm_cell(arguments: tuple[Any, ...]) -> CellCall | None:
+    """The checked call of `torch._VF.lstm_cell`; None: the arguments are wrong, and PyTorch's function says how."""
+    if len(arguments) != 2 + len(WEIGHTS):
+        return None
+    input, hx, *weights = arguments
+    try:
+        if input.dim() != 2 or hx is None:  # no call of nn.LSTMCell, which adds a batch dimension and states first
+            return None
+        sizes = {"input_size": weights[0].shape[1], "hidden_size": weights[1].shape[1]}
+        return call_of_cell(SimpleNamespace(**sizes, **dict(zip(WEIGHTS, weights, strict=True))), input, hx)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+def compute_cell(call: CellCall, path: str) -> States:
+    """Compute a checked call on its path. The states have a batch dimension.
+
+    If the kernels are refused on this machine, PyTorch's own function computes the call.
+    """
+    if path == "aten" or torch.compiler.is_dynamo_compiling():
+        return _computed(call, path)
+    try:
+        results = _computed(call, path)
+    except LaunchRefused as error:
+        fall_back(error, call, None)
+        return _computed(call, "aten")
+    if refusal.state:
+        refusal.forget()
+    return results
+
+
+def _computed(call: CellCall, path: str) -> States:
+    data, states, weights = call.data, call.states, call.weights
+    if path == "triton":
         from .scan.step import step
 
-        return step
-    same_dtype = all(tensor.dtype == call.data.dtype for tensor in call.tensors()) or call.autocast_dtype() is not None
-    return lstm_cell if transforms.need_formula() and same_dtype else None
+        dtype = call.autocast_dtype()
+        if dtype is not None:
+            data, weights = data.to(dtype), [weight.to(dtype) for weight in weights]
+            states = None if states is None else (states[0].to(dtype), states[1].to(dtype))
+        return step(data, *(states or (None, None)), *weights)
+    same_dtype = all(tensor.dtype == data.dtype for tensor in call.tensors()) or call.autocast_dtype() is not None
+    if transforms.need_formula() and same_dtype:
+        return lstm_cell(data, *(states or (None, None)), *weights)
+    if states is None:
+        zeros = torch.zeros(call.batch_size, call.hidden_size, dtype=data.dtype, device=data.device)
+        states = (zeros, zeros)
+    return torch.lstm_cell(data, states, *weights)

@@ -8,8 +8,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import transforms
-from .call import MEMORY, Call, CellCall
+from .attributes import options_of, weights_of
+from .call import MEMORY, Call
+from .option_checks import check_bools, checked_dropout, checked_int, checked_weights
+from .packed_checks import check_packed
 from .stack import States
+
+INTEGERS = {
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+}
 
 
 def check_arguments(
@@ -32,16 +40,33 @@ def check_arguments(
 ) -> Call:
     """Check the arguments of an LSTM. What `torch.nn.LSTM` refuses is refused in its words and in its order.
 
-    Wrong states of packed sequences are refused as well.
+    So is what `torch.nn.LSTM` takes and computes wrong results for, such as packed sequences that are not well-formed,
+    and weights or states of packed sequences that have wrong sizes.
     """
+    packed = isinstance(input, PackedSequence)
+    batch_first = batch_first if not packed else False  # there is no batch axis
+    are_bools = type(bias) is type(batch_first) is type(training) is type(bidirectional) is bool
+    if not are_bools:  # a slower check says which
+        check_bools(bias=bias, batch_first=batch_first, training=training, bidirectional=bidirectional)
+    if not type(num_layers) is type(proj_size) is int:
+        num_layers = checked_int("num_layers", num_layers)
+        proj_size = checked_int("proj_size", int(proj_size) if isinstance(proj_size, bool) else proj_size)
+    if type(dropout) is not float or not 0 <= dropout <= 1:
+        dropout = checked_dropout(dropout, is_applied=training and num_layers > 1)
+    if type(weights) is not list:
+        weights = checked_weights(weights)
     directions = 2 if bidirectional else 1
-    input_size, hidden_size = _check_weights(weights, num_layers, bias, directions, proj_size)
+    # Like `nn.LSTM`, which reads the dtype of the first weight, but not beside a packed sequence.
+    no_first = TypeError if packed else AttributeError
+    input_size, hidden_size = _check_weights(weights, num_layers, bias, directions, proj_size, no_first)
     output_size = proj_size or hidden_size
 
+    if isinstance(input, PackedSequence):
+        check_packed(input, with_states=hx is not None)
+        _check_pair(hx, is_permuted=input.sorted_indices is not None)
     states = None if hx is None else (hx[0], hx[1])
     if isinstance(input, PackedSequence):
         data, batch_sizes = input.data, input.batch_sizes
-        batch_first = False  # there is no batch axis
         time_steps, batch_size = batch_sizes.shape[0], int(batch_sizes[0])
     else:
         data, batch_sizes = input, None
@@ -64,8 +89,6 @@ def check_arguments(
             f"RNN input dtype ({data.dtype}) does not match weight dtype ({dtype}). "
             f"Convert input: input.to({dtype}), or convert model: model.to({data.dtype})"
         )
-    if batch_sizes is not None and data.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     if data.shape[-1] != input_size:
         raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {input_size}, got {data.shape[-1]}")
     if states is not None:
@@ -73,10 +96,8 @@ def check_arguments(
             expected, got = (num_layers * directions, batch_size, size), list(states[index].shape)
             if got != list(expected):
                 raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {got}")
-    if isinstance(hx, Tensor):
-        raise TypeError("lstm() received an invalid combination of arguments - hx must be (h_0, c_0), got one Tensor")
-    if hx is not None and len(hx) != 2:
-        raise RuntimeError("lstm expects two hidden states")
+    if not (packed or hx is None or (type(hx) is tuple and len(hx) == 2)):
+        _check_pair(hx, is_permuted=False)
     if time_steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     given = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
@@ -98,6 +119,8 @@ def check_arguments(
         reset_state = _checked_reset_state(reset_state, resets, sizes, data)
         if not batch:
             reset_state = (reset_state[0].unsqueeze(1), reset_state[1].unsqueeze(1))
+    if packed or lengths is not None or resets is not None or return_cells:  # PyTorch checks the memory of the others
+        check_memory(data, states or (), weights)
     return Call(
         data,
         batch_sizes,
@@ -122,6 +145,39 @@ def check_arguments(
     )
 
 
+def _check_pair(hx: Any, is_permuted: bool) -> None:
+    """Check that the states are two tensors. `nn.LSTM` fails in another way if it brings them into another order."""
+    if hx is None:
+        return
+    for index in range(2 if is_permuted else 0):
+        if not isinstance(hx[index], Tensor):
+            raise AttributeError(f"hx must be (h_0, c_0), a pair of Tensors, got {type(hx[index]).__name__} in it")
+    if not isinstance(hx, (tuple, list)):
+        got = "one Tensor" if isinstance(hx, Tensor) else type(hx).__name__
+        raise TypeError(f"lstm() received an invalid combination of arguments - hx must be (h_0, c_0), got {got}")
+    for state in hx:
+        if not isinstance(state, Tensor):
+            raise TypeError(f"hx must be (h_0, c_0), a pair of Tensors, got {type(state).__name__} in it")
+    if len(hx) != 2:
+        raise RuntimeError("lstm expects two hidden states")
+
+
+def check_memory(data: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+    """Refuse tensors on the "meta" device beside tensors that have memory.
+
+    PyTorch's own function refuses most of these calls, but computes garbage for packed sequences. Other devices and
+    dtypes that do not fit are refused by the operations of that function.
+    """
+    is_meta = data.is_meta
+    for name, tensors in (("hidden", states), ("parameter", weights)):
+        for tensor in tensors:
+            if tensor.is_meta != is_meta:
+                raise RuntimeError(
+                    f"Input and {name} tensors are not at the same device, found input tensor at {data.device} and "
+                    f"{name} tensor at {tensor.device}"
+                )
+
+
 def checked_memory(memory: str) -> str:
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
@@ -130,18 +186,14 @@ def checked_memory(memory: str) -> str:
 
 def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (
-        torch.uint8,
-        torch.int8,
-        torch.int16,
-        torch.int32,
-        torch.int64,
-    ):
+    if not isinstance(lengths, Tensor) or lengths.dtype not in INTEGERS:
         raise TypeError(f"lengths must be a tensor of integers, got {kind}")
     if lengths.shape != shape:
         raise ValueError(f"lengths must have one number for each sequence, shape {shape}, got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"lengths must be on the input's device, {device}, got {lengths.device}")
+    if lengths.dtype not in (torch.int32, torch.int64):  # a comparison would convert T to the dtype of the lengths
+        lengths = lengths.to(torch.int64)
     fits = ((lengths >= 0) & (lengths <= time_steps)).all()
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
         # To raise an exception, the host would wait for the device. With a number in the message, torch.compile would
@@ -188,9 +240,11 @@ def _checked_reset_state(
 
 
 def _check_weights(
-    weights: Sequence[Tensor], num_layers: int, bias: bool, directions: int, proj_size: int
+    weights: Sequence[Tensor], num_layers: int, bias: bool, directions: int, proj_size: int, no_first: type[Exception]
 ) -> tuple[int, int]:
     """Check the sizes of all weights. Returns the input size and the hidden size, which the first weight tells.
+
+    The exception `no_first` says that the first weight is None.
 
     PyTorch's own function does not check every weight. It reads past the end of a weight that is too small.
     """
@@ -201,6 +255,9 @@ def _check_weights(
     count = num_layers * directions * (2 + (2 if bias else 0) + (1 if proj_size else 0))
     if len(weights) != count:
         raise RuntimeError(f"Expected {count} weights, got {len(weights)}")
+    first: Any = weights[0]
+    if not isinstance(first, Tensor):
+        _refuse_weight(0, first, no_first)
     if weights[0].dim() != 2:
         raise RuntimeError(f"Expected weights[0] to be 2-D, got {weights[0].dim()}-D")
     input_size, hidden_size = weights[0].shape[1], weights[0].shape[0] // 4
@@ -219,10 +276,41 @@ def _check_weights(
         if proj_size:
             expected += [(proj_size, hidden_size)]
         for size in expected * directions:
-            if weights[index].shape != size:
-                raise RuntimeError(f"Expected weights[{index}] size {size}, got {list(weights[index].shape)}")
+            weight: Any = weights[index]
+            if not isinstance(weight, Tensor):
+                _refuse_weight(index, weight, TypeError)
+            if weight.shape != size:
+                raise RuntimeError(f"Expected weights[{index}] size {size}, got {list(weight.shape)}")
             index += 1
     return input_size, hidden_size
+
+
+def _refuse_weight(index: int, weight: Any, of_none: type[Exception]) -> None:
+    error = of_none if weight is None else TypeError
+    raise error(f"Expected weights[{index}] to be a Tensor, got {type(weight).__name__}")
+
+
+def weights_in_use(module: nn.RNNBase, weights: list[Tensor]) -> list[Tensor]:
+    """The weights of the layers that a module has now: its attribute `num_layers` may have been lowered.
+
+    Raises:
+        RuntimeError: the first weight has not the sizes in the module's attributes. `nn.LSTM` compares the input and
+            the states with these.
+    """
+    size = (4 * module.hidden_size, module.input_size)
+    if weights and isinstance(weights[0], Tensor) and weights[0].shape != size:
+        checked_int("hidden_size", module.hidden_size)
+        raise RuntimeError(
+            f"Expected {module._flat_weights_names[0]} size (4 * hidden_size, input_size) = {size}, "
+            f"got {list(weights[0].shape)}"
+        )
+    lane = 2 + (2 if module.bias else 0) + (1 if module.proj_size else 0)
+    count = module.num_layers * (2 if module.bidirectional else 1) * lane
+    if count == len(weights):
+        return weights
+    if checked_int("num_layers", module.num_layers) <= 0:
+        raise RuntimeError(f"num_layers must be greater than zero, got {module.num_layers}")
+    return weights[:count] if count < len(weights) else weights
 
 
 def call_of_module(
@@ -238,20 +326,7 @@ def call_of_module(
         if caller == "explain":
             takes = "an LSTM or an LSTMCell, of lstm_triton or of torch.nn"
         raise TypeError(f"{caller} takes {takes}, got {type(module).__name__}")
-    return check_arguments(
-        input,
-        hx,
-        [getattr(module, name) for name in module._flat_weights_names],
-        num_layers=module.num_layers,
-        bias=module.bias,
-        batch_first=module.batch_first,
-        dropout=module.dropout,
-        training=module.training,
-        bidirectional=module.bidirectional,
-        proj_size=module.proj_size,
-        memory=getattr(module, "memory", "full"),
-        **sequences,
-    )
+    return check_arguments(input, hx, weights_in_use(module, weights_of(module)), **options_of(module), **sequences)
 
 
 VF_LSTM_ARGUMENTS = 9  # nn.LSTM calls torch._VF.lstm with so many, all positional
@@ -274,37 +349,3 @@ def call_of_vf_lstm(arguments: tuple[Any, ...]) -> Call | None:
         return check_arguments(data, hx, weights, batch_first=batch_first, proj_size=proj_size, **options)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return None
-
-
-def call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall | None:
-    """The call that a cell would make, with a batch dimension; None: `nn.LSTMCell` itself judges the arguments."""
-    states: list[Tensor] = [] if hx is None else list(hx)
-    if isinstance(hx, Tensor) or (hx is not None and len(states) != 2):
-        return None
-    if input.dim() == 1:
-        input, *states = (tensor.unsqueeze(0) for tensor in (input, *states))
-    weights = [cell.weight_ih, cell.weight_hh]
-    if cell.bias_ih is not None:
-        weights += [cell.bias_ih, cell.bias_hh]
-    gates = 4 * cell.hidden_size
-    expected = [(gates, cell.input_size), (gates, cell.hidden_size), (gates,), (gates,)]
-    fits = (
-        input.dim() == 2
-        and input.shape[1] == cell.input_size
-        and all(state.shape == (input.shape[0], cell.hidden_size) for state in states)
-        and all(weight.shape == shape for weight, shape in zip(weights, expected, strict=False))
-        and cell.input_size > 0
-        and cell.hidden_size > 0
-    )
-    if not fits:
-        return None
-    return CellCall(input, (states[0], states[1]) if states else None, weights, input.shape[0], cell.hidden_size)
-
-
-def checked_call_of_cell(cell: nn.LSTMCell, input: Any, hx: Any) -> CellCall:
-    """`call_of_cell`; wrong arguments raise the error that the cell itself would raise."""
-    call = call_of_cell(cell, input, hx)
-    if call is None:
-        nn.LSTMCell.forward(cell, input, hx)
-        raise ValueError("the sizes of the input, the states and the weights do not fit each other")
-    return call

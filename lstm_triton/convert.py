@@ -1,26 +1,35 @@
-"""Convert whole models in place: every `torch.nn.LSTM` becomes an `lstm_triton.LSTM`, and back."""
+"""Convert whole models in place: every `torch.nn.LSTM` and `torch.nn.LSTMCell` becomes this library's, and back."""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from .cell import LSTMCell
 from .module import LSTM, own_names
+from .standin import stand_in_for
+
+KINDS: dict[str, type[nn.Module]] = {"LSTM": LSTM, "LSTMCell": LSTMCell}
+STOCK: dict[str, type[nn.Module]] = {"LSTM": nn.LSTM, "LSTMCell": nn.LSTMCell}
+STILL_STOCK = (
+    "each stays an nn.LSTM for isinstance. So torch.compile breaks its graph at each, as at every nn.LSTM. With "
+    "torch._dynamo.config.allow_rnn = True it does not"
+)
 
 
 @dataclass(frozen=True)
 class Replaced:
-    """An `nn.LSTM` that is an `lstm_triton.LSTM` now.
+    """An `nn.LSTM` that is an `lstm_triton.LSTM` now, or an `nn.LSTMCell` that is an `lstm_triton.LSTMCell` now.
 
     Attributes:
         names: its names in the model; several if the model uses it in several places; "" for the model itself.
-        module: the module.
+        module: the module. For `isinstance`, it is what it was before, too.
         original_class: its class before. The class that parametrizations derive from it does not count.
     """
 
     names: tuple[str, ...]
-    module: LSTM = field(repr=False)
-    original_class: type[nn.LSTM] = field(repr=False)
+    module: LSTM | LSTMCell = field(repr=False)
+    original_class: type[nn.LSTM] | type[nn.LSTMCell] = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -37,29 +46,35 @@ class Replacement:
     """What `replace_lstm` did; `print` it.
 
     Attributes:
-        replaced: the modules that are `lstm_triton.LSTM`s now, in the model's order.
-        left: the LSTMs that are not, and why.
+        replaced: the modules that are `lstm_triton.LSTM`s or `lstm_triton.LSTMCell`s now, in the model's order.
+        left: the LSTMs and cells that are not, and why.
     """
 
     replaced: tuple[Replaced, ...]
     left: tuple[Left, ...]
 
     def undo(self) -> None:
-        """Make the modules `nn.LSTM`s again, with the weights they have now. A second call does nothing.
+        """Make the modules what they were, with the weights they have now. A second call does nothing.
 
         Raises:
             RuntimeError: something else has changed the class of a module since; nothing is undone then.
         """
         for entry in self.replaced:
-            if _plain(type(entry.module)) not in (LSTM, entry.original_class):
+            if _plain(type(entry.module)) not in (stand_in_for(entry.original_class), entry.original_class):
                 raise RuntimeError(f"cannot undo: {_shown(entry.names)} has become a {type(entry.module).__name__}")
         for entry in self.replaced:
             _set_class(entry.module, entry.original_class)
-            entry.module.flatten_parameters()  # for cuDNN: parameters may have moved meanwhile
+            if isinstance(entry.module, nn.LSTM):
+                entry.module.flatten_parameters()  # for cuDNN: parameters may have moved meanwhile
 
     def __str__(self) -> str:
-        lines = [f"now lstm_triton.LSTM: {len(self.replaced)}"]
-        lines += [f"  {_shown(entry.names)}: {entry.module}".splitlines()[0] for entry in self.replaced]
+        lines = []
+        for name, kind in KINDS.items():
+            found = [entry for entry in self.replaced if isinstance(entry.module, kind)]
+            if found or name == "LSTM":
+                lines.append(f"now lstm_triton.{name}: {len(found)}")
+            lines += [f"  {_shown(entry.names)}: {entry.module}".splitlines()[0] for entry in found]
+            lines += [f"  {STILL_STOCK}"] if found and name == "LSTM" else []
         if self.left:
             lines.append(f"left as they were: {len(self.left)}")
             lines += [f"  {_shown(entry.names)}: {entry.kind}, {entry.reason}" for entry in self.left]
@@ -69,16 +84,19 @@ class Replacement:
 
 
 def replace_lstm(model: nn.Module) -> Replacement:
-    """Make every `torch.nn.LSTM` of a model an `lstm_triton.LSTM`.
+    """Make every `torch.nn.LSTM` of a model an `lstm_triton.LSTM`, and every `torch.nn.LSTMCell` its `LSTMCell`.
 
     The modules stay the same objects. Only their class changes, as with PyTorch's own parametrizations. So names and
     `state_dict`, parameters (tied ones, too), hooks, parametrizations, weight_norm, the training flag, optimizers and
-    every reference to a module stay valid. The model may itself be an `nn.LSTM`. Call `replace_lstm` before
+    every reference to a module stay valid. `isinstance(module, nn.LSTM)` stays true, and so for a subclass that the
+    module is of. `type(module) is nn.LSTM` does not. The model may itself be an `nn.LSTM`. Call `replace_lstm` before
     `torch.compile`, and before `fully_shard` shards the LSTM by itself.
 
-    An `nn.LSTM` is left as it was if it has methods or attributes of its own, from a subclass or set on the object
-    (`lstm_triton.accelerate` may serve such modules). Layers that are no `nn.LSTM` are left, too: quantised layers,
-    layers compiled by TorchScript, `nn.LSTMCell`s.
+    At an `nn.LSTM`, `torch.compile` breaks its graph, and so at a replaced one: what the module calls is a graph of its
+    own. With `torch._dynamo.config.allow_rnn = True` there is one graph, and `fullgraph=True` works.
+
+    A module is left as it was if it has methods or attributes of its own, from a subclass or set on the object
+    (`lstm_triton.accelerate` may serve such modules). Quantised layers, and layers compiled by TorchScript, are left.
 
     Args:
         model: any module, with LSTMs at any depth.
@@ -90,18 +108,17 @@ def replace_lstm(model: nn.Module) -> Replacement:
         TypeError: `model` is no `nn.Module`.
 
     >>> from torch import nn
-    >>> model = nn.ModuleDict({"encoder": nn.LSTM(3, 4, num_layers=2), "step": nn.LSTMCell(4, 4)})
+    >>> model = nn.ModuleDict({"encoder": nn.GRU(3, 4), "step": nn.LSTMCell(4, 4)})
     >>> replacement = replace_lstm(model)
     >>> print(replacement)
-    now lstm_triton.LSTM: 1
-      encoder: LSTM(3, 4, num_layers=2)
-    left as they were: 1
-      step: LSTMCell, its calls are single steps: lstm_triton.LSTMCell takes its place by hand
-    >>> type(model["encoder"])
-    <class 'lstm_triton.module.LSTM'>
+    now lstm_triton.LSTM: 0
+    now lstm_triton.LSTMCell: 1
+      step: LSTMCell(4, 4)
+    >>> type(model["step"])
+    <class 'lstm_triton.cell.LSTMCell'>
     >>> replacement.undo()
-    >>> type(model["encoder"])
-    <class 'torch.nn.modules.rnn.LSTM'>
+    >>> type(model["step"])
+    <class 'torch.nn.modules.rnn.LSTMCell'>
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -109,30 +126,37 @@ def replace_lstm(model: nn.Module) -> Replacement:
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
 
-    replaced, left = [], []
+    replaced: list[Replaced] = []
+    left: list[Left] = []
     for module, places in names.items():
+        if isinstance(module, tuple(KINDS.values())) or _is_inside(places[0], left):
+            continue
         reason = _reason_to_leave(module)
         if reason is not None:
             left.append(Left(tuple(places), _kind(module), reason))
-        elif isinstance(module, nn.LSTM):
+        elif isinstance(module, (nn.LSTM, nn.LSTMCell)):
             original_class = _plain(type(module))
-            _set_class(module, LSTM)
+            _set_class(module, stand_in_for(original_class))
             replaced.append(Replaced(tuple(places), module, original_class))  # type: ignore[arg-type]
     return Replacement(tuple(replaced), tuple(left))
 
 
+def _is_inside(name: str, left: list[Left]) -> bool:
+    """Whether a module is a part of a module that is left, as the cells of a quantised LSTM are."""
+    return any(not place or name.startswith(f"{place}.") for entry in left for place in entry.names)
+
+
 def _reason_to_leave(module: nn.Module) -> str | None:
-    """Why an LSTM cannot be replaced; None if it can be replaced, or if the module is no LSTM."""
-    if isinstance(module, nn.LSTM):
-        if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):  # by name: no import of FSDP
-            return "it is sharded by fully_shard: replace it before"
-        added = own_names(_plain(type(module)))
-        if added:
-            return f"its class defines {added}"
-        return "its forward was set on the object" if "forward" in vars(module) else None
-    if isinstance(module, nn.LSTMCell):
-        return "its calls are single steps: lstm_triton.LSTMCell takes its place by hand"
-    if _kind(module) == "LSTM":
+    """Why an LSTM or a cell cannot be replaced; None if it can be replaced, or if the module is neither."""
+    for stock in STOCK.values():
+        if isinstance(module, stock):
+            if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):  # by name: no import of FSDP
+                return "it is sharded by fully_shard: replace it before"
+            added = own_names(_plain(type(module)), stock)
+            if added:
+                return f"its class defines {added}"
+            return "its forward was set on the object" if "forward" in vars(module) else None
+    if _kind(module) in STOCK:
         if isinstance(module, torch.jit.ScriptModule):
             return "it is compiled by TorchScript"
         if type(module).__module__.startswith("torch.ao."):

@@ -1,14 +1,16 @@
 """`explain`: what a call would do, without computing it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .call import Call, CellCall
-from .checks import call_of_module, checked_call_of_cell
+from .cell_checks import checked_call_of_cell
+from .checks import call_of_module, check_memory
+from .functional import compute
 from .routing import choose
 from .target import Device
 
@@ -114,10 +116,14 @@ def explain(
     """
     if isinstance(module, nn.LSTMCell):
         return _explained_cell(module, input, hx)
+    if isinstance(module, nn.RNNBase):
+        input, hx = _with_memory(module, input, hx)
     call = call_of_module(module, input, hx)
-    if call.data.device.type == "meta":
-        call = call._replace(data=_stand_in(call), states=None)
+    check_memory(call.data, call.states or (), call.weights)
     choice = choose(None, call)
+    if _has_several_dtypes(call):
+        with torch.no_grad():
+            compute(_piece(call), choice.path)
     names: list[Literal["forward", "reverse"]] = ["forward", "reverse"] if call.directions == 2 else ["forward"]
     layers = [LayerExplanation(layer, direction, *choice) for layer in range(call.num_layers) for direction in names]
     dtype = call.autocast_dtype() or call.data.dtype
@@ -127,19 +133,50 @@ def explain(
 
 
 def _explained_cell(module: nn.LSTMCell, input: object, hx: object) -> Explanation:
+    input, hx = _with_memory(module, input, hx)
     call = checked_call_of_cell(module, input, hx)
-    if call.data.device.type == "meta":
-        call = call._replace(data=_stand_in(call), states=None)
     choice = choose(None, call)
+    if call.states is not None and _has_several_dtypes(call):
+        with torch.no_grad():  # PyTorch's own function alone knows which mixtures of dtypes it takes
+            nn.LSTMCell.forward(module, call.data[:1], (call.states[0][:1], call.states[1][:1]))
     dtype = call.autocast_dtype() or call.data.dtype
     launches = _launches_of_cell(call, dtype) if choice.path == "triton" else []
     layers = (LayerExplanation(0, "forward", *choice),)
     return Explanation(str(module), str(call.data.device), dtype, 1, call.batch_size, layers, tuple(launches))
 
 
-def _stand_in(call: Call | CellCall) -> Tensor:
-    """A tensor with the shape and dtype of the data, but one element of memory, on the device of the weights."""
-    return call.weights[0].new_empty(1, dtype=call.data.dtype).expand(call.data.shape)
+def _with_memory(module: nn.Module, input: Any, hx: Any) -> tuple[Any, Any]:
+    """The arguments of a call. For those on the "meta" device, tensors where the weights are, of the same sizes.
+
+    They have one element of memory.
+    """
+    data = input.data if isinstance(input, PackedSequence) else input
+    like = next(module.parameters(), None)
+    if not isinstance(data, Tensor) or not data.is_meta or like is None:
+        return input, hx
+
+    def stand_in(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_meta:
+            return like.new_empty((), dtype=value.dtype).expand(value.shape)
+        return value
+
+    input = input._replace(data=stand_in(data)) if isinstance(input, PackedSequence) else stand_in(data)
+    return input, type(hx)(stand_in(state) for state in hx) if type(hx) in (tuple, list) else hx
+
+
+def _has_several_dtypes(call: Call | CellCall) -> bool:
+    """Whether PyTorch's own function has to convert dtypes, and may refuse to."""
+    return call.autocast_dtype() is None and any(tensor.dtype != call.data.dtype for tensor in call.tensors())
+
+
+def _piece(call: Call) -> Call:
+    """One sequence of at most two steps. PyTorch's own function alone knows which mixtures of dtypes it takes."""
+    states = None if call.states is None else (call.states[0][:, :1], call.states[1][:, :1])
+    steps = min(call.time_steps, 2)
+    piece = call._replace(states=states, time_steps=steps, batch_size=1, sorted_indices=None, training=False)
+    if call.batch_sizes is None:
+        return piece._replace(data=call.data[:1, :steps] if call.batch_first else call.data[:steps, :1])
+    return piece._replace(data=call.data[:steps], batch_sizes=call.batch_sizes.new_ones(steps))
 
 
 def _launches_of_lstm(call: Call, dtype: torch.dtype) -> list[ScanLaunch]:

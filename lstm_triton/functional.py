@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from . import refusal
 from .call import Call, Memory, Sequences, in_order
 from .checks import check_arguments
-from .routing import choose
+from .refusal import LaunchRefused
+from .routing import choose, fall_back
 from .stack import Lane, Options, Results, ScanLayers, States, layers_of
 
 
@@ -142,13 +145,15 @@ def lstm(
         return_cells=return_cells,
         memory=memory,
     )
-    output, states, cells = run(call, input, choose(backend, call).path)
+    output, states, cells = run(call, input, choose(backend, call).path, requested=backend)
     return (output, states, cells) if return_cells else (output, states)
 
 
-def run(call: Call, input: Sequences, path: str, lane: Lane | None = None) -> tuple[Sequences, States, Tensor | None]:
+def run(
+    call: Call, input: Sequences, path: str, lane: Lane | None = None, requested: str | None = None
+) -> tuple[Sequences, States, Tensor | None]:
     """Run a checked call. Output, (h_n, c_n) and cells are laid out as the caller's input is; see `compute`."""
-    output, h_n, c_n, cells = compute(call, path, lane)
+    output, h_n, c_n, cells = compute(call, path, lane, requested)
     if isinstance(input, PackedSequence):
         packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
         return packed, in_order((h_n, c_n), input.unsorted_indices), cells
@@ -159,11 +164,28 @@ def run(call: Call, input: Sequences, path: str, lane: Lane | None = None) -> tu
     return output, (h_n, c_n), cells
 
 
-def compute(call: Call, path: str, lane: Lane | None = None) -> Results:
+def compute(call: Call, path: str, lane: Lane | None = None, requested: str | None = None) -> Results:
     """Compute all layers of a call on its path. The states are in the order of the data's sequences.
 
-    With a `lane`, this `lane` computes all layers, lane after lane. Cells are None unless they are asked for.
+    With a `lane`, this `lane` computes all layers, lane after lane. Cells are None unless they are asked for. If the
+    kernels are refused on this machine, PyTorch's own function computes the call.
+
+    Args:
+        requested: the backend that the call itself names; None: it names none.
     """
+    if path == "aten" or lane is not None or torch.compiler.is_dynamo_compiling():
+        return _computed(call, path, lane)
+    try:
+        results = _computed(call, path, lane)
+    except LaunchRefused as error:
+        fall_back(error, call, requested)
+        return _computed(call, "aten", lane)
+    if refusal.state:
+        refusal.forget()
+    return results
+
+
+def _computed(call: Call, path: str, lane: Lane | None) -> Results:
     if path == "triton" and lane is None:
         from . import scan
 

@@ -13,40 +13,56 @@ import inspect
 import math
 import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from .target import Gpus, running_on
+from . import target
+from .settings import ForkLock
+from .target import Gpus
+
+OUR_KERNELS = f"{__package__}.kernels."
+_installing = ForkLock()  # a function that is cached runs twice if two threads call it at once
 
 
 class Interpreted(Gpus):
-    """GPUs, and also the CPU, on which Triton's interpreter runs the kernels."""
+    """GPUs, and also the CPU, on which Triton's interpreter runs the kernels.
+
+    Attributes:
+        seed: of the schedule in which the programs of a launch take turns.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
 
     def takes(self, device: torch.device) -> bool:
         return device.type == "cpu" or super().takes(device)
 
-
-_seed: int | None = None  # of the schedule; None: inactive
+    def may_refuse(self, device: torch.device) -> bool:
+        return device.type != "cpu"
 
 
 def active() -> bool:
     """Whether CPU tensors take the Triton path now."""
-    return _seed is not None
+    return isinstance(target.current(), Interpreted)
 
 
 class Deadlock(RuntimeError):
     """All programs wait, and none of them has stored anything for a long time."""
 
 
-@contextmanager
-def interpret(seed: int = 0) -> Iterator[None]:
+def interpret(seed: int = 0, *, all_threads: bool = False) -> AbstractContextManager[object]:
     """Route CPU tensors through the Triton kernels inside the `with` block.
+
+    It holds in the thread or asyncio task that enters the block, as `lstm_triton.backend` does. Launches of several
+    threads run one after another. Backward runs in the kernels wherever it is called, also after the block and in
+    another thread, there by schedule number 0.
 
     Args:
         seed: the seed of the random schedule in which a launch's programs take turns.
+        all_threads: whether the block holds in every thread that has no block of its own, too.
 
     Raises:
         RuntimeError: TRITON_INTERPRET=1 was not set before Triton was imported, Triton is too old, or greenlet is
@@ -54,16 +70,11 @@ def interpret(seed: int = 0) -> Iterator[None]:
 
     Inside, a kernel whose programs wait for values that never come raises Deadlock.
     """
-    global _seed
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("the kernels can be interpreted only with TRITON_INTERPRET=1 set before Triton is imported")
-    _install()
-    previous, _seed = _seed, seed
-    try:
-        with running_on(Interpreted()):
-            yield
-    finally:
-        _seed = previous
+    with _installing:
+        _install()
+    return target.running_on(Interpreted(seed), all_threads=all_threads)
 
 
 @functools.cache
@@ -86,6 +97,7 @@ def _install() -> None:
     shortcuts.install()
     builder = interpreter.interpreter_builder
     schedule = _Schedule(builder, greenlet.greenlet, greenlet.getcurrent)
+    launching = ForkLock()  # the interpreter keeps the launch that it runs in the whole process's memory
 
     plain_load, plain_store = builder.create_masked_load, builder.create_masked_store
 
@@ -147,10 +159,12 @@ def _install() -> None:
     plain_run = interpreter.InterpretedFunction.run
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
-        if not active() or warmup:
+        # Programs of this library wait for each other, so they always take turns: backward may run after the block.
+        if warmup or not (active() or self.fn.__module__.startswith(OUR_KERNELS)):
             return plain_run(self, *arguments, grid=grid, warmup=warmup, **keywords)
-        executor = interpreter.GridExecutor(self.rewrite(), self.arg_names, grid, self.pre_run_hooks)
-        return schedule.launch(executor, arguments, keywords)
+        with launching:
+            executor = interpreter.GridExecutor(self.rewrite(), self.arg_names, grid, self.pre_run_hooks)
+            return schedule.launch(executor, arguments, keywords)
 
     interpreter.InterpretedFunction.run = run
 
@@ -198,7 +212,8 @@ class _Schedule:
         executor(*arguments, **keywords)
 
     def run_all(self, programs: list[tuple[tuple[int, int, int], Any]]) -> None:
-        chooser = random.Random(_seed)
+        where = target.current()
+        chooser = random.Random(where.seed if isinstance(where, Interpreted) else 0)
         patience = 1000 * len(programs)
         self.scheduler, self.switches_since_store = self.current_greenlet(), 0
         try:

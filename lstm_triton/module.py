@@ -1,15 +1,18 @@
 """The layer with its parameters: `LSTM` takes the place of `torch.nn.LSTM` in a model."""
 
+import abc
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .call import Memory, Sequences
-from .checks import checked_memory
+from .attributes import MEMORY_ATTRIBUTE, computed_weights, memory_of, options_of, weights_of
+from .call import MEMORY, Memory, Sequences
+from .checks import checked_memory, weights_in_use
 from .functional import lstm
 from .stack import States
+from .torchscript import scriptable
 
 Layer = TypeVar("Layer", bound=nn.RNNBase)
 
@@ -35,7 +38,8 @@ class LSTM(nn.RNNBase):
 
     Arguments, defaults, attributes, initialisation, `state_dict` and errors are those of `torch.nn.LSTM`. Checkpoints
     of `torch.nn.LSTM` load. It is no subclass of `nn.LSTM`, since `torch.compile` refuses such subclasses.
-    `torch.compile`, `torch.export` and `torch.jit.trace` take it; `torch.jit.script` does not.
+    `torch.compile`, `torch.export` and `torch.jit.trace` take it. `torch.jit.script` compiles an `nn.LSTM` with the
+    same parameters in its place.
 
     Args:
         input_size (int): the number of features of the input, I.
@@ -50,7 +54,8 @@ class LSTM(nn.RNNBase):
         device, dtype: of the parameters.
         memory (str): by name only: "full" or "low". "low" keeps little between forward and backward: every :math:`h_t`
             (those of the last layer are the output) and a few :math:`c_t`, instead of all gates. Backward computes the
-            gates again, so it takes longer. "low" has an effect in the Triton kernels only.
+            gates again, so it takes longer. "low" has an effect in the Triton kernels only. Assigning "low" or "full"
+            to the attribute `memory` changes it. A subclass may keep anything else under this name.
 
     Inputs:
         * **input**: (T, B, I), (B, T, I) with `batch_first`, (T, I) for one sequence without a batch, or a
@@ -82,8 +87,6 @@ class LSTM(nn.RNNBase):
     (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]), torch.Size([2, 3, 20]))
     """
 
-    memory: Memory = "full"  # also for modules that were an nn.LSTM (convert.py)
-
     def __init__(
         self,
         input_size: int,
@@ -100,7 +103,8 @@ class LSTM(nn.RNNBase):
         memory: Memory = "full",
     ) -> None:
         checked_memory(memory)
-        super().__init__(
+        nn.RNNBase.__init__(  # not super(): in standin.py, nn.LSTM comes next
+            self,
             "LSTM",
             input_size,
             hidden_size,
@@ -113,10 +117,28 @@ class LSTM(nn.RNNBase):
             device,
             dtype,
         )
-        self.memory = memory
+        if memory != "full" or type(self) is LSTM:  # a subclass may have a method `memory`
+            self.memory = memory
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "memory" and isinstance(value, str) and (value in MEMORY or type(self) is LSTM):
+            super().__setattr__(MEMORY_ATTRIBUTE, checked_memory(value))
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "_flat_weights_names" not in state and "_all_weights" in state:  # of an early PyTorch
+            state["_flat_weights_names"] = [name for names in state["_all_weights"] for name in names]
+        if "_flat_weights" not in state:
+            parameters = {**state, **state["_parameters"]}
+            state["_flat_weights"] = [parameters.get(name) for name in state.get("_flat_weights_names", [])]
+        if state.get("memory") in MEMORY:  # where this library kept it at first
+            state.setdefault(MEMORY_ATTRIBUTE, state["memory"])
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", memory={self.memory!r}" if self.memory != "full" else "")
+        memory = memory_of(self)
+        return super().extra_repr() + (f", memory={memory!r}" if memory != "full" else "")
 
     def forward(
         self,
@@ -128,7 +150,13 @@ class LSTM(nn.RNNBase):
         reset_state: States | list[Tensor] | None = None,
     ) -> tuple[Sequences, States]:
         return lstm(
-            input, hx, self._weights(), lengths=lengths, resets=resets, reset_state=reset_state, **self._options()
+            input,
+            hx,
+            weights_in_use(self, weights_of(self)),
+            lengths=lengths,
+            resets=resets,
+            reset_state=reset_state,
+            **options_of(self),
         )
 
     def with_cells(
@@ -154,29 +182,13 @@ class LSTM(nn.RNNBase):
         return lstm(
             input,
             hx,
-            self._weights(),
+            weights_in_use(self, weights_of(self)),
             lengths=lengths,
             resets=resets,
             reset_state=reset_state,
             return_cells=True,
-            **self._options(),
+            **options_of(self),
         )
-
-    def _weights(self) -> list[Tensor]:
-        # By name, at each call: weight_norm, functional_call and others replace a weight, but not in _flat_weights.
-        return [getattr(self, name) for name in self._flat_weights_names]
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "num_layers": self.num_layers,
-            "bias": self.bias,
-            "batch_first": self.batch_first,
-            "dropout": self.dropout,
-            "training": self.training,
-            "bidirectional": self.bidirectional,
-            "proj_size": self.proj_size,
-            "memory": self.memory,
-        }
 
     def to_torch_lstm(self) -> nn.LSTM:
         """A `torch.nn.LSTM` that computes the same: for ONNX, TorchScript, and machines without this package.
@@ -193,9 +205,9 @@ class LSTM(nn.RNNBase):
         True
         """
         twin = _without_weights(nn.LSTM, self)
-        for name in self._flat_weights_names:
-            weight = self._parameters.get(name)
-            setattr(twin, name, nn.Parameter(getattr(self, name).detach().clone()) if weight is None else weight)
+        for name, weight in zip(self._flat_weights_names, weights_of(self), strict=True):
+            computed = not isinstance(weight, nn.Parameter)
+            setattr(twin, name, nn.Parameter(weight.detach().clone()) if computed else weight)
         return twin
 
     @classmethod
@@ -215,15 +227,14 @@ class LSTM(nn.RNNBase):
         >>> LSTM.from_torch_lstm(stock).weight_hh_l0 is stock.weight_hh_l0
         True
         """
-        if not isinstance(module, nn.LSTM):
+        if not isinstance(module, nn.LSTM) or isinstance(module, LSTM):
             raise TypeError(f"module must be a torch.nn.LSTM, got {type(module).__name__}")
-        for name in module._flat_weights_names:
-            if module._parameters.get(name) is None:
-                raise ValueError(
-                    f"module.{name} must be a parameter, but is computed from others: "
-                    "lstm_triton.replace_lstm(module) keeps that"
-                )
-        lost = own_names(type(module))
+        for name in computed_weights(module):
+            raise ValueError(
+                f"module.{name} must be a parameter, but is computed from others: "
+                "lstm_triton.replace_lstm(module) keeps that"
+            )
+        lost = own_names(type(module), nn.LSTM)
         if lost:
             raise TypeError(f"module must be a plain torch.nn.LSTM, but {type(module).__name__} defines {lost}")
         twin = _without_weights(cls, module)
@@ -233,6 +244,10 @@ class LSTM(nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read every parameter where it is."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` compiles: an `nn.LSTM` with the same parameters."""
+        return scriptable(self, LSTM, computed_weights(self), LSTM.to_torch_lstm)
 
     # For callers that use nn.LSTM's helpers. `forward` does not use them.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -256,9 +271,14 @@ def _without_weights(cls: Callable[..., Layer], module: nn.RNNBase) -> Layer:
     return twin.train(module.training)
 
 
-def own_names(cls: type[nn.Module]) -> str:
-    """The names that a subclass of `nn.LSTM` defines besides a constructor. An `lstm_triton.LSTM` would lack them."""
-    of_every_class = {"__init__", "__module__", "__doc__", "__annotations__", "__orig_bases__", "__parameters__"}
-    of_every_class |= {"__firstlineno__", "__static_attributes__", "__annotate_func__", "__annotations_cache__"}
-    added = cls.__mro__[: cls.__mro__.index(nn.LSTM)]
+class _Plain(Generic[Layer], abc.ABC):
+    """A class that defines nothing, besides what Python, abc and typing define in every class."""
+
+
+def own_names(cls: type[nn.Module], stock: type[nn.Module]) -> str:
+    """The names that a subclass of `stock` defines besides a constructor. A module of this library would lack them."""
+    of_every_class = {*vars(_Plain), "__init__", "__annotations__", "__type_params__", "__slots__", "__constants__"}
+    of_every_class |= {"__orig_bases__", "__firstlineno__", "__static_attributes__"}
+    of_every_class |= {"__annotate_func__", "__annotations_cache__"}
+    added = [base for base in cls.__mro__ if base not in (*stock.__mro__, abc.ABC, Generic)]
     return ", ".join(sorted({name for base in added for name in vars(base)} - of_every_class))

@@ -7,9 +7,10 @@ benchmark. For other sizes the nearest measured size decides, if it is at most a
 
 import json
 import math
-from functools import cache
+import warnings
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,14 +46,30 @@ def table_path_of(device: Device) -> Path:
 
 @cache
 def measured_on(device: Device) -> tuple[Measured, ...]:
-    """All that was measured on a device; empty if nothing was measured."""
+    """All that was measured on a device; empty if nothing was measured, or if the table is wrong."""
     path = table_path_of(device)
     if not path.exists():
         return ()
-    return tuple(Measured(*row) for row in json.loads(path.read_text()))
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list):
+            raise ValueError(f"it must be a JSON list, not {type(rows).__name__}")
+        return tuple(_checked(row) for row in rows)
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(f"the table of measured times {path} is ignored: {error}", RuntimeWarning, stacklevel=2)
+        return ()
 
 
-@cache
+def _checked(row: Any) -> Measured:
+    types = [str, str, int, int, float]
+    if isinstance(row, list) and [type(value) for value in row] in (types, [*types[:4], int]):
+        found = Measured(*row)
+        if min(found.hidden_size, found.batch_size) > 0 and math.isfinite(found.ratio) and found.ratio > 0:
+            return found
+    raise ValueError(f"{row!r} is not mode, dtype, H, B and a ratio of times")
+
+
+@lru_cache(maxsize=1024)
 def why_stock(
     mode: str, dtype: torch.dtype, allow_tf32: bool, hidden_size: int, batch_size: int, device: Device
 ) -> str | None:

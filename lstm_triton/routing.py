@@ -2,48 +2,21 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import target, transforms
+from . import refusal, target, transforms
 from .call import Call, CellCall
+from .preference import checked_name, current_backend
 from .target import Device
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-BACKENDS = ("auto", "triton", "aten")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_current = "auto"  # a plain global: torch.compile can guard on it, but not on a context variable
 _triton_installed = importlib.util.find_spec("triton") is not None  # without importing it
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Choose the path of every call inside the `with` block, unless the call itself names one. Holds for all threads.
-
-    Args:
-        name: "auto": the Triton kernels where they can run; PyTorch's own function elsewhere, and where it was measured
-            to be faster on this GPU. "triton": the kernels; where they cannot run, a RuntimeError says why. "aten":
-            PyTorch's own function.
-
-    Raises:
-        ValueError: for any other name.
-
-    >>> import lstm_triton
-    >>> with lstm_triton.backend("aten"):
-    ...     output, (h_n, c_n) = lstm_triton.LSTM(3, 4)(torch.zeros(5, 2, 3))
-    """
-    global _current
-    previous = _current
-    _current = _checked(name)
-    try:
-        yield
-    finally:
-        _current = previous
 
 
 class Choice(NamedTuple):
@@ -58,22 +31,18 @@ def choose(requested: str | None, call: Call | CellCall) -> Choice:
         ValueError: `requested` is not the name of a backend.
         RuntimeError: "triton" is asked for where the kernels cannot run.
     """
-    name = _current if requested is None else _checked(requested)
+    name = current_backend() if requested is None else checked_name(requested)
     if name == "aten":
         return Choice("aten", 'the backend "aten" was asked for')
     obstacle = _obstacle(call)
+    if obstacle is None and name == "auto" and (refusal.state or torch.compiler.is_dynamo_compiling()):
+        obstacle = _refusal(call)
     if obstacle is None:
         faster = None if name == "triton" or isinstance(call, CellCall) else _why_stock(call)
         return Choice("triton", "the kernels take it") if faster is None else Choice("aten", faster)
     if name == "triton":
         raise RuntimeError(f'the backend "triton" was asked for, but cannot take this call: {obstacle}')
     return Choice("aten", obstacle)
-
-
-def _checked(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    return name
 
 
 def _obstacle(call: Call | CellCall) -> str | None:
@@ -86,6 +55,8 @@ def _obstacle(call: Call | CellCall) -> str | None:
     for tensor in call.tensors():
         if tensor.device != device:
             return f"tensors are on several devices, {device} and {tensor.device}"
+        if tensor.layout != torch.strided:
+            return f"the kernels take dense tensors, not tensors of the layout {tensor.layout}"
     dtype = call.autocast_dtype()
     if dtype is None:
         dtype = call.data.dtype
@@ -104,6 +75,29 @@ def _obstacle(call: Call | CellCall) -> str | None:
         if call.num_layers > 1:
             scanned += (call.directions * call.output_size,)
     return _obstacle_of_device(device, dtype, scanned, call.hidden_size)
+
+
+def _refusal(call: Call | CellCall) -> str | None:
+    """Why kernels for such layers were refused on this machine (refusal.py); None: they were not."""
+    device, dtype = call.data.device, call.autocast_dtype() or call.data.dtype
+    # A compiled program cannot fall back while it runs. So the kernels are tried before they are compiled into it.
+    if torch.compiler.is_dynamo_compiling() and target.current().may_refuse(device):
+        try_kernels(device, dtype, call.hidden_size, isinstance(call, CellCall))
+    return _known_refusal(refusal.state, device, dtype, call.hidden_size)
+
+
+def fall_back(error: refusal.LaunchRefused, call: Call | CellCall, requested: str | None) -> None:
+    """Let PyTorch's own function compute a call whose kernels were refused, and warn of it the first time.
+
+    Raises:
+        LaunchRefused: "triton" is asked for.
+    """
+    if (current_backend() if requested is None else requested) == "triton":
+        raise error
+    dtype = call.autocast_dtype() or call.data.dtype
+    layers = target.layers(call.data.device, dtype, call.hidden_size)
+    refusal.remember(error, layers)
+    refusal.known(layers)  # warns
 
 
 def _why_stock(call: Call) -> str | None:
@@ -141,6 +135,24 @@ def _constant(function: Function) -> Function:
 
 
 @_constant
+def _known_refusal(state: str, device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
+    """`refusal.known`. `state`: an argument, so that torch.compile guards on it."""
+    return refusal.known(target.layers(device, dtype, hidden_size))
+
+
+@_constant
+def try_kernels(device: torch.device, dtype: torch.dtype, hidden_size: int, of_cell: bool = False) -> None:
+    """Run small kernels of such layers, and remember if they are refused."""
+    from .scan import trial
+
+    where: Any = target.current()
+    try:
+        trial.try_kernels(where, device, dtype, hidden_size, of_cell)
+    except refusal.LaunchRefused as error:
+        refusal.remember(error, target.layers(device, dtype, hidden_size))
+
+
+@_constant
 def _obstacle_of_device(
     device: torch.device, dtype: torch.dtype, input_sizes: tuple[int, ...], hidden_size: int
 ) -> str | None:
@@ -148,7 +160,7 @@ def _obstacle_of_device(
     return _found_obstacle_of_device(device, dtype, input_sizes, hidden_size)
 
 
-@cache  # in a function of its own: torch.compile warns of a cache that it sees
+@lru_cache(maxsize=1024)  # in a function of its own: torch.compile warns of a cache that it sees
 def _found_obstacle_of_device(
     device: torch.device, dtype: torch.dtype, input_sizes: tuple[int, ...], hidden_size: int
 ) -> str | None:

@@ -13,6 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from . import refusal
+from .settings import Block, Setting
+
 
 @dataclass(frozen=True)
 class Device:
@@ -33,7 +36,7 @@ class Device:
     @staticmethod
     def of(device: torch.device) -> "Device":
         """The device as the current target describes it."""
-        return _current.describe(device)
+        return current().describe(device)
 
     @property
     def capability(self) -> int:
@@ -66,6 +69,19 @@ class KernelLaunch(NamedTuple):
         """The arguments in the order of the parameters: Triton takes longer to find arguments by their names."""
         return [self.arguments[name] for name in self.kernel.arg_names]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the layer: that of the first tensor, for every kernel of this library."""
+        dtypes = [value.dtype for value in self.arguments.values() if isinstance(value, Tensor)]
+        return dtypes[0] if dtypes else torch.float32
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the layer; 0 for a kernel that does not know H."""
+        hidden_size = self.arguments.get("HIDDEN", 0)
+        assert isinstance(hidden_size, int)
+        return hidden_size
+
 
 class Target(Protocol):
     """Where kernels run."""
@@ -80,6 +96,10 @@ class Target(Protocol):
 
     def may_take_tf32(self, tensor: Tensor) -> bool:
         """Whether PyTorch's own matrix products of a tensor depend on the TF32 setting."""
+        ...
+
+    def may_refuse(self, device: torch.device) -> bool:
+        """Whether a launch may be refused there (refusal.py), so that a trial pays before torch.compile."""
         ...
 
     def run(self, launch: KernelLaunch) -> None: ...
@@ -98,6 +118,9 @@ class Gpus:
 
     def may_take_tf32(self, tensor: Tensor) -> bool:
         return tensor.dtype == torch.float32 and tensor.is_cuda
+
+    def may_refuse(self, device: torch.device) -> bool:
+        return True
 
     def run(self, launch: KernelLaunch) -> None:
         if launch.device.type == "cpu":  # interpreted; a backward pass may run after the interpreter's `with` block
@@ -119,7 +142,7 @@ def _gpu(index: int) -> Device:
     return Device(properties.name, arch, properties.multi_processor_count, shared_bytes)
 
 
-_current: Target = Gpus()  # a plain global: torch.compile can guard on it
+_target: Setting[Target] = Setting("target", Gpus())
 
 Watcher = Callable[[KernelLaunch], object]
 _before: list[Watcher] = []
@@ -127,25 +150,36 @@ _after: list[Watcher] = []
 
 
 def current() -> Target:
-    return _current
+    return _target.now
 
 
-@contextmanager
-def running_on(target: Target) -> Iterator[None]:
-    """Run every kernel on this target inside the `with` block. Holds for all threads."""
-    global _current
-    previous, _current = _current, target
-    try:
-        yield
-    finally:
-        _current = previous
+def running_on(target: Target, *, all_threads: bool = False) -> Block:
+    """Run every kernel on this target inside the `with` block (settings.py)."""
+    return _target.block(target, all_threads=all_threads)
+
+
+def layers(device: torch.device, dtype: torch.dtype, hidden_size: int) -> refusal.Layers:
+    """Layers on the current target, of which kernels may be refused."""
+    return refusal.Layers(current(), device, dtype, hidden_size)
 
 
 def run(launch: KernelLaunch) -> None:
-    """Run a kernel on the current target: every launch of this library goes through here."""
+    """Run a kernel on the current target: every launch of this library goes through here.
+
+    Raises:
+        LaunchRefused: Triton cannot compile the kernel on this machine, or the driver does not launch it.
+    """
     for watch in _before:
         watch(launch)
-    _current.run(launch)
+    try:
+        current().run(launch)
+    except Exception as error:
+        instead = refusal.refused(error)
+        if instead is None:
+            raise
+        # Who falls back remembers it, too. A program of torch.compile cannot: it raises, and is compiled anew.
+        refusal.remember(instead, layers(launch.device, launch.dtype, launch.hidden_size))
+        raise instead from error
     for watch in _after:
         watch(launch)
 

@@ -12,7 +12,8 @@ from .call import Call, Sequences
 from .checks import call_of_module
 from .functional import run
 from .ragged import Ragged, padded
-from .routing import choose
+from .refusal import LaunchRefused
+from .routing import choose, fall_back
 from .stack import LaneResults, LaneWeights, Start, States
 
 if TYPE_CHECKING:
@@ -171,6 +172,34 @@ def trace(
     sequences = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
     call = call_of_module(module, input, hx, caller="trace", **sequences)._replace(training=False)
     path = choose(None, call).path
+    try:
+        seen, tables, results = _inside(call, input, path)
+    except LaunchRefused as error:
+        fall_back(error, call, None)
+        path = "aten"
+        seen, tables, results = _inside(call, input, path)
+    output, (h_n, c_n) = results
+
+    directions: list[Literal["forward", "reverse"]] = ["forward", "reverse"]
+    order = input.unsorted_indices if isinstance(input, PackedSequence) else None
+    lengths = torch.full((call.batch_size,), call.time_steps, dtype=torch.int32, device=h_n.device)
+    if tables is not None:
+        lengths = tables.lengths
+        seen = [tuple(padded(values, tables) for values in inside) for inside in seen]
+    if order is not None:
+        lengths = lengths.index_select(0, order)
+        seen = [tuple(values.index_select(1, order) for values in inside) for inside in seen]
+    layers = (
+        LayerTrace(index // call.directions, directions[index % call.directions], *inside)
+        for index, inside in enumerate(seen)
+    )
+    return Trace(path, tuple(layers), lengths, output, h_n, c_n)
+
+
+def _inside(
+    call: Call, input: Sequences, path: str
+) -> tuple[list[tuple[Tensor, ...]], Ragged | None, tuple[Sequences, States]]:
+    """What is inside each lane in the order of `LayerTrace`, the tables of a ragged call, and the call's results."""
     if path == "triton":
         from .scan.inside import scan_lane_inside as look_inside
     else:
@@ -188,22 +217,8 @@ def trace(
         return results
 
     with torch.no_grad(), _autocast_of(call, path):
-        output, (h_n, c_n), _ = run(call, input, path, lane)
-
-    directions: list[Literal["forward", "reverse"]] = ["forward", "reverse"]
-    order = input.unsorted_indices if isinstance(input, PackedSequence) else None
-    lengths = torch.full((call.batch_size,), call.time_steps, dtype=torch.int32, device=h_n.device)
-    if tables is not None:
-        lengths = tables.lengths
-        seen = [tuple(padded(values, tables) for values in inside) for inside in seen]
-    if order is not None:
-        lengths = lengths.index_select(0, order)
-        seen = [tuple(values.index_select(1, order) for values in inside) for inside in seen]
-    layers = (
-        LayerTrace(index // call.directions, directions[index % call.directions], *inside)
-        for index, inside in enumerate(seen)
-    )
-    return Trace(path, tuple(layers), lengths, output, h_n, c_n)
+        output, states, _ = run(call, input, path, lane)
+    return seen, tables, (output, states)
 
 
 def _autocast_of(call: Call, path: str) -> AbstractContextManager[object]:

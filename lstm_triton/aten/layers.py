@@ -33,8 +33,9 @@ def whole_stack(call: Call) -> Results:
     states = call.ordered_states()
     if states is None:
         lanes = call.num_layers * call.directions
-        h_0 = call.data.new_zeros(lanes, call.batch_size, call.output_size)
-        c_0 = call.data.new_zeros(lanes, call.batch_size, call.hidden_size)
+        dtype, device = call.data.dtype, call.data.device  # `new_zeros` of sparse data would be sparse
+        h_0 = torch.zeros(lanes, call.batch_size, call.output_size, dtype=dtype, device=device)
+        c_0 = torch.zeros(lanes, call.batch_size, call.hidden_size, dtype=dtype, device=device)
         states = (h_0, c_0)
     results = native(
         call.data,

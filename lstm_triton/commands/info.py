@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import warnings
 
 import torch
 
 import lstm_triton
+from lstm_triton import target
+from lstm_triton.routing import try_kernels
 from lstm_triton.target import Device
 
 # Pairs of PyTorch and Triton that the tests ran with: `.ci/versions`, and `.ci/run`. README.md names the same pairs.
 TESTED = (("2.9.1", "3.5.1"), ("2.11.0", "3.6.0"), ("2.13.0", "3.9.0"), ("2.14.1", "3.8.0"))
 SEQ_LEN, BATCH_SIZE, SIZE = 16, 16, 512  # of the example whose path is explained
+TRIED_SIZE = 16  # hidden_size of the kernels that are run, to know whether Triton and the driver do so
 
 
 def run() -> int:
@@ -68,5 +72,13 @@ def installed_version(distribution: str) -> str:
 
 
 def print_path(device: torch.device, dtype: torch.dtype) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the explanation says it
+        if target.current().takes(device) and target.current().may_refuse(device):
+            try_kernels(device, dtype, TRIED_SIZE)
+        print_explanation(device, dtype)
+
+
+def print_explanation(device: torch.device, dtype: torch.dtype) -> None:
     lstm = lstm_triton.LSTM(SIZE, SIZE, device=device, dtype=dtype)
     print(lstm_triton.explain(lstm, torch.empty(SEQ_LEN, BATCH_SIZE, SIZE, device="meta", dtype=dtype)))

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ..autocast import without_autocast
+from ..refusal import LaunchRefused
 from . import gradients, low_memory
 from .buffers import Buffers
 from .dispatch import invoke
-from .formula import second_gradients, stack_by_formula
+from .formula import fall_back_to_formula, gradients_by_formula, second_gradients, stack_by_formula
 from .forward import scan_forward
 from .layout import Layout
 from .saved import Fixed, Grads, Inputs, Saved, Static, stack_of
@@ -85,7 +86,14 @@ def _parts(arguments: tuple[Any, ...]) -> tuple[Static, Fixed, Inputs]:
 
 def _gradients(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
     of_stack = low_memory.of_stack if saved.static.low_memory else gradients.of_stack
-    return of_stack(saved, needed, grads)
+    try:
+        return of_stack(saved, needed, grads)
+    except LaunchRefused as error:  # though the kernels of the forward pass ran
+        inputs = saved.inputs
+        fall_back_to_formula(error, inputs.input, saved.stack().hidden_size())
+        wanted = needed.flat()
+        found = iter(gradients_by_formula(partial(_formula, saved), inputs.flat(), wanted, grads))
+        return Inputs.of([next(found) if need else None for need in wanted])
 
 
 class _Gradients(torch.autograd.Function):

@@ -6,6 +6,7 @@ plan of lowest cost.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .fit import Division, Placement
 from .plan import divide_up
@@ -60,16 +61,71 @@ DATA_CENTRE = Rates(
 )
 
 
-def cycles(placement: Placement, rates: Rates = DATA_CENTRE) -> int:
-    """Cycles of one step of all lanes and all batch tiles."""
-    division, shape = placement.division, placement.division.shape
-    work = _moving(placement, rates) + _multiplying(placement, rates) + _around_products(division, rates)
-    work += (placement.rounds - 1) * rates.round
-    # States are requested one after the other. A fused input is read while the state is on its way, so it counts here.
-    waiting = shape.states * rates.load + placement.input_bytes // rates.shared_bytes
-    # A program of several tiles works on the other tiles while one tile is exchanged.
-    turns = divide_up(division.batch_tiles, division.groups)
-    return max(work + max(rates.exchange, waiting), turns * (work + waiting)) + _projecting(division, rates)
+class StepCost(NamedTuple):
+    """The cost of a step as a function of the batch size. All that the batch size does not change is computed once.
+
+    Attributes:
+        block_batch: as in `Plan`.
+        most_groups: groups for which a lane has multiprocessors.
+        group_programs: programs of a group of all lanes.
+        loaded: bytes that a program reads from L2.
+        working: cycles of products, gates and further requests.
+        half_sectors: cycles for sectors of L2 that two programs share, if the batch has 8 rows.
+        waiting: cycles of waiting for requested states, besides `Rates.exchange`.
+        projected: input projections of a row that are computed before the scan: (bytes to move, operations).
+    """
+
+    block_batch: int
+    most_groups: int
+    group_programs: int
+    loaded: int
+    working: int
+    half_sectors: int
+    waiting: int
+    projected: tuple[int, int] | None
+    rates: Rates
+
+    @staticmethod
+    def of(placement: Placement, rates: Rates = DATA_CENTRE) -> "StepCost":
+        division, shape = placement.division, placement.division.shape
+        loaded = _exchanged_bytes(placement)
+        loaded += division.block_batch * shape.input_size * shape.itemsize if division.fuse_input else 0
+        working = _multiplying(placement, rates) + _around_products(division, rates)
+        halves = division.block_hidden * shape.itemsize < SECTOR_BYTES and division.slices > 1
+        # States are requested one after the other. A fused input is read while the state is on its way, so it counts
+        # here.
+        waiting = shape.states * rates.load + placement.input_bytes // rates.shared_bytes
+        return StepCost(
+            division.block_batch,
+            division.most_groups,
+            shape.lanes * division.slices,
+            loaded,
+            working + (placement.rounds - 1) * rates.round,
+            rates.half_sector if shape.kind == "forward" and halves else 0,
+            waiting,
+            _projected(division),
+            rates,
+        )
+
+    def cycles(self, batch_size: int) -> int:
+        """Cycles of one step of all lanes and all batch tiles."""
+        rates = self.rates
+        batch_tiles = divide_up(batch_size, self.block_batch)
+        groups = min(batch_tiles, self.most_groups)
+        moving = max(self.loaded // rates.link_bytes, self.loaded * self.group_programs * groups // rates.l2_bytes)
+        work = moving + self.working + (self.half_sectors if min(batch_size, self.block_batch) >= 8 else 0)
+        # A program of several tiles works on the other tiles while one tile is exchanged.
+        turns = divide_up(batch_tiles, groups)
+        found = max(work + max(rates.exchange, self.waiting), turns * (work + self.waiting))
+        return found + self.projecting(batch_size)
+
+    def projecting(self, batch_size: int) -> int:
+        """Cycles of a step for a separate input projection; 0 if it is fused. It is the same for all divisions."""
+        if self.projected is None:
+            return 0
+        moved, multiplied = self.projected
+        moving = batch_size * moved // self.rates.memory_bytes
+        return self.rates.projection + moving + batch_size * multiplied // self.rates.operations
 
 
 def hold(placement: Placement, rates: Rates = DATA_CENTRE) -> int:
@@ -96,14 +152,6 @@ def _exchanged_bytes(placement: Placement) -> int:
     return _state_bytes(placement.division) + placement.streamed_chunks * placement.division.chunk_bytes
 
 
-def _moving(placement: Placement, rates: Rates) -> int:
-    """Cycles in which a step reads what it needs from L2."""
-    division, shape = placement.division, placement.division.shape
-    loaded = _exchanged_bytes(placement)
-    loaded += division.block_batch * shape.input_size * shape.itemsize if division.fuse_input else 0
-    return max(loaded // rates.link_bytes, loaded * division.programs // rates.l2_bytes)
-
-
 def _multiplying(placement: Placement, rates: Rates) -> int:
     """Cycles of the products of a step, with the passage of their operands through shared memory."""
     division, shape = placement.division, placement.division.shape
@@ -120,12 +168,8 @@ def _multiplying(placement: Placement, rates: Rates) -> int:
 
 def _around_products(division: Division, rates: Rates) -> int:
     """Cycles of gates, addresses and barriers of a step."""
-    shape = division.shape
     found = rates.fixed + _idle(division) * division.block_batch * division.block_hidden
     found += rates.staging if division.asynchronous else 0
-    halves = division.block_hidden * shape.itemsize < SECTOR_BYTES and division.slices > 1
-    if shape.kind == "forward" and halves and min(shape.batch_size, division.block_batch) >= 8:
-        found += rates.half_sector
     return found
 
 
@@ -134,12 +178,14 @@ def _idle(division: Division) -> int:
     return max(1, SCHEDULERS // division.num_warps)
 
 
-def _projecting(division: Division, rates: Rates) -> int:
-    """Cycles of a step for a separate input projection, which is written to memory and read back; 0 if it is fused."""
+def _projected(division: Division) -> tuple[int, int] | None:
+    """Bytes and operations of a separate input projection of one row, which is written to memory and read back.
+
+    None: the projection is fused.
+    """
     shape = division.shape
     if division.fuse_input or shape.kind == "backward":
-        return 0
+        return None
     projected_lanes = 1 if shape.chained else shape.lanes
-    numbers = 4 * shape.hidden_size * shape.batch_size * projected_lanes
-    moving = 2 * numbers * shape.itemsize // rates.memory_bytes
-    return rates.projection + moving + numbers * shape.input_size * shape.itemsize // rates.operations
+    numbers = 4 * shape.hidden_size * projected_lanes
+    return 2 * numbers * shape.itemsize, numbers * shape.input_size * shape.itemsize

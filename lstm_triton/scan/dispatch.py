@@ -12,14 +12,16 @@ from torch import Tensor
 from .. import transforms
 from ..failure import explained
 
-PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
+TENSORS = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = {type(None), bool, int, float, str}
 
 
 def invoke(operator: Any, *arguments: Any) -> Any:
     """Call an operator of this library. If nothing observes operators, call its Python function directly.
 
     A call through PyTorch's dispatcher takes longer than the function itself. Only torch.compile, torch.export, vmap,
-    dispatch modes and tensor subclasses, such as fake tensors, need the dispatcher.
+    dispatch modes and tensor subclasses, such as fake tensors, need the dispatcher. So do negated views, such as the
+    imaginary part of a conjugate: the dispatcher computes the values, which are not those in memory.
 
     Raises:
         KernelFailed: the GPU reports that a kernel failed.
@@ -38,10 +40,14 @@ def _is_observed(arguments: tuple[Any, ...]) -> bool:
     if torch.compiler.is_compiling() or transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     for argument in arguments:
-        if type(argument) not in PLAIN_TYPES and (
-            not isinstance(argument, (list, tuple)) or any(type(each) not in PLAIN_TYPES for each in argument)
-        ):
-            return True
+        if type(argument) in PLAIN_TYPES:
+            continue
+        for each in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if type(each) in TENSORS:
+                if each.is_neg():
+                    return True
+            elif type(each) not in PLAIN_TYPES:
+                return True
     return False
 
 

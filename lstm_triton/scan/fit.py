@@ -53,8 +53,13 @@ class Division:
         return divide_up(self.shape.batch_size, self.block_batch)
 
     @cached_property
+    def most_groups(self) -> int:
+        """Groups for which a lane has multiprocessors."""
+        return self.shape.multiprocessors_of_a_lane // self.slices
+
+    @cached_property
     def groups(self) -> int:
-        return min(self.batch_tiles, self.shape.multiprocessors_of_a_lane // self.slices)
+        return min(self.batch_tiles, self.most_groups)
 
     @property
     def programs(self) -> int:

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import refusal, target
+from ..preference import current_backend
 from ..ragged import Ragged
+from ..refusal import LaunchRefused
 from ..stack import LaneResults, LaneWeights, Options, Start, formula_lane, lane_by_lane
 from .dropout import Dropout
 from .saved import Fixed, Inputs, Static, stack_of
@@ -33,6 +36,19 @@ def gradients_by_formula(
     pull_back = torch.func.vjp(results, *(arguments[place] for place in wanted))[1]
     found: tuple[Tensor, ...] = pull_back([grad for grad in grads if grad is not None])
     return found
+
+
+def fall_back_to_formula(error: LaunchRefused, input: Tensor, hidden_size: int) -> None:
+    """Let `gradients_by_formula` replace a kernel that was refused, and warn of it.
+
+    Raises:
+        LaunchRefused: "triton" is asked for, or torch.compile compiled the call.
+    """
+    if torch.compiler.is_dynamo_compiling() or current_backend() == "triton":
+        raise error
+    layers = target.layers(input.device, input.dtype, hidden_size)
+    refusal.remember(error, layers)
+    refusal.known(layers)  # warns
 
 
 def second_gradients(

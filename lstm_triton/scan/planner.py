@@ -8,17 +8,17 @@ Nothing here depends on the number of steps. The batch size only decides between
 program serves one batch tile or several. So a layer needs few compiled kernels, whatever the batches are.
 """
 
-import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
-from functools import cache
+from dataclasses import replace
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
 from ..target import Device
-from .cost import cycles, hold
+from .cost import StepCost, hold
 from .fit import Placement, divided, placed
 from .plan import (
     CellPlan,
@@ -30,9 +30,14 @@ from .plan import (
     divide_up,
     dot_precision,
     power_of_2,
+    round_up,
     tf32_rounding,
 )
+from .tables import BadTable, read_plans
 
+# The planner remembers so many plans (about 1 KB each), and so many layers (about 20 KB each): what fits the device for
+# any batch size, which takes most of the time.
+PLANNED_CALLS, PLANNED_LAYERS = 1024, 128
 CELL_TILE_BYTES = 80 * 1024  # bytes of weights and rows that a program of the cell loads at a time, in all stages
 
 
@@ -47,16 +52,27 @@ def plan(shape: ScanShape) -> Plan:
 
 def candidates(shape: ScanShape) -> list[Plan]:
     """Every plan that fits the device, the plan with the fewest predicted cycles first."""
+    found = [_assembled(placement, cost.cycles(shape.batch_size), shape) for placement, cost in _fitting(shape)]
+    return sorted(found, key=lambda each: each.predicted_cycles)
+
+
+def _fitting(shape: ScanShape) -> list[tuple[Placement, StepCost]]:
+    """What fits the device and is not much higher than the batch."""
+    most = max(8, power_of_2(shape.batch_size))
+    return [each for each in _placements(replace(shape, batch_size=1)) if each[1].block_batch <= most]
+
+
+@lru_cache(maxsize=PLANNED_LAYERS)
+def _placements(layer: ScanShape) -> tuple[tuple[Placement, StepCost], ...]:
+    """What fits the device, for any batch size. The batch size of `layer` is 1: nothing here depends on it."""
     found = []
     for block_hidden in (8, 16, 32, 64, 128):
         for block_batch in (8, 16, 32, 64):
-            if block_batch > max(8, power_of_2(shape.batch_size)):
-                continue
-            for fuse_input in (False, True) if shape.kind == "forward" and not shape.chained else (False,):
-                placement = _largest_chunks(shape, block_batch, block_hidden, fuse_input)
+            for fuse_input in (False, True) if layer.kind == "forward" and not layer.chained else (False,):
+                placement = _largest_chunks(layer, block_batch, block_hidden, fuse_input)
                 if placement is not None:
-                    found.append(_assembled(placement))
-    return sorted(found, key=lambda each: each.predicted_cycles)
+                    found.append((placement, StepCost.of(placement)))
+    return tuple(found)
 
 
 def launches(first: ScanShape, num_layers: int, directions: int) -> tuple[Launch, ...]:
@@ -76,7 +92,7 @@ def launches(first: ScanShape, num_layers: int, directions: int) -> tuple[Launch
     return _launches(first, num_layers, directions, _forced.get(first.kind))
 
 
-@cache  # every call of a layer needs it
+@lru_cache(maxsize=PLANNED_CALLS)  # every call of a layer needs it
 def _launches(first: ScanShape, num_layers: int, directions: int, forced_plan: Plan | None) -> tuple[Launch, ...]:
     found, lane = [], 0
     for count in _lane_counts(first, num_layers, directions, forced_plan):
@@ -124,14 +140,33 @@ def _plan(shape: ScanShape, forced_plan: Plan | None) -> Plan:
     return found
 
 
-@cache
+@lru_cache(maxsize=PLANNED_CALLS)
 def _best(shape: ScanShape) -> Plan | None:
     """The measured plan, otherwise the plan with the fewest predicted cycles; None: no plan fits the device."""
-    measured = _table(shape.device).get(shape.key)
-    if measured is not None:
+    table = _table(shape.device)
+    if table and (measured := table.get(shape.key)) is not None:
         return measured
-    found = candidates(shape)
-    return found[0] if found else None
+    batch_size = shape.batch_size
+    finalists = _finalists(replace(shape, batch_size=round_up(batch_size, 8) if batch_size >= 8 else 1))
+    priced = [(each.predicted_cycles + cost.projecting(batch_size), each) for each, cost in finalists]
+    cycles, found = min(priced, key=lambda each: each[0], default=(0, None))
+    return None if found is None else replace(found, predicted_cycles=cycles)
+
+
+@lru_cache(maxsize=PLANNED_CALLS)
+def _finalists(shape: ScanShape) -> tuple[tuple[Plan, StepCost], ...]:
+    """The best plan of those that fuse the input projection, and the best of the others, without its projection.
+
+    Only the number of tiles decides among either. So the batch sizes from 8 * n + 1 to 8 * n + 8 share their finalists.
+    """
+    found: dict[bool, tuple[int, int, Placement, StepCost]] = {}
+    for number, (placement, cost) in enumerate(_fitting(shape)):
+        cycles = cost.cycles(shape.batch_size) - cost.projecting(shape.batch_size)
+        is_fused = placement.division.fuse_input
+        if is_fused not in found or cycles < found[is_fused][1]:
+            found[is_fused] = number, cycles, placement, cost
+    finalists = sorted(found.values(), key=lambda each: each[0])  # of plans with the same cycles the first one wins
+    return tuple((_assembled(placement, cycles, shape), cost) for _, cycles, placement, cost in finalists)
 
 
 def _largest_chunks(shape: ScanShape, block_batch: int, block_hidden: int, fuse_input: bool) -> Placement | None:
@@ -144,8 +179,10 @@ def _largest_chunks(shape: ScanShape, block_batch: int, block_hidden: int, fuse_
     return None
 
 
-def _assembled(placement: Placement) -> Plan:
-    division, shape = placement.division, placement.division.shape
+def _assembled(placement: Placement, cycles: int, shape: ScanShape) -> Plan:
+    """The plan for a batch of `shape`."""
+    division = replace(placement.division, shape=shape)
+    placement = replace(placement, division=division)
     device = shape.device
     return Plan(
         block_batch=division.block_batch,
@@ -166,7 +203,7 @@ def _assembled(placement: Placement) -> Plan:
         thread_elements=division.block_batch * division.block_k // division.threads if device.capability else 0,
         packed=shape.itemsize == 2 and device.capability >= 90,
         num_warps=division.num_warps,
-        predicted_cycles=cycles(placement),
+        predicted_cycles=cycles,
         lanes=shape.lanes,
         chained=shape.chained,
         register_chunks=placement.register_chunks,
@@ -185,17 +222,15 @@ def table_path(device: Device) -> Path:
 
 @cache
 def _table(device: Device) -> dict[str, Plan]:
+    """The measured plans of a device; empty if there are none, or if the table is wrong."""
     path = table_path(device)
     if not path.exists():
         return {}
-    names = {field.name for field in fields(Plan)}
-    found = {}
-    for key, entry in json.loads(path.read_text()).items():
-        measured = {name: value for name, value in entry.items() if name in names}
-        # The rounding does not change the speed. Tables of earlier versions lack it.
-        measured["tf32_rounding"] = tf32_rounding(measured["dot_precision"], device)
-        found[key] = Plan(**measured)
-    return found
+    try:
+        return read_plans(path, device, candidates)
+    except BadTable as error:
+        warnings.warn(f"the table of measured plans {path} is ignored: {error}", RuntimeWarning, stacklevel=2)
+        return {}
 
 
 _forced: dict[Kind, Plan] = {}
@@ -218,7 +253,7 @@ def forced(chosen: Plan, kind: Kind = "forward") -> Iterator[None]:
 # --- One step of a cell ---
 
 
-@cache
+@lru_cache(maxsize=PLANNED_CALLS)
 def plan_cell(
     *, batch_size: int, input_size: int, hidden_size: int, dtype: torch.dtype, device: Device, allow_tf32: bool
 ) -> CellPlan:

@@ -1,7 +1,6 @@
 """Matrix products outside the scans, in TF32 where cuDNN would use TF32; and conversion between the two gate orders."""
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .. import target
 from ..autocast import without_autocast
+from ..settings import ForkLock
 from ..stack import LaneWeights
 from .dispatch import invoke
 from .launch import allows_tf32
@@ -94,7 +94,7 @@ def batched_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
         return left @ right
 
 
-_matmul_precision_lock = threading.Lock()
+_matmul_precision_lock = ForkLock()
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from torch import Tensor
 from .. import transforms
 from ..autocast import without_autocast
 from ..reference import lstm_cell
+from ..refusal import LaunchRefused
 from ..stack import States
 from .cell import cell_backward, cell_forward
 from .dispatch import invoke
-from .formula import second_gradients
+from .formula import fall_back_to_formula, gradients_by_formula, second_gradients
 
 
 def step(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *weights: Tensor) -> States:
@@ -108,7 +109,12 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a step's arguments; None where a gradient is not needed."""
     needed, inputs = Inputs(*needs), Inputs(*arguments)
-    grad_gates, grad_c_0 = invoke(cell_backward, grad_h_1, grad_c_1, inputs.c_0, c_1, gates)
+    try:
+        grad_gates, grad_c_0 = invoke(cell_backward, grad_h_1, grad_c_1, inputs.c_0, c_1, gates)
+    except LaunchRefused as error:  # though the kernel of the forward pass ran
+        fall_back_to_formula(error, inputs.input, c_1.shape[1])
+        found = iter(gradients_by_formula(lstm_cell, arguments, needs, (grad_h_1, grad_c_1)))
+        return tuple(next(found) if need else None for need in needs)
     grad_bias = grad_gates.sum(0) if needed.bias_ih or needed.bias_hh else None
     grad_weight_hh = None
     if needed.weight_hh:  # without h_0 the state is zeros, so the gradient is zeros

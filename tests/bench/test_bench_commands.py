@@ -17,7 +17,7 @@ from bench.__main__ import main
 from bench.cases import BenchCase
 from bench.watchdog import Watchdog
 from lstm_triton import target
-from lstm_triton.scan import planner
+from lstm_triton.scan import planner, tables
 from lstm_triton.scan.plan import Plan, ScanShape
 
 HEADLINE = BenchCase("forward+backward", "bfloat16", T=1024, B=16, I=768, H=768)
@@ -373,13 +373,24 @@ def test_the_fastest_right_candidate_goes_into_the_table_that_the_planner_reads(
 
     code, table, said = tuned(monkeypatch, tmp_path, answer)
     assert code == 0
-    assert table == {SHAPE.key: asdict(third)}
+    assert table == {tables.ABOUT: tables.about(GPU), SHAPE.key: asdict(third)}
     assert any("wrong" in line for line in said)
     assert any("timeout" in line for line in said)
     # The planner prefers it to its formula.
     monkeypatch.setattr(planner, "table_path", lambda device: tmp_path / "plans" / "gpu.json")
     device = replace(GPU, name="Invented GPU, tuned")
     assert planner.plan(replace(SHAPE, device=device)) == third
+
+
+def test_plans_of_other_kernels_are_dropped(monkeypatch, tmp_path) -> None:
+    """They would count as measured with the present ones."""
+    path, plan = tmp_path / "plans" / "gpu.json", found_candidates()[0]
+    path.parent.mkdir()
+    for multiprocessors, kept in ((132, True), (114, False)):
+        device = replace(GPU, multiprocessors=multiprocessors)
+        tune.write_table(path, {"forward float32 B=1 I=1 H=1": asdict(plan)}, device)
+        _, table, said = tuned(monkeypatch, tmp_path, lambda kind, plan: row_of(1.0))
+        assert ("forward float32 B=1 I=1 H=1" in table, any("dropped" in line for line in said)) == (kept, not kept)
 
 
 def test_nothing_found_leaves_the_table_as_it_was(monkeypatch, tmp_path) -> None:

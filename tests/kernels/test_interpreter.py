@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from lstm_triton import interpreter
+from tests.support.comparing import twins
 
 pytestmark = pytest.mark.interpreted
 
@@ -148,6 +151,65 @@ def test_shortcuts_lead_to_what_triton_gives(name: str) -> None:
                 assert outcome(ours, name, left, right) == expected, (left, right)
     finally:
         language.restore()
+
+
+# --- Threads ---
+
+
+def in_threads(count: int, function: Callable[[int], object]) -> None:
+    errors: list[BaseException] = []
+
+    def call(number: int) -> None:
+        try:
+            function(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+def test_several_threads_at_once() -> None:
+    """Each in a block of its own, forward and backward."""
+    ours, stock = twins(3, 20)
+    input = torch.randn(2, 2, 3)
+    expected = torch.autograd.grad(stock(input)[0].sum(), list(stock.parameters()))
+
+    def train(seed: int) -> None:
+        with interpreter.interpret(seed):
+            output, _ = ours(input)
+            actual = torch.autograd.grad(output.sum(), list(ours.parameters()))
+        torch.testing.assert_close(actual, expected)
+
+    in_threads(3, train)
+
+
+@pytest.mark.parametrize("where", ["after the block", "in another thread", "in another thread, inside"])
+def test_backward_elsewhere(where: str) -> None:
+    """Its programs take turns there, too: one after another they would wait for ever."""
+    ours, stock = twins(3, 20)
+    input = torch.randn(2, 2, 3)
+    expected = torch.autograd.grad(stock(input)[0].sum(), list(stock.parameters()))
+    found = []
+
+    def differentiate(_: int = 0) -> None:
+        found.append(torch.autograd.grad(output.sum(), list(ours.parameters())))
+
+    with interpreter.interpret(1):
+        output, _ = ours(input)
+        if where == "in another thread, inside":
+            in_threads(1, differentiate)
+    if where == "in another thread":
+        in_threads(1, differentiate)
+    if where == "after the block":
+        differentiate()
+    torch.testing.assert_close(found[0], expected)
 
 
 def test_off_by_default_and_nested() -> None:

@@ -157,6 +157,37 @@ def test_a_measured_table_is_preferred(tmp_path: Path, monkeypatch: pytest.Monke
     planner._best.cache_clear()
 
 
+# --- What the planner remembers ---
+
+
+@pytest.mark.parametrize("hidden_size", [16, 256, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_batch_sizes_share_what_was_computed_once(hidden_size: int, dtype: torch.dtype) -> None:
+    """And get the plan that the estimate of each batch size chooses."""
+    first = replace(SHAPE, hidden_size=hidden_size, dtype=dtype)
+    fused = set()
+    for batch_size in [*range(1, 90), 127, 128, 129, 1000, 4097]:
+        for kind in KINDS:
+            shape = replace(first, batch_size=batch_size, kind=kind)
+            found = plan(shape)
+            assert found == candidates(shape)[0]
+            fused.add(found.fuse_input)
+    assert hidden_size == 1000 or len(fused) == 2  # a separate projection costs more the larger the batch is
+
+
+def test_memory_is_bounded_and_a_new_batch_size_cheap() -> None:
+    for cached in (planner._launches, planner._best, planner._finalists, planner._placements):
+        cached.cache_clear()
+    for batch_size in range(1, 2 * planner.PLANNED_CALLS):
+        launches(replace(SHAPE, batch_size=batch_size), num_layers=1, directions=1)
+    info = {name: getattr(planner, name).cache_info() for name in ("_launches", "_best", "_finalists", "_placements")}
+    assert all(each.currsize <= planner.PLANNED_CALLS for each in info.values())
+    assert all(each.maxsize == planner.PLANNED_CALLS for each in (planner.plan_cell.cache_info(), info["_best"]))
+    assert info["_placements"].maxsize == planner.PLANNED_LAYERS
+    assert info["_placements"].misses <= 2  # of the layer, and of the widest layer of the stack
+    assert info["_finalists"].misses <= 2 * (2 * planner.PLANNED_CALLS // 8 + 1)  # 8 batch sizes share them
+
+
 def test_keys_of_a_table() -> None:
     assert SHAPE.key == "forward float16 B=16 I=64 H=256"
     assert (

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import lstm_triton
 from lstm_triton import functional, interpreter
+from lstm_triton.checks import check_arguments
 from tests.support.comparing import (
     CallCase,
     LoopLSTM,
@@ -247,11 +249,44 @@ def test_without_a_batch(path: str, batch_first: bool) -> None:
     assert_same(cells, expected[2].squeeze(batch_axis + 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_lengths_of_any_integer_dtype(path: str, dtype: torch.dtype) -> None:
     ours, _, input, hx, extra = padded_case(resets=True)
     expected = ours(input, hx, lengths=extra["lengths"], resets=extra["resets"])
     assert_same(ours(input, hx, lengths=extra["lengths"].to(dtype), resets=extra["resets"]), expected)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("time_steps", [127, 128, 255, 256, 300, 65535, 65536, 65540])
+def test_lengths_of_a_dtype_that_cannot_hold_the_number_of_steps(dtype: torch.dtype, time_steps: int) -> None:
+    """A comparison in the dtype of the lengths would refuse right ones, or take wrong ones."""
+    weights = [parameter.detach() for parameter in nn.LSTM(1, 1, bias=False).parameters()]
+    options: dict[str, Any] = dict.fromkeys(("bias", "batch_first", "training", "bidirectional"), False)
+    options |= {"num_layers": 1, "proj_size": 0, "dropout": 0.0}
+    check = partial(check_arguments, torch.zeros(time_steps, 2, 1), None, weights, **options)
+    largest = min(time_steps, torch.iinfo(dtype).max)
+    call = check(lengths=torch.tensor([largest, 3], dtype=dtype))
+    assert call.lengths is not None
+    assert call.lengths.tolist() == [largest, 3]
+    ragged = call.ragged()
+    assert ragged is not None
+    assert ragged.lengths.tolist() == [largest, 3]
+    wrong = [-1] if dtype.is_signed else []
+    wrong += [time_steps + 1, torch.iinfo(dtype).max] if largest < torch.iinfo(dtype).max else []
+    for length in wrong:
+        with pytest.raises(ValueError, match=rf"^lengths must be from 0 to {time_steps}, .*, got \[3, "):
+            check(lengths=torch.tensor([3, length], dtype=dtype))
+
+
+def test_more_steps_than_the_dtype_of_the_lengths_can_hold(path: str) -> None:
+    ours, input = lstm_triton.LSTM(1, 1), torch.randn(300, 2, 1) if path == "aten" else torch.randn(130, 1, 1)
+    lengths = torch.tensor([200, 3]) if path == "aten" else torch.tensor([100])
+    dtype = torch.uint8 if path == "aten" else torch.int8
+    with torch.no_grad():
+        assert_same(ours(input, lengths=lengths.to(dtype)), ours(input, lengths=lengths))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -2,7 +2,8 @@
 
 import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -176,6 +177,101 @@ def test_nested() -> None:
     assert (inner.taken_over, outer.taken_over) == (1, 1)
 
 
+# --- Cells ---
+
+
+class Decoder(nn.Module):
+    """Steps of cells, as Tacotron 2 has them: one cell is a subclass, and one has computed weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        class Zoned(nn.LSTMCell):
+            def forward(self, input: Tensor, hx: Any = None) -> Any:
+                h, c = super().forward(input, hx)
+                return h + 1, c
+
+        self.first, self.second = Zoned(5, 9), parametrizations.weight_norm(nn.LSTMCell(9, 4, bias=False), "weight_hh")
+
+    def forward(self, input: Tensor) -> Tensor:
+        outer, inner = None, None
+        for step in input:
+            outer = self.first(step, outer)
+            inner = self.second(outer[0], inner)
+        return inner[0]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["unbatched", "batched"])
+def test_cells_are_taken_over(batch: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, input = Decoder(), torch.randn(3, *batch, 5)
+    results = []
+    for inside in (False, True):
+        model.zero_grad()
+        with interpret(), lstm_triton.accelerate() if inside else nullcontext() as acceleration:
+            output = model(input)
+        output.square().sum().backward()
+        results.append((output, [parameter.grad.clone() for parameter in model.parameters()]))
+    torch.testing.assert_close(*results)
+    assert str(acceleration).splitlines() == [
+        "calls of torch._VF.lstm taken over by the kernels: 0",
+        "calls of torch._VF.lstm_cell taken over by the kernels: 6",
+    ]
+    assert acceleration.taken_over == 6
+
+
+def test_cells_are_left_to_pytorch_where_there_is_no_gpu() -> None:
+    """Bit by bit. A cell of ours is not counted: it chooses its path itself."""
+    model, ours, input = Decoder(), lstm_triton.LSTMCell(5, 9), torch.randn(3, 2, 5)
+    expected = model(input), ours(input[0])
+    before = torch._VF.lstm_cell
+    with lstm_triton.accelerate() as acceleration:
+        assert_same((model(input), ours(input[0])), expected)
+    assert dict(acceleration.left) == {ON_THE_CPU: 6}
+    assert torch._VF.lstm_cell is before
+
+
+@pytest.mark.interpreted
+def test_cells_with_wrong_arguments_get_pytorchs_own_answer() -> None:
+    cell, zeros = nn.LSTMCell(3, 4), torch.zeros
+    wrong: list[tuple[Any, ...]] = [
+        (zeros(2, 5),),
+        (zeros(1, 2, 3),),
+        (zeros(2, 3), (zeros(3, 4), zeros(2, 4))),
+        (zeros(2, 3), (zeros(2, 4),)),
+        (None,),
+    ]
+
+    def answer(arguments: tuple[Any, ...]) -> tuple[type[Exception], str] | str:
+        try:
+            return str(cell(*arguments))
+        except Exception as error:
+            return type(error), str(error)
+
+    expected = [answer(arguments) for arguments in wrong]
+    with interpret(), lstm_triton.accelerate() as acceleration:
+        assert [answer(arguments) for arguments in wrong] == expected
+        with lstm_triton.backend("aten"):
+            cell(zeros(2, 3))
+    assert acceleration.taken_over == 0
+    assert acceleration.left['the backend "aten" was asked for'] == 1
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_cell_is_left_as_it_is(fullgraph: bool) -> None:
+    """torch.compile looks into it, and what it compiles would outlive the block."""
+    cell, input = nn.LSTMCell(3, 4), torch.randn(2, 3)
+    expected = cell(input)
+    compiled = torch.compile(cell, backend="eager", fullgraph=fullgraph)
+    for _ in range(2):
+        with interpret(), lstm_triton.accelerate() as acceleration:
+            torch.testing.assert_close(compiled(input), expected)
+        assert acceleration.taken_over == 0
+        torch.testing.assert_close(compiled(input), expected)
+
+
 def test_pytorch_is_as_it_was_afterwards() -> None:
     before = torch._VF.lstm
     first, second = lstm_triton.accelerate(), lstm_triton.accelerate()
@@ -203,16 +299,103 @@ def test_another_takeover_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch._VF.lstm is other
 
 
+class Other:
+    """Another library's function in the place of `torch._VF.lstm`, which calls what it replaces."""
+
+    def __init__(self) -> None:
+        self.calls, self.replaced = 0, torch._VF.lstm
+        torch._VF.lstm = self
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.calls += 1
+        return self.replaced(*arguments)
+
+    def remove(self) -> None:
+        torch._VF.lstm = self.replaced
+
+
+@pytest.fixture
+def plain() -> Iterator[Any]:
+    found = torch._VF.lstm
+    yield found
+    torch._VF.lstm = found
+
+
 @pytest.mark.interpreted
-def test_threads() -> None:
-    """It holds for all of them."""
+def test_what_others_replace_inside_is_kept(plain: Any) -> None:
     model, input = insistent(), torch.randn(4, 3, 5)
     with interpret(), lstm_triton.accelerate() as acceleration:
-        for count in (1, 2):
-            thread = threading.Thread(target=model, args=(input,))
+        other = Other()
+        with lstm_triton.accelerate() as inner:
+            model(input)
+        assert (other.calls, inner.taken_over) == (1, 1)
+    assert torch._VF.lstm is other
+    model(input)
+    assert (other.calls, acceleration.taken_over) == (2, 0)
+    for _ in range(2):
+        with lstm_triton.accelerate() as acceleration:
+            model(input)
+            with interpret():
+                model(input)
+        assert acceleration.taken_over == 1
+        assert dict(acceleration.left) == {ON_THE_CPU: 1}  # counted once, though `other` calls what was ours
+        assert torch._VF.lstm is other
+    assert other.calls == 4
+    other.remove()
+    with lstm_triton.accelerate() as acceleration:
+        model(input)
+    assert dict(acceleration.left) == {ON_THE_CPU: 1}
+    assert torch._VF.lstm is plain
+
+
+@pytest.mark.interpreted
+def test_others_take_their_own_away_inside(plain: Any) -> None:
+    """It then puts the original back, and does not know of ours. The next block takes over again."""
+    model, input, other = insistent(), torch.randn(4, 3, 5), Other()
+    with interpret(), lstm_triton.accelerate():
+        other.remove()
+        assert torch._VF.lstm is plain
+        with lstm_triton.accelerate() as inner:
+            model(input)
+        assert inner.taken_over == 1
+    assert torch._VF.lstm is plain
+
+
+@pytest.mark.interpreted
+def test_threads() -> None:
+    """One block for the thread that enters it, another for all."""
+    model, input = insistent(), torch.randn(4, 3, 5)
+
+    def call() -> None:
+        thread = threading.Thread(target=model, args=(input,))
+        thread.start()
+        thread.join()
+
+    everywhere = lstm_triton.accelerate(all_threads=True)
+    with interpret(all_threads=True), everywhere as for_all, lstm_triton.accelerate() as acceleration:
+        call()
+        assert (acceleration.taken_over, for_all.taken_over) == (0, 1)
+        model(input)
+        assert (acceleration.taken_over, for_all.taken_over) == (1, 1)
+    call()
+    assert for_all.taken_over == 1
+
+
+@pytest.mark.interpreted
+def test_counts_of_many_threads() -> None:
+    model, input = insistent(), torch.randn(1, 1, 5)
+
+    def call() -> None:
+        for _ in range(20):
+            model(input)
+
+    with lstm_triton.accelerate(all_threads=True) as acceleration:
+        threads = [threading.Thread(target=call) for _ in range(4)]
+        for thread in threads:
             thread.start()
+        for thread in threads:
             thread.join()
-            assert acceleration.taken_over == count
+    assert dict(acceleration.left) == {ON_THE_CPU: 80}
 
 
 def test_left_when_an_exception_ends_it() -> None:

@@ -233,7 +233,7 @@ def check_replace_lstm_and_accelerate(folder: Path) -> None:
     model = tagger(lstm_class=nn.LSTM)
     wrapped = DistributedDataParallel(model, static_graph=True)
     lstm_triton.replace_lstm(wrapped)
-    assert type(model.lstm) is lstm_triton.LSTM
+    assert isinstance(model.lstm, lstm_triton.LSTM)
     assert_close(gradients(wrapped, 1, share), expected)
 
 

@@ -154,7 +154,9 @@ def changed(model: nn.Module, way: str) -> Iterator[Any]:
             yield acceleration
     else:
         replacement = lstm_triton.replace_lstm(model)
-        assert not any(isinstance(module, nn.LSTM) for module in model.modules())
+        lstms = [module for module in model.modules() if isinstance(module, nn.LSTM)]
+        assert lstms
+        assert all(isinstance(module, lstm_triton.LSTM) for module in lstms)
         try:
             yield replacement
         finally:

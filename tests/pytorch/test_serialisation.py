@@ -143,3 +143,70 @@ def test_shared_with_another_process() -> None:
     assert worker.exitcode == 0
     torch.testing.assert_close(found, [output.detach(), gradient])
     assert_same(module.weight_hh_l0.detach(), before + 1)
+
+
+# --- Files of earlier versions ---
+
+
+class AsBefore:
+    """Pickles a module with an earlier version's attributes: `torch.save` of it looks like a file of that version."""
+
+    def __init__(self, module: nn.Module, state: dict[str, Any]) -> None:
+        self.module, self.state = module, state
+
+    def __reduce__(self) -> Any:
+        return _empty, (type(self.module),), self.state
+
+
+def _empty(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
+
+
+# Attributes that earlier versions of nn.LSTM did not have.
+LATER = {
+    "names only": ("_flat_weights", "_flat_weights_names", "proj_size"),
+    "no projections": ("proj_size",),
+    "no list of weights": ("_flat_weights",),
+}
+
+
+@pytest.mark.parametrize("later", LATER.values(), ids=LATER)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_module_of_an_earlier_pytorch(bias: bool, later: tuple[str, ...], path: Any) -> None:
+    """A whole model in a file, with the class of this library in place of nn.LSTM."""
+    ours, stock = twins(3, 4, num_layers=2, bidirectional=True, bias=bias)
+    state = {name: value for name, value in ours.__getstate__().items() if name not in later}
+    assert "_lstm_triton_memory" in state
+    del state["_lstm_triton_memory"], state["memory"]
+    loaded = through_a_file(AsBefore(ours, state), weights_only=False)
+    input = torch.randn(5, 2, 3)
+    with path():
+        torch.testing.assert_close(run(loaded, input), run(stock, input))
+    assert repr(loaded) == repr(stock)
+    assert_same(run(loaded.to_torch_lstm(), input), run(stock, input))
+    assert_same(dict(loaded.double().float().state_dict()), dict(stock.state_dict()))
+
+
+@pytest.mark.parametrize("memory", ["full", "low"])
+def test_module_of_an_earlier_version_of_this_library(memory: Any) -> None:
+    """`memory` was an attribute and nothing else."""
+    ours = lstm_triton.LSTM(3, 4, memory=memory)
+    state = ours.__getstate__()
+    del state["_lstm_triton_memory"]
+    loaded = through_a_file(AsBefore(ours, state), weights_only=False)
+    assert repr(loaded) == repr(ours)
+    assert loaded.memory == memory
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_replaced_after_loading(path: Any) -> None:
+    """nn.LSTMs of a file, of PyTorch 1.7 say, become ours."""
+    _, stock = twins(3, 4)
+    state = stock.__getstate__()
+    del state["proj_size"]
+    loaded = through_a_file(AsBefore(stock, state), weights_only=False)
+    lstm_triton.replace_lstm(loaded)
+    input = torch.randn(5, 2, 3)
+    with path():
+        torch.testing.assert_close(run(loaded, input), run(stock, input))
