@@ -15,6 +15,7 @@ import os
 import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -162,6 +163,8 @@ def _install() -> None:
         # Programs of this library wait for each other, so they always take turns: backward may run after the block.
         if warmup or not (active() or self.fn.__module__.startswith(OUR_KERNELS)):
             return plain_run(self, *arguments, grid=grid, warmup=warmup, **keywords)
+        if schedule.thread == get_ident():
+            raise RuntimeError("an interpreted kernel cannot launch another kernel, nor can what a debugger runs in it")
         with launching:
             executor = interpreter.GridExecutor(self.rewrite(), self.arg_names, grid, self.pre_run_hooks)
             return schedule.launch(executor, arguments, keywords)
@@ -192,6 +195,7 @@ class _Schedule:
         self.greenlet = greenlet
         self.current_greenlet = current_greenlet
         self.scheduler: Any = None  # the greenlet that chooses; None outside a launch
+        self.thread: int | None = None  # the thread that launches
         self.switches_since_store = 0
 
     def take_turns(self, stored: bool) -> None:
@@ -209,7 +213,11 @@ class _Schedule:
                 self.run_all(programs)
 
         executor.fn = _Program(executor.fn, add)
-        executor(*arguments, **keywords)
+        self.thread = get_ident()
+        try:
+            executor(*arguments, **keywords)
+        finally:
+            self.thread = None
 
     def run_all(self, programs: list[tuple[tuple[int, int, int], Any]]) -> None:
         where = target.current()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from textwrap import shorten
 from types import TracebackType
 from typing import NamedTuple
 
@@ -83,6 +84,7 @@ TOO_LARGE = _Fault(
     everywhere=False,
 )
 FAULTS = (NO_COMPILER, NO_CACHE, DAMAGED_CACHE, NO_ASSEMBLER, OLD_DRIVER, NOT_TOGETHER, TOO_LARGE)
+MOST_TOLD = 200  # characters of the cause's message
 MEMORY = ("out of memory", "Cannot allocate memory")
 # Functions of Triton that read files of its cache.
 READING_THE_CACHE = (("triton.runtime.cache", "get_group"), ("triton.compiler.compiler", "CompiledKernel.__init__"))
@@ -94,7 +96,8 @@ def refused(error: Exception) -> LaunchRefused | None:
     if fault is None:
         return None
     lines = str(error).strip().splitlines() or [""]
-    return LaunchRefused(f"{fault.what} ({type(error).__name__}: {lines[0]}): {fault.advice}", fault.everywhere)
+    told = f"{type(error).__name__}: {shorten(lines[0], MOST_TOLD)}"
+    return LaunchRefused(f"{fault.what} ({told}): {fault.advice}", fault.everywhere)
 
 
 def _fault(error: Exception) -> _Fault | None:

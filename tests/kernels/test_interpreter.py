@@ -13,6 +13,7 @@ import numpy
 import pytest
 import torch
 
+import lstm_triton
 from lstm_triton import interpreter
 from tests.support.comparing import twins
 
@@ -173,6 +174,26 @@ def in_threads(count: int, function: Callable[[int], object]) -> None:
         assert not thread.is_alive(), "a thread hangs"
     if errors:
         raise errors[0]
+
+
+def call_a_layer() -> None:
+    with interpreter.interpret():  # a kernel does not see the block around its launch
+        lstm_triton.LSTM(3, 4)(torch.randn(2, 2, 3))
+
+
+def test_a_launch_inside_a_kernel_is_refused() -> None:
+    """It would wait for the launch that it belongs to."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def nested(values_ptr):  # type: ignore[no-untyped-def]
+        call_a_layer()
+        tl.store(values_ptr, 1.0)
+
+    with interpreter.interpret(), pytest.raises(Exception, match="cannot launch another kernel"):
+        nested[(2,)](torch.zeros(1))
+    call_a_layer()
 
 
 def test_several_threads_at_once() -> None:
