@@ -117,7 +117,9 @@ def lstm(
         TypeError, ValueError, RuntimeError: what `torch.nn.LSTM` raises for the same input and states.
         TypeError, ValueError: `lengths`, `resets` or `reset_state` of another dtype, device or shape than said above,
             lengths outside 0 to T, or `lengths` or `resets` with a `PackedSequence`, which has lengths of its own.
-        RuntimeError: a weight of a wrong size; backend="triton" for what the kernels do not take, with the reason.
+        TypeError, IndexError, RuntimeError: a `PackedSequence` that is not well-formed, before anything is launched.
+        RuntimeError: a weight of a wrong size; dropout outside 0 to 1 where it is applied; backend="triton" for what
+            the kernels do not take, with the reason.
 
     >>> import torch
     >>> weights = [torch.randn(16, 3), torch.randn(16, 4), torch.zeros(16), torch.zeros(16)]

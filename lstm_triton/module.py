@@ -76,6 +76,8 @@ class LSTM(nn.RNNBase):
         TypeError, ValueError: by the constructor, as `nn.LSTM` does.
         ValueError, RuntimeError: for an input or a state of a wrong dtype, number of dimensions or size, as `nn.LSTM`
             does, and for packed sequences as well, whose states `nn.LSTM` does not check.
+        TypeError, IndexError, RuntimeError: for a `PackedSequence` that is not well-formed, and for attributes that the
+            weights contradict. A lowered `num_layers` runs the first layers, as in `nn.LSTM`.
         TypeError, ValueError: for `lengths`, `resets` or a `reset_state` of a wrong dtype, device or shape.
 
     >>> import torch

@@ -29,12 +29,12 @@ def check_packed(packed: PackedSequence, with_states: bool) -> None:
     if data.dim() != 2:
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     _check_kind(batch_sizes, TypeError if not with_states else RuntimeError)
+    if torch.compiler.is_compiling():
+        _assert_sizes(batch_sizes, data.shape[0])  # `index_select` refuses wrong indices
+        return
     if torch._C._get_tracing_state() is not None:  # a traced program does not check, and does not take the kernels
         return
-    if torch.compiler.is_compiling():
-        _assert_sizes(batch_sizes, data.shape[0])
-    else:
-        _check_sizes(transforms.plain(batch_sizes).tolist(), data.shape[0])
+    _check_sizes(transforms.plain(batch_sizes).tolist(), data.shape[0])
     if sorted_indices is not None or unsorted_indices is not None:
         _check_indices(sorted_indices, unsorted_indices, int(batch_sizes[0]), data.device)
 
@@ -98,7 +98,7 @@ def _check_indices(sorted_indices: Any, unsorted_indices: Any, batch_size: int, 
         if indices.device != device:
             raise RuntimeError(f"{name} must be on the data's device, {device}, got {indices.device}: {MADE_BY}")
     # To look at indices on a GPU, the host would wait for it. There PyTorch's `index_select` refuses wrong ones.
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    if device.type != "cpu":
         return
     numbers = list(range(batch_size))
     values = {name: transforms.plain(indices).tolist() for name, indices in given.items()}
