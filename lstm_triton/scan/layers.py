@@ -39,7 +39,7 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
     dropout = float(options.dropout) if stack.num_layers() > 1 else 0.0  # an int would be another type to a kernel
     seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
     low_memory = options.low_memory and not return_cells
-    # A copy of the output would double what a single lane keeps with low_memory. All others keep much more.
+    # With low_memory, a single lane keeps little more than its h: a copy of the output would double it.
     shared_output = options.shared_output or (low_memory and stack.lanes() == 1)
     static = Static(stack.directions, stack.bias(), stack.reverse, dropout, low_memory, return_cells, shared_output)
     fixed, inputs = Fixed(seed, *tables_of(ragged)), Inputs(input, start, weights)
@@ -51,7 +51,7 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
     if is_single_step(input.shape[0], ragged is not None, dropout > 0, fuse_input=start.preact is None):
         output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, stack.directions, stack.bias())
         results = (output.unsqueeze(0), h_n, c_n)
-        return (*results, c_n.unsqueeze(1)) if return_cells else results
+        return (*results, c_n.unsqueeze(1).clone()) if return_cells else results
     hidden, _, cell, _, h_n, c_n = invoke(
         scan_forward,
         input,
