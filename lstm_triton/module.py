@@ -49,8 +49,8 @@ class LSTM(nn.RNNBase):
         proj_size (int): the size P of projected hidden states, 0 for none (P = H). Default: 0
         device, dtype: of the parameters.
         memory (str): by name only: "full" or "low". "low" keeps little between forward and backward: every :math:`h_t`
-            and a few :math:`c_t`, instead of all gates. Backward computes the gates again, so it takes longer. "low" has
-            an effect in the Triton kernels only.
+            and a few :math:`c_t`, instead of all gates. Backward computes the gates again, so it takes longer. "low"
+            has an effect in the Triton kernels only.
 
     Inputs:
         * **input**: (T, B, I), (B, T, I) with `batch_first`, (T, I) for one sequence without a batch, or a
