@@ -136,7 +136,7 @@ def _within_range(hh: Tensor, hr: Tensor) -> Tensor:
     # A row's largest sum, even if all its terms have one sign.
     norm = torch.linalg.vector_norm
     most = norm(hh.detach(), 1, dim=1, keepdim=True, dtype=torch.float32) * norm(hr.detach(), torch.inf)
-    scale = (most / torch.finfo(hh.dtype).max).clamp_min(1).nan_to_num(1, 1)
+    scale = (most / torch.finfo(hh.dtype).max).clamp(1, 1e30)  # never infinite: what is infinite in W_hh stays infinite
     within: Tensor = (hh / scale).to(hh.dtype)
     return within
 

@@ -145,12 +145,12 @@ class Layout(NamedTuple):
         `shared`: may share the memory of `hidden`, as one lane does whose rows are not padded. It shares its version
         counter, too. So backward notices if somebody has changed it in place.
         """
-        lanes = hidden[-directions:, self.steps(), : self.hidden_size]
-        lanes = lanes.view(directions, *shape, self.hidden_size)
         if directions == 2:
+            lanes = hidden[-2:, self.steps(), : self.hidden_size].view(2, *shape, self.hidden_size)
             return torch.cat(lanes.unbind(), dim=-1)
+        lane = hidden[-1, self.steps(), : self.hidden_size].view(*shape, self.hidden_size)
         # Detached, it is no view: an autograd.Function forbids to change a view in place.
-        return lanes[0].contiguous().detach() if shared else lanes[0].clone(memory_format=torch.contiguous_format)
+        return lane.contiguous().detach() if shared else lane.clone(memory_format=torch.contiguous_format)
 
     def cells(self, cell: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
         """(lanes, *shape, H) a copy of every c_t, out of the state rows of c; 0 where there is no step."""
