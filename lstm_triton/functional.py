@@ -101,9 +101,9 @@ def lstm(
             direction: in the reverse direction, the step before starts from `reset_state`.
         reset_state: (h, c), shaped like `hx`, the state after a reset; None: zeros.
         return_cells: whether to return every c_t.
-        memory: "low" keeps little between forward and backward: every h_t (those of the last layer are the output),
-            and the c_t of a few steps. Backward computes the gates again, one window of time after the other. This
-            takes longer, by two large products. Only on the Triton path; with `return_cells` everything is kept.
+        memory: "low" keeps little between forward and backward: every h_t, and the c_t of a few steps. Backward
+            computes the gates again, one window of time after the other. This takes longer, by two large products.
+            Only on the Triton path; with `return_cells` everything is kept.
         backend: "auto", "triton" or "aten"; None: what `lstm_triton.backend` says, which is "auto" unless set.
 
     All tensors are of one floating-point dtype and on one device; under autocast, they are converted to its dtype.

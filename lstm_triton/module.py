@@ -53,9 +53,9 @@ class LSTM(nn.RNNBase):
         proj_size (int): the size P of projected hidden states, 0 for none (P = H). Default: 0
         device, dtype: of the parameters.
         memory (str): by name only: "full" or "low". "low" keeps little between forward and backward: every :math:`h_t`
-            (those of the last layer are the output) and a few :math:`c_t`, instead of all gates. Backward computes the
-            gates again, so it takes longer. "low" has an effect in the Triton kernels only. Assigning "low" or "full"
-            to the attribute `memory` changes it. A subclass may keep anything else under this name.
+            and a few :math:`c_t`, instead of all gates. Backward computes the gates again, so it takes longer. "low"
+            has an effect in the Triton kernels only. Assigning "low" or "full" to the attribute `memory` changes it. A
+            subclass may keep anything else under this name.
 
     Inputs:
         * **input**: (T, B, I), (B, T, I) with `batch_first`, (T, I) for one sequence without a batch, or a

@@ -113,8 +113,15 @@ class Ragged(NamedTuple):
 
     def starts_from_initial(self, reverse: bool) -> Tensor:
         """(B,) bool: which sequences have a first step that starts from the initial state, not from the reset state."""
-        firsts = (self.firsts(reverse) - self.batch_size()).clamp(0, self.rows() - 1)
+        batch_size = self.batch_size()
+        if not reverse and self.rows() >= batch_size:  # the first rows are the first steps
+            return (self.lengths > 0) & (self.before[:batch_size] < batch_size)
+        firsts = (self.firsts(reverse) - batch_size).clamp(0, self.rows() - 1)
         return (self.lengths > 0) & ~self.is_reset(reverse)[firsts]
+
+    def starts_from_reset(self, reverse: bool) -> Tensor:
+        """(B,) bool: which sequences have a step that starts from the reset state. Not for a packed batch."""
+        return self.is_reset(reverse).view(-1, self.batch_size()).any(0)
 
     def tile_steps(self, block_batch: int, batch_tiles: int) -> Tensor:
         """(batch_tiles,) int32: the number of steps of the longest sequence of each batch tile."""

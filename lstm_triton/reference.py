@@ -31,11 +31,17 @@ def activated_gates(
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
+    is_step: Tensor | None = None,
 ) -> Gates:
-    """The gates of steps, from the steps' inputs (..., I) and the short-term memories before the steps (..., P)."""
+    """The gates of steps, from the steps' inputs (..., I) and the short-term memories before the steps (..., P).
+
+    `is_step` (..., 1): the others are no steps, and no gradient flows back from their gates.
+    """
     gates = input @ weight_ih.T + h_before @ weight_hh.T
     if bias_ih is not None and bias_hh is not None:
         gates = gates + bias_ih + bias_hh
+    if is_step is not None:
+        gates = torch.where(is_step, gates, 0)
     i, f, g, o = gates.chunk(4, dim=-1)
     return Gates(torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o))
 
@@ -95,10 +101,13 @@ def lstm_layer(
     c_reset = torch.zeros_like(c) if c_reset is None else c_reset
     output, cells = [h] * steps, [c] * steps
     for t in reversed(range(steps)) if reverse else range(steps):
-        h_before, c_before = h, c
+        h_before, c_before, here = h, c, None
         if ragged is not None:
+            # Selected before the step and behind the products, not only at the end: 0 times a NaN would be a gradient.
+            here = is_step[t]
+            h, c = (torch.where(here, state, 0) for state in (h, c))
             h, c = torch.where(is_reset[t], h_reset, h), torch.where(is_reset[t], c_reset, c)
-        gates = activated_gates(input[t], h, weight_ih, weight_hh, bias_ih, bias_hh)
+        gates = activated_gates(input[t], h, weight_ih, weight_hh, bias_ih, bias_hh, here)
         c = next_cell(gates, c)
         h = gates.output * torch.tanh(c)
         if weight_hr is not None:

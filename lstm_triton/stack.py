@@ -164,12 +164,14 @@ class Options(NamedTuple):
         dropout: the probability of dropout on the output of every layer but the last.
         low_memory: keep little for backward, which then takes longer. It has no effect with `return_cells`.
         return_cells: whether every c_t is asked for.
+        shared_output: whether the output may share memory with what is kept for backward.
     """
 
     ragged: Ragged | None = None
     dropout: float = 0.0
     low_memory: bool = False
     return_cells: bool = False
+    shared_output: bool = False
 
 
 # What computes a stack: (input, start, stack, options) -> output (T, B, directions * P), h_n and c_n (lanes, B, ...),

@@ -47,8 +47,11 @@ def exported_lane(
         h, c = h_before, c_before
         if masks:
             is_step, is_reset = masks
+            # Selected before and behind the products, as in `lstm_layer` (reference.py).
+            h, c = torch.where(is_step, h, 0), torch.where(is_step, c, 0)
             h, c = torch.where(is_reset, h_reset, h), torch.where(is_reset, c_reset, c)
-        i, f, g, o = (gates + F.linear(h, weights.hh, weights.bias_hh)).chunk(4, dim=-1)
+        gates = gates + F.linear(h, weights.hh, weights.bias_hh)
+        i, f, g, o = (torch.where(is_step, gates, 0) if masks else gates).chunk(4, dim=-1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
         if weights.hr is not None:

@@ -48,7 +48,7 @@ class Scan(torch.autograd.Function):
             static.low_memory,
         )
         buffers, layout = Buffers(*kept), Layout.of(input, stack.hidden_size(), fixed.ragged())
-        output = layout.output(buffers.hidden, stack.directions, input.shape[:-1])
+        output = layout.output(buffers.hidden, stack.directions, input.shape[:-1], static.shared_output)
         cells = buffers.hidden.new_empty(0)
         if static.return_cells:
             cells = layout.cells(buffers.cell, input.dtype, input.shape[:-1])

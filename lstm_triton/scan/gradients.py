@@ -37,7 +37,7 @@ def of_lane(
         `preact`, `preact_reset`.
     """
     rows = grad_gates[layout.steps(), : 4 * layout.hidden_size]
-    weight_ih = weight_hh = bias = first = reset = None
+    weight_ih = weight_hh = bias = None
     if needed_weights.ih:
         parts = [products.matmul(rows.t(), each) for each in inputs]
         weight_ih = products.gate_major(parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
@@ -46,16 +46,20 @@ def of_lane(
         weight_hh = products.gate_major(products.matmul(rows.t(), hidden_before))
     if needed_weights.bias_ih or needed_weights.bias_hh:
         bias = products.gate_major(rows.sum(0, dtype=torch.float32).unsqueeze(1)).squeeze(1)
+    # Selected among the sequences behind the products: 0 times a weight that is not finite would be a NaN.
+    start = Start()
     if needed_start.h or needed_start.preact:
-        first = layout.first_step_gates(grad_gates, reverse)
+        gates = layout.first_step_gates(grad_gates, reverse)
+        if needed_start.h:
+            start = start._replace(h=layout.of_initial(_through_recurrent_weights(gates, weights), reverse))
+        if needed_start.preact:
+            start = start._replace(preact=layout.of_initial(products.gate_major(gates.t()).t(), reverse))
     if needed_start.h_reset or needed_start.preact_reset:
         reset = layout.reset_gates(rows, reverse)
-    start = Start(
-        h=_through_recurrent_weights(first, weights) if needed_start.h else None,
-        h_reset=_through_recurrent_weights(reset, weights) if needed_start.h_reset else None,
-        preact=products.gate_major(first.t()).t() if first is not None and needed_start.preact else None,
-        preact_reset=products.gate_major(reset.t()).t() if reset is not None and needed_start.preact_reset else None,
-    )
+        if reset is not None and needed_start.h_reset:
+            start = start._replace(h_reset=layout.of_resets(_through_recurrent_weights(reset, weights), reverse))
+        if reset is not None and needed_start.preact_reset:
+            start = start._replace(preact_reset=products.gate_major(reset.t()).t())
     found = LaneWeights(
         weight_ih,  # type: ignore[arg-type]
         weight_hh,  # type: ignore[arg-type]
@@ -65,8 +69,8 @@ def of_lane(
     return found, start
 
 
-def _through_recurrent_weights(gates: Tensor | None, weights: LaneWeights) -> Tensor | None:
-    return None if gates is None else products.matmul(gates, products.gate_minor(weights.hh), exact=True)
+def _through_recurrent_weights(gates: Tensor, weights: LaneWeights) -> Tensor:
+    return products.matmul(gates, products.gate_minor(weights.hh), exact=True)
 
 
 def add_absent_steps(grad_h_0: Tensor, grad_h_n: Tensor | None, layout: Layout) -> Tensor:
@@ -97,7 +101,8 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
     grad_input = None
     if needed.input:
         first = stack.layer(0)
-        grad_input = products.input_gradient(grad_gates[first], stack.weights[first], layout).view(input.shape)
+        grad_input = products.input_gradient(grad_gates[first], stack.weights[first], layout)
+        grad_input = layout.of_steps(grad_input).view(input.shape)
     needed_weights = Stack.of(needed.weights, static.directions, static.bias).weights
     grad_weights: list[Tensor | None] = []
     starts: list[Start] = []

@@ -6,7 +6,7 @@ from ..ragged import Ragged, tables_of
 from ..reference import Gates
 from ..stack import Inside, LaneWeights, Stack, Start
 from .forward import scan_forward
-from .layers import end_without_steps, folded, projected
+from .layers import end_without_steps, folded, projected, projected_steps
 from .layout import Layout
 
 
@@ -14,7 +14,7 @@ def scan_lane_inside(
     input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None
 ) -> Inside:
     """Run a lane. Also return the gates and cells that the kernels keep for the backward scan."""
-    own_weights, own_start = (weights, start) if weights.hr is None else folded(weights, start)
+    own_weights, own_start = (weights, start) if weights.hr is None else folded(weights, start, reverse, ragged)
     stack, own = Stack((own_weights,), reverse=reverse), own_start.map(lambda state: state.unsqueeze(0))
     hidden, _, cell, gates, h_n, c_n = scan_forward(
         input,
@@ -30,8 +30,9 @@ def scan_lane_inside(
         preact_reset=own.preact_reset,
     )
     layout, shape = Layout.of(input, stack.hidden_size(), ragged), input.shape[:-1]
-    output, h = layout.output(hidden, 1, shape), h_n[0]
+    output, h = layout.output(hidden, 1, shape, shared=True), h_n[0]
     if weights.hr is not None:
-        output, h = projected(output, weights), end_without_steps(projected(h, weights), start.h, ragged)
+        output = projected_steps(output, weights, ragged)
+        h = end_without_steps(projected(h, weights), start.h, ragged)
     found = gates[0].view(*shape, -1).chunk(4, dim=-1)
     return (output, h, c_n[0]), Gates(*found), layout.cells(cell, input.dtype, shape)[0]

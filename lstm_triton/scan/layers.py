@@ -26,8 +26,7 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
 
     Returns:
         output (T, B, directions * H), h_n and c_n (lanes, B, H), and with `return_cells` cells (lanes, T, B, H).
-        Ragged: output (rows, directions * H) and cells (lanes, rows, H), with zeros where there is no step. The output
-        may be a view of a buffer.
+        Ragged: output (rows, directions * H) and cells (lanes, rows, H), with zeros where there is no step.
 
     All tensors have one dtype (float32, float16 or bfloat16) and one device, on which kernels run (target.py). The
     caller has checked the arguments. Every tensor gets gradients of any order. The kernels compute first derivatives.
@@ -40,7 +39,9 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
     dropout = float(options.dropout) if stack.num_layers() > 1 else 0.0  # an int would be another type to a kernel
     seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
     low_memory = options.low_memory and not return_cells
-    static = Static(stack.directions, stack.bias(), stack.reverse, dropout, low_memory, return_cells)
+    # With low_memory, a single lane keeps little more than its h: a copy of the output would double it.
+    shared_output = options.shared_output or (low_memory and stack.lanes() == 1)
+    static = Static(stack.directions, stack.bias(), stack.reverse, dropout, low_memory, return_cells, shared_output)
     fixed, inputs = Fixed(seed, *tables_of(ragged)), Inputs(input, start, weights)
     count = 4 if return_cells else 3
     if transforms.in_forward_mode():
@@ -50,7 +51,7 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
     if is_single_step(input.shape[0], ragged is not None, dropout > 0, fuse_input=start.preact is None):
         output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, stack.directions, stack.bias())
         results = (output.unsqueeze(0), h_n, c_n)
-        return (*results, c_n.unsqueeze(1)) if return_cells else results
+        return (*results, c_n.unsqueeze(1).clone()) if return_cells else results
     hidden, _, cell, _, h_n, c_n = invoke(
         scan_forward,
         input,
@@ -68,7 +69,7 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
         start.preact_reset,
     )
     layout, shape = Layout.of(input, stack.hidden_size(), ragged), input.shape[:-1]
-    results = (layout.output(hidden, stack.directions, shape), h_n, c_n)
+    results = (layout.output(hidden, stack.directions, shape, shared=True), h_n, c_n)
     return (*results, layout.cells(cell, input.dtype, shape)) if return_cells else results
 
 
@@ -85,15 +86,18 @@ def scan_projected_layers(input: Tensor, start: Start, stack: Stack, options: Op
     for layer in range(stack.num_layers()):
         lanes = stack.layer(layer)
         part = stack.part(lanes)
-        folded_lanes = [folded(weights, start.of(lanes.start + at)) for at, weights in enumerate(part.weights)]
+        folded_lanes = [
+            folded(weights, start.of(lanes.start + at), part.is_reverse(at), options.ragged)
+            for at, weights in enumerate(part.weights)
+        ]
         output, y_n, *others = scan_layers(
             input,
             stacked([own_start for _, own_start in folded_lanes]),
             part._replace(weights=tuple(weights for weights, _ in folded_lanes)),
-            options,
+            options._replace(shared_output=True),  # nobody else gets y
         )
         outputs = zip(output.chunk(stack.directions, dim=-1), part.weights, strict=True)
-        input = torch.cat([projected(y, weights) for y, weights in outputs], dim=-1)
+        input = torch.cat([projected_steps(y, weights, options.ragged) for y, weights in outputs], dim=-1)
         h_n = torch.stack([projected(y, weights) for y, weights in zip(y_n, part.weights, strict=True)])
         ends.append((end_without_steps(h_n, start.of(lanes).h, options.ragged), *others))
         if options.dropout > 0 and layer < stack.num_layers() - 1:
@@ -101,18 +105,40 @@ def scan_projected_layers(input: Tensor, start: Start, stack: Stack, options: Op
     return input, *(torch.cat(each) for each in zip(*ends, strict=True))
 
 
-def folded(weights: LaneWeights, start: Start) -> tuple[LaneWeights, Start]:
+def folded(weights: LaneWeights, start: Start, reverse: bool, ragged: Ragged | None) -> tuple[LaneWeights, Start]:
     """A lane with a projection, rewritten as a lane without one. The new lane computes y instead of h.
 
     h_t = W_hr y_t, where y_t = o_t * tanh(c_t). So W_hh h_{t-1} = (W_hh W_hr) y_{t-1}. The product W_hh W_hr is
     computed here, before the scan. A step then has one exchange instead of two. A given h (initial or reset state) is
-    no W_hr y, so it is multiplied by W_hh here: `Start.preact` and `Start.preact_reset`.
+    no W_hr y, so it is multiplied by W_hh here: `Start.preact` and `Start.preact_reset`. If no step starts from an h,
+    the caller may have any value there: 0 takes its place, as 0 times a NaN would be a gradient of W_hh.
     """
     assert weights.hr is not None
     hh = weights.hh
-    without = weights._replace(hh=hh @ weights.hr, hr=None)
-    preacts = (None if h is None else h @ hh.t() for h in (start.h, start.h_reset))
+    without = weights._replace(hh=_within_range(hh, weights.hr) @ weights.hr, hr=None)
+    h, h_reset = start.h, start.h_reset
+    if ragged is not None and h is not None:
+        h = torch.where(ragged.starts_from_initial(reverse).unsqueeze(1), h, 0)
+    if ragged is not None and h_reset is not None:
+        h_reset = torch.where(ragged.starts_from_reset(reverse).unsqueeze(1), h_reset, 0)
+    preacts = (None if state is None else state @ hh.t() for state in (h, h_reset))
     return without, Start(None, start.c, None, start.c_reset, *preacts)
+
+
+def _within_range(hh: Tensor, hr: Tensor) -> Tensor:
+    """W_hh, with rows scaled down whose product with W_hr might leave the range of float16.
+
+    An infinity times a y of 0 would be a NaN. The gates of such a row are open or shut, since their pre-activations are
+    sums of huge terms. Scaled down, these sums keep their signs and are huge still. All other rows stay as they are.
+    """
+    if hh.dtype != torch.float16:
+        return hh
+    # A row's largest sum, even if all its terms have one sign.
+    norm = torch.linalg.vector_norm
+    most = norm(hh.detach(), 1, dim=1, keepdim=True, dtype=torch.float32) * norm(hr.detach(), torch.inf)
+    scale = (most / torch.finfo(hh.dtype).max).clamp(1, 1e30)  # never infinite: what is infinite in W_hh stays infinite
+    within: Tensor = (hh / scale).to(hh.dtype)
+    return within
 
 
 def projected(y: Tensor, weights: LaneWeights) -> Tensor:
@@ -121,8 +147,14 @@ def projected(y: Tensor, weights: LaneWeights) -> Tensor:
     return y @ weights.hr.t()
 
 
+def projected_steps(y: Tensor, weights: LaneWeights, ragged: Ragged | None) -> Tensor:
+    """h of all steps (..., P) from y (..., H). Without a step it is 0, whatever W_hr is, and passes no gradient on."""
+    h = projected(y, weights)
+    return h if ragged is None else torch.where(ragged.is_step().unsqueeze(1), h, 0)
+
+
 def end_without_steps(h_n: Tensor, h_0: Tensor | None, ragged: Ragged | None) -> Tensor:
     """h_n, but h_0 for sequences without steps: their final state is their initial state."""
-    if ragged is None or h_0 is None:
+    if ragged is None:
         return h_n
-    return torch.where(ragged.lengths.unsqueeze(1) > 0, h_n, h_0)
+    return torch.where(ragged.lengths.unsqueeze(1) > 0, h_n, 0 if h_0 is None else h_0)

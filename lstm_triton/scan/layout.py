@@ -79,7 +79,10 @@ class Layout(NamedTuple):
 
     def input_rows(self, input: Tensor) -> Tensor:
         """(rows, I) the input of the steps. Rows without a step are 0: the caller may have any value there."""
-        rows = input.reshape(self.rows, -1)
+        return self.of_steps(input.reshape(self.rows, -1))
+
+    def of_steps(self, rows: Tensor) -> Tensor:
+        """Values or gradients (rows, ...) of the steps; 0 where there is no step."""
         return rows if self.ragged is None else torch.where(self.ragged.is_step().unsqueeze(1), rows, 0)
 
     def hidden_before(self, hidden: Tensor, reverse: bool, rows: slice | None = None) -> Tensor:
@@ -95,13 +98,20 @@ class Layout(NamedTuple):
     def first_step_gates(self, grad_gates: Tensor, reverse: bool) -> Tensor:
         """(B, 4H) gate gradients of the first step of each sequence, out of a lane's `grad_gates`.
 
-        They are 0 if a sequence does not start from its initial state. Multiplied by W_hh: the gradient of h_0.
+        Multiplied by W_hh: the gradient of h_0, once `of_initial` has chosen among the sequences.
         """
-        columns, first = slice(4 * self.hidden_size), self.first(reverse)
+        return grad_gates[self.first(reverse), : 4 * self.hidden_size]
+
+    def of_initial(self, grads: Tensor, reverse: bool) -> Tensor:
+        """Gradients (B, ...) of the initial states; 0 for a sequence that does not start from its initial state."""
         if self.ragged is None:
-            return grad_gates[first, columns]
-        starts = self.ragged.starts_from_initial(reverse).unsqueeze(1)
-        return torch.where(starts, grad_gates.index_select(0, first)[:, columns], 0)  # type: ignore[arg-type]
+            return grads
+        return torch.where(self.ragged.starts_from_initial(reverse).unsqueeze(1), grads, 0)
+
+    def of_resets(self, grads: Tensor, reverse: bool) -> Tensor:
+        """Gradients (B, ...) of the reset states; 0 for a sequence that never starts from its reset state."""
+        assert self.ragged is not None
+        return torch.where(self.ragged.starts_from_reset(reverse).unsqueeze(1), grads, 0)
 
     def reset_gates(self, gate_rows: Tensor, reverse: bool) -> Tensor | None:
         """(B, 4H) gate gradients (rows, 4H), summed over the steps that start from the reset state.
@@ -129,18 +139,25 @@ class Layout(NamedTuple):
             is_reset = self.ragged.is_reset(reverse)[window.rows].view(-1, self.batch_size, 1)
             projected.view(*is_reset.shape[:2], -1).add_(torch.where(is_reset, start.preact_reset, 0))
 
-    def output(self, hidden: Tensor, directions: int, shape: torch.Size) -> Tensor:
-        """The outputs of the last layer, (*shape, directions * H), out of the state rows of h."""
-        lanes = hidden[-directions:, self.steps(), : self.hidden_size]
-        lanes = lanes.view(directions, *shape, self.hidden_size)
-        return lanes[0].contiguous() if directions == 1 else torch.cat(lanes.unbind(), dim=-1)
+    def output(self, hidden: Tensor, directions: int, shape: torch.Size, shared: bool) -> Tensor:
+        """The outputs of the last layer, (*shape, directions * H), out of the state rows of h.
+
+        `shared`: may share the memory of `hidden`, as one lane does whose rows are not padded. It shares its version
+        counter, too. So backward notices if somebody has changed it in place.
+        """
+        if directions == 2:
+            lanes = hidden[-2:, self.steps(), : self.hidden_size].view(2, *shape, self.hidden_size)
+            return torch.cat(lanes.unbind(), dim=-1)
+        lane = hidden[-1, self.steps(), : self.hidden_size].view(*shape, self.hidden_size)
+        # Detached, it is no view: an autograd.Function forbids to change a view in place.
+        return lane.contiguous().detach() if shared else lane.clone(memory_format=torch.contiguous_format)
 
     def cells(self, cell: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
-        """(lanes, *shape, H) every c_t, out of the state rows of c; 0 where there is no step."""
-        cells = cell[:, self.steps(), : self.hidden_size].to(dtype)
+        """(lanes, *shape, H) a copy of every c_t, out of the state rows of c; 0 where there is no step."""
+        cells = cell[:, self.steps(), : self.hidden_size]
         if self.ragged is not None:
-            return torch.where(self.ragged.is_step().unsqueeze(1), cells, 0)
-        return cells.view(-1, *shape, self.hidden_size)
+            return torch.where(self.ragged.is_step().unsqueeze(1), cells.to(dtype), 0)
+        return cells.view(-1, *shape, self.hidden_size).to(dtype, copy=True)
 
     def window(self, window: Window) -> "Layout":
         """The layout of one window."""

@@ -206,7 +206,7 @@ def _of_lane(
             sum_ += each
         if grad_below is not None:
             rows_gates = grad_gates[0, own.steps(), : 4 * hidden_size]
-            grad_below[window.rows] += products.matmul(rows_gates, products.gate_minor(weights.ih))
+            grad_below[window.rows] += own.of_steps(products.matmul(rows_gates, products.gate_minor(weights.ih)))
 
         # Gradients of the states that the window starts from. They flow into the window before.
         _add(total.h_reset, found_start.h_reset)
@@ -232,6 +232,6 @@ def _begins(layout: Layout, steps: slice, reverse: bool) -> Tensor | bool:
     return begins
 
 
-def _add(total: Tensor | None, found: Tensor | None, factor: Tensor | bool = True) -> None:
-    if total is not None and found is not None and factor is not False:
-        total += found if factor is True else found * factor
+def _add(total: Tensor | None, found: Tensor | None, where: Tensor | bool = True) -> None:
+    if total is not None and found is not None and where is not False:
+        total += found if where is True else torch.where(where, found, 0)

@@ -23,6 +23,7 @@ class Static(NamedTuple):
     dropout: float  # probability
     low_memory: bool
     return_cells: bool
+    shared_output: bool  # whether the output may share the memory of `Buffers.hidden`
 
 
 class Fixed(NamedTuple):

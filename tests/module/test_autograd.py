@@ -79,17 +79,10 @@ def test_backward_twice_with_retain_graph() -> None:
         assert torch.equal(one, other)
 
 
-def test_changing_the_output_in_place_is_noticed() -> None:
-    arguments = [tensor.requires_grad_() for tensor in LaneCase(3, 2, 3, 16).tensors()]
-    with interpreter.interpret():
-        output, _, _ = scan_layer(*arguments, reverse=False)
-        with pytest.raises(RuntimeError, match="modified inplace"):
-            output.mul_(2).sum().backward()
-
-
-def test_changing_a_padded_layers_output_in_place_does_no_harm() -> None:
-    """Its output is a copy, which nobody else needs."""
-    arguments = [tensor.requires_grad_() for tensor in LaneCase(3, 2, 3, 20).tensors()]
+@pytest.mark.parametrize("hidden_size", [16, 20], ids=["whole rows", "padded rows"])
+def test_changing_the_output_in_place_does_no_harm(hidden_size: int) -> None:
+    """It is a copy, which nobody else needs."""
+    arguments = [tensor.requires_grad_() for tensor in LaneCase(3, 2, 3, hidden_size).tensors()]
     with interpreter.interpret():
         output, _, _ = scan_layer(*arguments, reverse=False)
         expected = torch.autograd.grad(2 * output.sum(), arguments, retain_graph=True)
