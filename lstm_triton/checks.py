@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import transforms
 from .call import MEMORY, Call, CellCall
+from .ragged import batch_size_of
 from .stack import States
 
 
@@ -42,7 +43,7 @@ def check_arguments(
     if isinstance(input, PackedSequence):
         data, batch_sizes = input.data, input.batch_sizes
         batch_first = False  # there is no batch axis
-        time_steps, batch_size = batch_sizes.shape[0], int(batch_sizes[0])
+        time_steps, batch_size = batch_sizes.shape[0], batch_size_of(batch_sizes)
     else:
         data, batch_sizes = input, None
         dimensions = input.dim()
@@ -142,6 +143,15 @@ def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], d
         raise ValueError(f"lengths must have one number for each sequence, shape {shape}, got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"lengths must be on the input's device, {device}, got {lengths.device}")
+    if transforms.tracing():  # a traced program takes other lengths, and does not check them
+        with transforms.unrecorded():
+            _check_range(lengths, int(time_steps))
+    else:
+        _check_range(lengths, time_steps)
+    return lengths.reshape(-1)
+
+
+def _check_range(lengths: Tensor, time_steps: int) -> None:
     fits = ((lengths >= 0) & (lengths <= time_steps)).all()
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
         # To raise an exception, the host would wait for the device. With a number in the message, torch.compile would
@@ -150,7 +160,6 @@ def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], d
     elif not transforms.plain(fits).all():
         given = transforms.plain(lengths).tolist()
         raise ValueError(f"lengths must be from 0 to {time_steps}, the number of time steps, got {given}")
-    return lengths.reshape(-1)
 
 
 def _checked_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:

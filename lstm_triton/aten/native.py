@@ -73,7 +73,8 @@ def _without_onednns_layers() -> set[torch.dtype]:
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return {dtype for dtype, is_supported in supported.items() if not is_supported()}
+    with transforms.unrecorded():  # this file may be imported by the first call, inside torch.jit.trace
+        return {dtype for dtype, is_supported in supported.items() if not is_supported()}
 
 
 _WITHOUT_ONEDNNS_LAYERS = _without_onednns_layers()
