@@ -174,7 +174,7 @@ def packed(batch_sizes: Tensor, device: torch.device) -> Ragged:
     batch_size, cpu = batch_size_of(batch_sizes), batch_sizes.device
     offsets = torch.nn.functional.pad(batch_sizes.cumsum(0), (1, 0))
     rows = _number(offsets[-1])
-    numbers = torch.arange(rows, dtype=torch.int64, device=cpu)
+    numbers = torch.arange(rows, device=cpu)
     sequences = numbers - offsets[:-1].repeat_interleave(batch_sizes)
     own = batch_size + numbers
     before_sizes = torch.cat((batch_sizes[:1], batch_sizes[:-1]))
@@ -183,7 +183,7 @@ def packed(batch_sizes: Tensor, device: torch.device) -> Ragged:
     after = torch.where(
         sequences < after_sizes, own + batch_sizes.repeat_interleave(batch_sizes), batch_size + rows + sequences
     )
-    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch_size, dtype=torch.int64, device=cpu)).sum(0)
+    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch_size, device=cpu)).sum(0)
     tables = (before, after, offsets, lengths)
     return Ragged(*(table.to(torch.int32).to(device, non_blocking=True) for table in tables))
 

@@ -89,7 +89,7 @@ def _lane(
     """`formula_lane`, with `start.preact` and `start.preact_reset` as 4H more input features of weight 1."""
     if start.preact is not None or start.preact_reset is not None:
         input = torch.cat([input, _preacts(start, input, reverse, ragged)], dim=-1)
-        identity = torch.eye(weights.ih.shape[0]).to(weights.ih)
+        identity = torch.eye(weights.ih.shape[0], dtype=weights.ih.dtype, device=weights.ih.device)
         weights = weights._replace(ih=torch.cat([weights.ih, identity], dim=1))
     return formula_lane(input, start, weights, reverse=reverse, ragged=ragged, return_cells=return_cells)
 
