@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from . import gradients, low_memory
+from .batched import mapped
 from .buffers import Buffers
 from .dispatch import invoke
 from .formula import second_gradients, stack_by_formula
@@ -68,13 +69,9 @@ class Scan(torch.autograd.Function):
         results = Grads(*grads[:RESULTS])
         if not saved.static.return_cells:
             results = results._replace(cells=None)
-        needed = ctx.needs_input_grad[FIRST_INPUT:]
         # Autocast may be on where backward is called. The layer did not ask for it.
         with without_autocast(saved.inputs.input.device):
-            if torch.is_grad_enabled():
-                found = _Gradients.apply(needed, ctx.static, *results, *saved.tensors())  # type: ignore[no-untyped-call]
-            else:
-                found = _gradients(saved, Inputs.of(needed), results).flat()
+            found = mapped(partial(_backward, saved, ctx.needs_input_grad[FIRST_INPUT:]), *results)
         return *(None,) * FIRST_INPUT, *found
 
 
@@ -86,6 +83,13 @@ def _parts(arguments: tuple[Any, ...]) -> tuple[Static, Fixed, Inputs]:
 def _gradients(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
     of_stack = low_memory.of_stack if saved.static.low_memory else gradients.of_stack
     return of_stack(saved, needed, grads)
+
+
+def _backward(saved: Saved, needed: tuple[bool, ...], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        arguments = (needed, tuple(saved.static), *grads, *saved.tensors())
+        return _Gradients.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return _gradients(saved, Inputs.of(needed), Grads(*grads)).flat()
 
 
 class _Gradients(torch.autograd.Function):
@@ -109,8 +113,7 @@ class _Gradients(torch.autograd.Function):
         grads, saved = ctx.saved_tensors[:RESULTS], Saved.of(ctx.static, ctx.saved_tensors[RESULTS:])
         arguments = saved.inputs.flat()
         with without_autocast(saved.inputs.input.device):
-            formula = partial(_formula, saved)
-            found = second_gradients(formula, arguments, ctx.needed, grads, grads_of_gradients)
+            found = mapped(partial(second_gradients, partial(_formula, saved), arguments, ctx.needed, grads), *grads_of_gradients)
         unreached = (None,) * (len(ctx.saved_tensors) - RESULTS - len(arguments))
         return None, None, *found[:RESULTS], *unreached, *found[RESULTS:]
 

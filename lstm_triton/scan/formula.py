@@ -27,7 +27,7 @@ def gradients_by_formula(
     wanted = [place for place, need in enumerate(needed) if need]
 
     def results(*tensors: Tensor) -> list[Tensor]:
-        found = formula(*_replaced(arguments, wanted, tensors))
+        found = formula(*replaced(arguments, wanted, tensors))
         return [result for result, grad in zip(found, grads, strict=True) if grad is not None]
 
     pull_back = torch.func.vjp(results, *(arguments[place] for place in wanted))[1]
@@ -40,8 +40,8 @@ def second_gradients(
     arguments: Sequence[Any],
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
-    grads_of_gradients: Sequence[Tensor | None],
-) -> list[Tensor | None]:
+    *grads_of_gradients: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """Differentiate `gradients_by_formula`. Returns the gradients of all `grads`, then those of all `arguments`.
 
     Args:
@@ -52,17 +52,17 @@ def second_gradients(
     places = [place for place, tensor in enumerate(every) if tensor is not None]
 
     def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-        renewed = _replaced(every, places, tensors)
+        renewed = replaced(every, places, tensors)
         return gradients_by_formula(formula, renewed[len(grads) :], needed, renewed[: len(grads)])
 
     found, pull_back = torch.func.vjp(gradients, *(every[place] for place in places))[:2]
     given = [grad for grad, need in zip(grads_of_gradients, needed, strict=True) if need]
     pairs = zip(found, given, strict=True)
     pulled = pull_back(tuple(torch.zeros_like(each) if grad is None else grad for each, grad in pairs))
-    return _replaced([None] * len(every), places, pulled)
+    return tuple(replaced([None] * len(every), places, pulled))
 
 
-def _replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
+def replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
     """A copy of `values` with `others` at these places."""
     found = list(values)
     for place, other in zip(places, others, strict=True):

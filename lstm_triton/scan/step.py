@@ -1,5 +1,6 @@
 """One differentiable step of an LSTM layer: `LSTMCell` on the path through the kernels."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from .. import transforms
 from ..autocast import without_autocast
 from ..reference import lstm_cell
 from ..stack import States
+from .batched import mapped
 from .cell import cell_backward, cell_forward
 from .dispatch import invoke
 from .formula import second_gradients
@@ -74,10 +76,15 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad_h_1: Tensor, grad_c_1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Autocast may be on where backward is called. The cell did not ask for it.
         with without_autocast(grad_h_1.device):
-            arguments = (ctx.needs_input_grad, grad_h_1, grad_c_1, *ctx.saved_tensors)
-            if torch.is_grad_enabled():
-                return _Gradients.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
-            return _gradients(*arguments)
+            return mapped(partial(_backward, ctx.needs_input_grad, ctx.saved_tensors), grad_h_1, grad_c_1)
+
+
+def _backward(
+    needed: tuple[bool, ...], saved: tuple[Tensor | None, ...], grad_h_1: Tensor, grad_c_1: Tensor
+) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        return _Gradients.apply(needed, grad_h_1, grad_c_1, *saved)  # type: ignore[no-untyped-call, no-any-return]
+    return _gradients(needed, grad_h_1, grad_c_1, *saved)
 
 
 class _Gradients(torch.autograd.Function):
@@ -99,7 +106,8 @@ class _Gradients(torch.autograd.Function):
         grad_h_1, grad_c_1, _, _, *arguments = ctx.saved_tensors  # the formula computes c_1 and the gates itself
         grads = (grad_h_1, grad_c_1)
         with without_autocast(grad_h_1.device):
-            of_h_1, of_c_1, *found = second_gradients(lstm_cell, arguments, ctx.needed, grads, grads_of_gradients)
+            second = partial(second_gradients, lstm_cell, arguments, ctx.needed, grads)
+            of_h_1, of_c_1, *found = mapped(second, *grads_of_gradients)
         return None, of_h_1, of_c_1, None, None, *found
 
 
