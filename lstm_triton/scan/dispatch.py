@@ -45,6 +45,26 @@ def _is_observed(arguments: tuple[Any, ...]) -> bool:
     return False
 
 
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`.
+
+    torch.compile takes a tensor as one argument only. So a tensor that is given again is given as a view of itself: one
+    tensor as both states, weights shared by layers.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        given: list[Tensor] = []
+        others: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                if any([argument is each for each in given]):
+                    argument = argument.view_as(argument)
+                else:
+                    given.append(argument)
+            others.append(argument)
+        arguments = tuple(others)
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
 def named(operator: Any, arguments: Sequence[Any]) -> SimpleNamespace:
     """An operator's arguments by the names of its parameters. A parameter that is left out has its default."""
     defaults = _defaults(operator)

@@ -12,7 +12,7 @@ from ..reference import lstm_cell
 from ..stack import States
 from .batched import mapped
 from .cell import cell_backward, cell_forward
-from .dispatch import invoke
+from .dispatch import apply, invoke
 from .formula import second_gradients
 
 
@@ -38,7 +38,7 @@ def step(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *weights: Tensor
         return lstm_cell(*arguments)
     needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in arguments)
     if torch.is_grad_enabled() and (needs_gradients or transforms.active()):
-        h_1, c_1, _ = _Step.apply(*arguments)  # type: ignore[no-untyped-call]
+        h_1, c_1, _ = apply(_Step, *arguments)
     else:
         h_1, c_1, _ = invoke(cell_forward, *arguments, False, "matmul")
     return h_1, c_1
