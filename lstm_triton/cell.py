@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from . import transforms
 from .call import CellCall
 from .checks import call_of_cell
+from .leaf import Leaf
 from .reference import lstm_cell
 from .routing import choose
 from .stack import States
 
 
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(Leaf, nn.LSTMCell):
     r"""`torch.nn.LSTMCell`, computed by one Triton kernel where it can run, and by PyTorch's own function elsewhere.
 
     .. math::

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from .call import Memory, Sequences
 from .checks import checked_memory
 from .functional import lstm
+from .leaf import Leaf
 from .stack import States
 
 Layer = TypeVar("Layer", bound=nn.RNNBase)
 
 
-class LSTM(nn.RNNBase):
+class LSTM(Leaf, nn.RNNBase):
     r"""`torch.nn.LSTM`, computed by Triton kernels where they can run, and by PyTorch's own function elsewhere.
 
     For each time step :math:`t`, each layer computes

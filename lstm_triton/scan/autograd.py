@@ -113,7 +113,9 @@ class _Gradients(torch.autograd.Function):
         grads, saved = ctx.saved_tensors[:RESULTS], Saved.of(ctx.static, ctx.saved_tensors[RESULTS:])
         arguments = saved.inputs.flat()
         with without_autocast(saved.inputs.input.device):
-            found = mapped(partial(second_gradients, partial(_formula, saved), arguments, ctx.needed, grads), *grads_of_gradients)
+            found = mapped(
+                partial(second_gradients, partial(_formula, saved), arguments, ctx.needed, grads), *grads_of_gradients
+            )
         unreached = (None,) * (len(ctx.saved_tensors) - RESULTS - len(arguments))
         return None, None, *found[:RESULTS], *unreached, *found[RESULTS:]
 

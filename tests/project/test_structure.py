@@ -254,7 +254,17 @@ def test_tests_that_import_tests(tmp_path: Path) -> None:
 
 # Functions that make a tensor on the default device, and those of them whose dtype may be the default dtype.
 INTEGERS = {"arange", "randint", "randperm"}
-FACTORIES = INTEGERS | {"as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal"}
+FACTORIES = INTEGERS | {
+    "as_tensor",
+    "asarray",
+    "empty",
+    "empty_strided",
+    "eye",
+    "full",
+    "linspace",
+    "logspace",
+    "normal",
+}
 FACTORIES |= {"ones", "rand", "randn", "scalar_tensor", "tensor", "zeros"}
 
 

@@ -66,7 +66,9 @@ class Called(nn.Module):
             "resets": torch.rand(time_steps, batch_size) < 0.4,
             "lengths": torch.randint(time_steps + 1, (batch_size,)),
             # The longest has all steps, as `pad_packed_sequence` pads to the longest.
-            "packed lengths": torch.cat([torch.tensor([time_steps]), torch.randint(1, time_steps + 1, (batch_size - 1,))]),
+            "packed lengths": torch.cat(
+                [torch.tensor([time_steps]), torch.randint(1, time_steps + 1, (batch_size - 1,))]
+            ),
             "h_0": torch.randn(lanes, batch_size, output_size),
             "h_reset": torch.randn(lanes, batch_size, output_size),
             "c_0": torch.randn(lanes, batch_size, lstm.hidden_size),
