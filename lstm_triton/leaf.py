@@ -19,7 +19,7 @@ class Leaf(nn.Module):
             if proxy is not None:
                 tracer: Any = proxy.tracer
                 return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, by_name)
-        return super()._call_impl(*arguments, **by_name)
+        return super()._call_impl(*arguments, **by_name)  # type: ignore[no-untyped-call]
 
 
 def _proxy_in(*arguments: object) -> Proxy | None:

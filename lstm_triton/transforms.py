@@ -48,11 +48,11 @@ def tracing() -> bool:
 def unrecorded() -> Iterator[None]:
     """A context in which torch.jit.trace records nothing: for what does not depend on a traced program's arguments."""
     state = torch._C._get_tracing_state()
-    torch._C._set_tracing_state(None)  # type: ignore[arg-type]
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)  # type: ignore[arg-type]
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ def traced_lane(
     input: Tensor, start: Start, weights: LaneWeights, *, reverse: bool, ragged: Ragged | None, return_cells: bool
 ) -> LaneResults:
     """A `Lane` of any dtype, also with projections, for batches that are not packed."""
-    shape = input.shape[:2] if ragged is None else (ragged.time_steps(), ragged.batch_size())
-    tables = dense(None, None, *shape, input.device) if ragged is None else ragged
+    tables = dense(None, None, input.shape[0], input.shape[1], input.device) if ragged is None else ragged
+    shape = (input.shape[0], input.shape[1]) if ragged is None else (ragged.time_steps(), ragged.batch_size())
     is_step, is_reset = (mask.view(*shape, 1) for mask in (tables.is_step(), tables.is_reset(reverse)))
     h_0 = input.new_zeros(shape[1], weights.hh.shape[1]) if start.h is None else start.h
     c_0 = input.new_zeros(shape[1], weights.hh.shape[0] // 4) if start.c is None else start.c
@@ -61,7 +61,7 @@ def traced_packed_lane(
 def _scripted_loop() -> Callable[..., Any]:
     with warnings.catch_warnings(), transforms.unrecorded():
         warnings.simplefilter("ignore")  # newer versions of PyTorch say that TorchScript is deprecated
-        return torch.jit.script(_loop)  # type: ignore[no-any-return]
+        return torch.jit.script(_loop)
 
 
 def _loop(

@@ -4,7 +4,7 @@ PyTorch computes them by its first vmap, which knows no operators of other libra
 takes its place, since the operators of the kernels have rules for torch.vmap (vmap.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,19 +20,19 @@ def mapped(function: Callable[..., Gradients], *grads: Tensor | None) -> Gradien
     """`function(*grads)`, through torch.vmap if autograd has batched any of the grads."""
     if torch.compiler.is_dynamo_compiling():
         return function(*grads)
-    places = [place for place, grad in enumerate(grads) if grad is not None and _is_batched(grad)]
-    if not places:
+    batched = {place: grad for place, grad in enumerate(grads) if grad is not None and _is_batched(grad)}
+    if not batched:
         return function(*grads)
     missing: list[bool] = []
 
-    def of_entry(*chosen: Tensor) -> Gradients:
-        found = function(*replaced(grads, places, chosen))
+    def of_entry(*chosen: Tensor) -> tuple[Tensor, ...]:
+        found = function(*replaced(grads, list(batched), chosen))
         missing[:] = [each is None for each in found]
         return tuple(each for each in found if each is not None)
 
-    entries = [torch._remove_batch_dim(grads[place], _LEVEL, 1, 0) for place in places]
-    found = iter(torch.vmap(of_entry)(*entries))
-    return tuple(None if is_missing else torch._add_batch_dim(next(found), 0, _LEVEL) for is_missing in missing)
+    entries = [torch._remove_batch_dim(grad, _LEVEL, 1, 0) for grad in batched.values()]
+    found: Iterator[Tensor] = iter(torch.vmap(of_entry)(*entries))
+    return tuple([None if is_missing else torch._add_batch_dim(next(found), 0, _LEVEL) for is_missing in missing])
 
 
 def _is_batched(tensor: Tensor) -> bool:

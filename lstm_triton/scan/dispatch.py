@@ -56,13 +56,13 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
         others: list[Any] = []
         for argument in arguments:
             if isinstance(argument, Tensor):
-                if any([argument is each for each in given]):
+                if True in [argument is each for each in given]:
                     argument = argument.view_as(argument)
                 else:
                     given.append(argument)
             others.append(argument)
         arguments = tuple(others)
-    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return function.apply(*arguments)
 
 
 def named(operator: Any, arguments: Sequence[Any]) -> SimpleNamespace:

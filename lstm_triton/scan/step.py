@@ -1,5 +1,6 @@
 """One differentiable step of an LSTM layer: `LSTMCell` on the path through the kernels."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ class _Step(torch.autograd.Function):
 
 
 def _backward(
-    needed: tuple[bool, ...], saved: tuple[Tensor | None, ...], grad_h_1: Tensor, grad_c_1: Tensor
+    needed: tuple[bool, ...], saved: Sequence[Any], grad_h_1: Tensor, grad_c_1: Tensor
 ) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         return _Gradients.apply(needed, grad_h_1, grad_c_1, *saved)  # type: ignore[no-untyped-call, no-any-return]

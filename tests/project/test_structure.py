@@ -254,18 +254,8 @@ def test_tests_that_import_tests(tmp_path: Path) -> None:
 
 # Functions that make a tensor on the default device, and those of them whose dtype may be the default dtype.
 INTEGERS = {"arange", "randint", "randperm"}
-FACTORIES = INTEGERS | {
-    "as_tensor",
-    "asarray",
-    "empty",
-    "empty_strided",
-    "eye",
-    "full",
-    "linspace",
-    "logspace",
-    "normal",
-}
-FACTORIES |= {"ones", "rand", "randn", "scalar_tensor", "tensor", "zeros"}
+FACTORIES = INTEGERS | {"as_tensor", "asarray", "empty", "eye", "full", "linspace", "normal", "ones", "rand", "randn"}
+FACTORIES |= {"empty_strided", "logspace", "scalar_tensor", "tensor", "zeros"}
 
 
 def tensors_by_default(tree: Tree) -> list[str]:
@@ -280,9 +270,8 @@ def tensors_by_default(tree: Tree) -> list[str]:
                 wanted = {"device"} if function.attr in INTEGERS else {"device", "dtype"}
                 missing = wanted - {keyword.arg for keyword in node.keywords}
                 if missing:
-                    found.append(
-                        f"{tree.place(module, node.lineno)}: torch.{function.attr} without {' and '.join(sorted(missing))}"
-                    )
+                    place, names = tree.place(module, node.lineno), " and ".join(sorted(missing))
+                    found.append(f"{place}: torch.{function.attr} without {names}")
     return found
 
 

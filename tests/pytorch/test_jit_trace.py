@@ -125,7 +125,7 @@ def test_the_kernels_are_not_recorded() -> None:
     module = Called(lstm_triton.LSTM(2, 3), ("resets",))
     with interpret():
         traced = torch.jit.trace(module, module.arguments(4, 2))
-        with lstm_triton.backend("triton"), pytest.raises(RuntimeError, match="torch.jit.trace does not record"):
+        with lstm_triton.backend("triton"), pytest.raises(RuntimeError, match=r"torch\.jit\.trace does not record"):
             torch.jit.trace(module, module.arguments(4, 2))
     arguments = module.arguments(6, 5)
     torch.testing.assert_close(traced(*arguments), module(*arguments))
