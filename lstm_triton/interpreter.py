@@ -29,6 +29,8 @@ class Interpreted(Gpus):
         return device.type == "cpu" or super().takes(device)
 
 
+SET_BEFORE = "the kernels can be interpreted only with TRITON_INTERPRET=1 set before Triton is imported"
+
 _seed: int | None = None  # of the schedule; None: inactive
 
 
@@ -56,7 +58,7 @@ def interpret(seed: int = 0) -> Iterator[None]:
     """
     global _seed
     if os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("the kernels can be interpreted only with TRITON_INTERPRET=1 set before Triton is imported")
+        raise RuntimeError(SET_BEFORE)
     _install()
     previous, _seed = _seed, seed
     try:
@@ -83,6 +85,8 @@ def _install() -> None:
 
     if not hasattr(interpreter.InterpretedFunction, "run"):
         raise RuntimeError("interpreting the kernels needs Triton 3.6 or later")
+    if not isinstance(tl.cdiv, interpreter.InterpretedFunction):  # a function of Triton's own library
+        raise RuntimeError(f"{SET_BEFORE}: Triton was imported before it was set. Set it in the shell")
     shortcuts.install()
     builder = interpreter.interpreter_builder
     schedule = _Schedule(builder, greenlet.greenlet, greenlet.getcurrent)

@@ -61,7 +61,7 @@ def native(
     dropout = dropout if training else 0.0
     # Only in training mode does cuDNN keep what backward needs.
     differentiable = partial(lstm, training=True, dropout=dropout)
-    results: LaneResults = _Native.apply(differentiable, dropout > 0, *tensors)  # type: ignore[no-untyped-call]
+    results: LaneResults = LSTMNative.apply(differentiable, dropout > 0, *tensors)  # type: ignore[no-untyped-call]
     return results
 
 
@@ -97,7 +97,7 @@ def _is_cudnns(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.backends.cudnn.enabled
 
 
-class _Native(torch.autograd.Function):
+class LSTMNative(torch.autograd.Function):
     """First derivatives through cuDNN's own graph, second derivatives through another graph without cuDNN."""
 
     @staticmethod

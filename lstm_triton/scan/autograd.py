@@ -17,10 +17,10 @@ from .layout import Layout
 from .saved import Fixed, Grads, Inputs, Saved, Static, stack_of
 
 RESULTS = len(Grads._fields)  # output, h_n, c_n, cells; the buffers come after them
-FIRST_INPUT = len(Static._fields) + len(Fixed._fields)  # where `Inputs` begin among the arguments of `Scan`
+FIRST_INPUT = len(Static._fields) + len(Fixed._fields)  # where `Inputs` begin among the arguments of `LSTMScan`
 
 
-class Scan(torch.autograd.Function):
+class LSTMScan(torch.autograd.Function):
     """Arguments: `Static`, `Fixed`, `Inputs`, as one flat list. Results: output, h_n, c_n, cells, then `Buffers`."""
 
     generate_vmap_rule = True
@@ -88,11 +88,11 @@ def _gradients(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
 def _backward(saved: Saved, needed: tuple[bool, ...], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         arguments = (needed, tuple(saved.static), *grads, *saved.tensors())
-        return _Gradients.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+        return LSTMScanGradients.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
     return _gradients(saved, Inputs.of(needed), Grads(*grads)).flat()
 
 
-class _Gradients(torch.autograd.Function):
+class LSTMScanGradients(torch.autograd.Function):
     """`_gradients`, made differentiable. Arguments: `needed`, `Static`, then `Grads` and `Saved` as one flat list."""
 
     generate_vmap_rule = True

@@ -27,6 +27,9 @@ def invoke(operator: Any, *arguments: Any) -> Any:
     if _is_observed(arguments):
         return operator(*arguments)
     try:
+        if torch._C._autograd._profiler_enabled():  # a profiler shows the name, as the dispatcher would tell it
+            with torch.profiler.record_function(operator._qualname):
+                return operator._init_fn(*arguments)
         return operator._init_fn(*arguments)
     except RuntimeError as error:
         if (failed := explained(error)) is None:

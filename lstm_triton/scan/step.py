@@ -39,7 +39,7 @@ def step(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *weights: Tensor
         return lstm_cell(*arguments)
     needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in arguments)
     if torch.is_grad_enabled() and (needs_gradients or transforms.active()):
-        h_1, c_1, _ = apply(_Step, *arguments)
+        h_1, c_1, _ = apply(LSTMStep, *arguments)
     else:
         h_1, c_1, _ = invoke(cell_forward, *arguments, False, "matmul")
     return h_1, c_1
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
     bias_hh: Any
 
 
-class _Step(torch.autograd.Function):
+class LSTMStep(torch.autograd.Function):
     """Arguments: `Inputs`, as one flat list. Results: h_1, c_1 and the gates."""
 
     generate_vmap_rule = True
@@ -84,11 +84,11 @@ def _backward(
     needed: tuple[bool, ...], saved: Sequence[Any], grad_h_1: Tensor, grad_c_1: Tensor
 ) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        return _Gradients.apply(needed, grad_h_1, grad_c_1, *saved)  # type: ignore[no-untyped-call, no-any-return]
+        return LSTMStepGradients.apply(needed, grad_h_1, grad_c_1, *saved)  # type: ignore[no-untyped-call, no-any-return]
     return _gradients(needed, grad_h_1, grad_c_1, *saved)
 
 
-class _Gradients(torch.autograd.Function):
+class LSTMStepGradients(torch.autograd.Function):
     """`_gradients`, made differentiable by the formula."""
 
     generate_vmap_rule = True
