@@ -83,7 +83,9 @@ def _loop(
     outputs: List[Tensor] = []  # noqa: UP006
     cells: List[Tensor] = []  # noqa: UP006
     for t in range(gates.shape[0]):
-        h_before, c_before = torch.where(is_reset[t], h_reset, h), torch.where(is_reset[t], c_reset, c)
+        # Without a step the state may have any value, too.
+        h_before = torch.where(is_step[t], torch.where(is_reset[t], h_reset, h), torch.zeros_like(h))
+        c_before = torch.where(is_step[t], torch.where(is_reset[t], c_reset, c), torch.zeros_like(c))
         preact = gates[t] + torch.nn.functional.linear(h_before, weight_hh)
         i, f, g, o = preact.chunk(4, dim=-1)
         c_now = torch.sigmoid(f) * c_before + torch.sigmoid(i) * torch.tanh(g)

@@ -20,7 +20,8 @@ def mapped(function: Callable[..., Gradients], *grads: Tensor | None) -> Gradien
     """`function(*grads)`, through torch.vmap if autograd has batched any of the grads."""
     if torch.compiler.is_dynamo_compiling():
         return function(*grads)
-    batched = {place: grad for place, grad in enumerate(grads) if grad is not None and _is_batched(grad)}
+    is_batched = torch._C._functorch.is_legacy_batchedtensor
+    batched = {place: grad for place, grad in enumerate(grads) if grad is not None and is_batched(grad)}
     if not batched:
         return function(*grads)
     missing: list[bool] = []
@@ -33,7 +34,3 @@ def mapped(function: Callable[..., Gradients], *grads: Tensor | None) -> Gradien
     entries = [torch._remove_batch_dim(grad, _LEVEL, 1, 0) for grad in batched.values()]
     found: Iterator[Tensor] = iter(torch.vmap(of_entry)(*entries))
     return tuple([None if is_missing else torch._add_batch_dim(next(found), 0, _LEVEL) for is_missing in missing])
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    return torch._C._functorch.is_legacy_batchedtensor(tensor)

@@ -181,3 +181,14 @@ def test_onnx_for_other_sizes_and_values(given: tuple[str, ...]) -> None:
         expected = [result.detach().numpy() for result in module(*arguments)]
         for actual, each in zip(session.run(None, feed), expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(actual), torch.from_numpy(each), rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_without_steps_reaches_no_gradient() -> None:
+    """Not even if it is NaN."""
+    module = Called(lstm_triton.LSTM(2, 3), ("lengths", "h_0", "c_0"))
+    input, _, h_0, c_0 = module.arguments(3, 2)
+    traced = torch.jit.trace(module, (input, torch.tensor([1, 2]), h_0, c_0), check_trace=False)
+    states = torch.stack((h_0, c_0)).index_fill(2, torch.tensor([0]), torch.nan)
+    with torch.jit.optimized_execution(False):
+        output, *_ = traced(input, torch.tensor([0, 3]), *states)
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(output.sum(), list(module.parameters())))
