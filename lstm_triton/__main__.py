@@ -38,7 +38,7 @@ def usable_device(text: str) -> torch.device:
     """A device that can hold tensors on this machine. It is tested by using it."""
     try:
         device = torch.device(text)
-        torch.zeros(1, device=device).cpu()
+        torch.zeros(1, dtype=torch.float32, device=device).cpu()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from error

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import refusal, transforms
 from .call import CellCall
 from .cell_checks import call_of_cell
+from .leaf import Leaf
 from .reference import lstm_cell
 from .refusal import LaunchRefused
 from .routing import choose, fall_back
@@ -18,7 +19,7 @@ from .torchscript import scriptable
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-class LSTMCell(nn.LSTMCell):
+class LSTMCell(Leaf, nn.LSTMCell):
     r"""`torch.nn.LSTMCell`, computed by one Triton kernel where it can run, and by PyTorch's own function elsewhere.
 
     .. math::

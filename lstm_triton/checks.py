@@ -12,6 +12,7 @@ from .attributes import options_of, weights_of
 from .call import MEMORY, Call
 from .option_checks import check_bools, checked_dropout, checked_int, checked_weights
 from .packed_checks import check_packed
+from .ragged import batch_size_of
 from .stack import States
 
 INTEGERS = {
@@ -67,7 +68,7 @@ def check_arguments(
     states = None if hx is None else (hx[0], hx[1])
     if isinstance(input, PackedSequence):
         data, batch_sizes = input.data, input.batch_sizes
-        time_steps, batch_size = batch_sizes.shape[0], int(batch_sizes[0])
+        time_steps, batch_size = batch_sizes.shape[0], batch_size_of(batch_sizes)
     else:
         data, batch_sizes = input, None
         dimensions = input.dim()
@@ -194,6 +195,15 @@ def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], d
         raise ValueError(f"lengths must be on the input's device, {device}, got {lengths.device}")
     if lengths.dtype not in (torch.int32, torch.int64):  # a comparison would convert T to the dtype of the lengths
         lengths = lengths.to(torch.int64)
+    if transforms.tracing():  # a traced program takes other lengths, and does not check them
+        with transforms.unrecorded():
+            _check_range(lengths, int(time_steps))
+    else:
+        _check_range(lengths, time_steps)
+    return lengths.reshape(-1)
+
+
+def _check_range(lengths: Tensor, time_steps: int) -> None:
     fits = ((lengths >= 0) & (lengths <= time_steps)).all()
     if lengths.device.type != "cpu" or torch.compiler.is_compiling():
         # To raise an exception, the host would wait for the device. With a number in the message, torch.compile would
@@ -202,7 +212,6 @@ def _checked_lengths(lengths: Tensor, time_steps: int, shape: tuple[int, ...], d
     elif not transforms.plain(fits).all():
         given = transforms.plain(lengths).tolist()
         raise ValueError(f"lengths must be from 0 to {time_steps}, the number of time steps, got {given}")
-    return lengths.reshape(-1)
 
 
 def _checked_resets(resets: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -45,6 +45,9 @@ class Interpreted(Gpus):
         return device.type != "cpu"
 
 
+SET_BEFORE = "the kernels can be interpreted only with TRITON_INTERPRET=1 set before Triton is imported"
+
+
 def active() -> bool:
     """Whether CPU tensors take the Triton path now."""
     return isinstance(target.current(), Interpreted)
@@ -72,7 +75,7 @@ def interpret(seed: int = 0, *, all_threads: bool = False) -> AbstractContextMan
     Inside, a kernel whose programs wait for values that never come raises Deadlock.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError("the kernels can be interpreted only with TRITON_INTERPRET=1 set before Triton is imported")
+        raise RuntimeError(SET_BEFORE)
     with _installing:
         _install()
     return target.running_on(Interpreted(seed), all_threads=all_threads)
@@ -95,6 +98,8 @@ def _install() -> None:
 
     if not hasattr(interpreter.InterpretedFunction, "run"):
         raise RuntimeError("interpreting the kernels needs Triton 3.6 or later")
+    if not isinstance(tl.cdiv, interpreter.InterpretedFunction):  # a function of Triton's own library
+        raise RuntimeError(f"{SET_BEFORE}: Triton was imported before it was set. Set it in the shell")
     shortcuts.install()
     builder = interpreter.interpreter_builder
     schedule = _Schedule(builder, greenlet.greenlet, greenlet.getcurrent)

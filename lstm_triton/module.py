@@ -11,13 +11,14 @@ from .attributes import MEMORY_ATTRIBUTE, computed_weights, memory_of, options_o
 from .call import MEMORY, Memory, Sequences
 from .checks import checked_memory, weights_in_use
 from .functional import lstm
+from .leaf import Leaf
 from .stack import States
 from .torchscript import scriptable
 
 Layer = TypeVar("Layer", bound=nn.RNNBase)
 
 
-class LSTM(nn.RNNBase):
+class LSTM(Leaf, nn.RNNBase):
     r"""`torch.nn.LSTM`, computed by Triton kernels where they can run, and by PyTorch's own function elsewhere.
 
     For each time step :math:`t`, each layer computes

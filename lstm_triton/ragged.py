@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import transforms
+
 
 class Ragged(NamedTuple):
     """The tables of T time steps and B sequences. `rows` counts the rows of all steps.
@@ -164,20 +166,31 @@ def dense(
     return Ragged(before.to(torch.int32), after.to(torch.int32), offsets, lengths)
 
 
+def batch_size_of(batch_sizes: Tensor) -> int:
+    """B of a `PackedSequence`."""
+    return _number(batch_sizes[0])
+
+
+def _number(value: Tensor) -> int:
+    """The value on the host. It stays a tensor while torch.jit.trace records: sizes then are tensors, too."""
+    return value if transforms.tracing() else int(value)  # type: ignore[return-value]
+
+
 def packed(batch_sizes: Tensor, device: torch.device) -> Ragged:
     """The tables of a `PackedSequence`. They are made on the CPU, where the batch sizes are, and copied."""
-    batch_size = int(batch_sizes[0])
+    batch_size, cpu = batch_size_of(batch_sizes), batch_sizes.device
     offsets = torch.nn.functional.pad(batch_sizes.cumsum(0), (1, 0))
-    rows = int(offsets[-1])
-    sequences = torch.arange(rows) - offsets[:-1].repeat_interleave(batch_sizes)
-    own = batch_size + torch.arange(rows)
-    before_sizes = torch.nn.functional.pad(batch_sizes[:-1], (1, 0), value=batch_size)
+    rows = _number(offsets[-1])
+    numbers = torch.arange(rows, device=cpu)
+    sequences = numbers - offsets[:-1].repeat_interleave(batch_sizes)
+    own = batch_size + numbers
+    before_sizes = torch.cat((batch_sizes[:1], batch_sizes[:-1]))
     after_sizes = torch.nn.functional.pad(batch_sizes[1:], (0, 1)).repeat_interleave(batch_sizes)
     before = own - before_sizes.repeat_interleave(batch_sizes)
     after = torch.where(
         sequences < after_sizes, own + batch_sizes.repeat_interleave(batch_sizes), batch_size + rows + sequences
     )
-    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch_size)).sum(0)
+    lengths = (batch_sizes.unsqueeze(1) > torch.arange(batch_size, device=cpu)).sum(0)
     tables = (before, after, offsets, lengths)
     return Ragged(*(table.to(torch.int32).to(device, non_blocking=True) for table in tables))
 

@@ -50,7 +50,7 @@ def _obstacle(call: Call | CellCall) -> str | None:
     device = call.data.device
     if not target.current().takes(device):
         return f"the kernels run on NVIDIA GPUs, not on {device.type!r} tensors"
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if transforms.tracing():
         return "torch.jit.trace does not record the kernels"
     for tensor in call.tensors():
         if tensor.device != device:

@@ -1,8 +1,11 @@
-"""Is a call inside torch.func (vmap, grad, jvp), inside forward-mode differentiation, or inside torch.export?
+"""Is a call inside torch.func (vmap, grad, jvp), forward-mode differentiation, torch.export or torch.jit.trace?
 
 Forward-mode derivatives take the step-by-step formula (reference.py). Without kernels, every vmap takes the formula,
 too. PyTorch's own function has rules for neither. The kernels' rules for vmap are in scan/vmap.py.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -34,6 +37,22 @@ def exporting() -> bool:
     behind this function is right in all versions.
     """
     return torch.compiler._is_exporting_flag
+
+
+def tracing() -> bool:
+    """Whether torch.jit.trace records the call. It does so for ONNX's older exporter, too. Sizes are then tensors."""
+    return torch.jit.is_tracing()  # type: ignore[attr-defined, no-any-return, no-untyped-call]
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """A context in which torch.jit.trace records nothing: for what does not depend on a traced program's arguments."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
 
 
 def plain(tensor: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ def lane_of(call: Call) -> Lane | None:
     """What computes a lane of a call; None: PyTorch's own function computes the whole stack."""
     packed = call.batch_sizes is not None
     interrupted = call.lengths is not None or call.resets is not None
+    if transforms.tracing():
+        return _traced_lane_of(call, interrupted)
     if transforms.need_formula() or (transforms.active() and (interrupted or packed)):
         return formula_lane
     if transforms.exporting() and not packed:
@@ -26,6 +28,20 @@ def lane_of(call: Call) -> Lane | None:
     if torch.compiler.is_dynamo_compiling() and not packed:
         return operator_lane
     return native_lane if interrupted or call.return_cells else None
+
+
+def _traced_lane_of(call: Call, interrupted: bool) -> Lane | None:
+    """`lane_of` for torch.jit.trace. The whole stack is recorded as one call, which takes other sizes."""
+    if transforms.need_formula() or (transforms.active() and interrupted):
+        raise RuntimeError(
+            "torch.jit.trace would fix the number of time steps of an LSTM inside torch.func or forward-mode "
+            "differentiation: trace the call outside of them"
+        )
+    if not interrupted and not call.return_cells:
+        return None
+    from .traced import traced_lane, traced_packed_lane
+
+    return traced_lane if call.batch_sizes is None else traced_packed_lane
 
 
 def whole_stack(call: Call) -> Results:

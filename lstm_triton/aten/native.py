@@ -61,7 +61,7 @@ def native(
     dropout = dropout if training else 0.0
     # Only in training mode does cuDNN keep what backward needs.
     differentiable = partial(lstm, training=True, dropout=dropout)
-    results: LaneResults = _Native.apply(differentiable, dropout > 0, *tensors)  # type: ignore[no-untyped-call]
+    results: LaneResults = LSTMNative.apply(differentiable, dropout > 0, *tensors)  # type: ignore[no-untyped-call]
     return results
 
 
@@ -73,7 +73,8 @@ def _without_onednns_layers() -> set[torch.dtype]:
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
     }
-    return {dtype for dtype, is_supported in supported.items() if not is_supported()}
+    with transforms.unrecorded():  # this file may be imported by the first call, inside torch.jit.trace
+        return {dtype for dtype, is_supported in supported.items() if not is_supported()}
 
 
 _WITHOUT_ONEDNNS_LAYERS = _without_onednns_layers()
@@ -104,7 +105,7 @@ def _is_cudnns(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.backends.cudnn.enabled
 
 
-class _Native(torch.autograd.Function):
+class LSTMNative(torch.autograd.Function):
     """First derivatives through cuDNN's own graph, second derivatives through another graph without cuDNN."""
 
     @staticmethod

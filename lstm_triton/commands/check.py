@@ -122,7 +122,9 @@ def compare(case: CheckCase, device: torch.device, seed: int) -> tuple[dict[str,
     output = (case.seq_len, case.batch_size, directions * case.hidden_size)
     shapes = {"input": (case.seq_len, case.batch_size, case.input_size), "h_0": state, "c_0": state}
     shapes |= {"grad output": output, "grad h_n": state, "grad c_n": state}
-    tensors = {name: torch.randn(shape).to(case.dtype) for name, shape in shapes.items()}
+    tensors = {
+        name: torch.randn(shape, dtype=torch.float32, device="cpu").to(case.dtype) for name, shape in shapes.items()
+    }
 
     expected = values_and_gradients(reference, tensors)
     in_tf32 = case.tf32 and device.type == "cuda"

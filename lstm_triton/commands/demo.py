@@ -85,16 +85,17 @@ def synchronized_clock(device: torch.device) -> float:
 def digits(device: torch.device) -> tuple[Tensor, Tensor]:
     """Standardised pixels (1797, 64, 1) and labels (1797,), in random order."""
     data = load_digits()
-    order = torch.randperm(len(data.target))
-    pixels = torch.tensor(data.data, dtype=torch.float32)[order].unsqueeze(2)
-    labels = torch.tensor(data.target)[order]
+    order = torch.randperm(len(data.target), device="cpu")
+    pixels = torch.tensor(data.data, dtype=torch.float32, device="cpu")[order].unsqueeze(2)
+    labels = torch.tensor(data.target, dtype=torch.int64, device="cpu")[order]
     return ((pixels - pixels.mean()) / pixels.std()).to(device), labels.to(device)
 
 
 def batches(digit_count: int, epochs: int) -> Iterator[Tensor]:
     """Indices (BATCH_SIZE,), every digit at most once an epoch."""
     for _ in range(epochs):
-        yield from torch.randperm(digit_count)[: digit_count // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE)
+        order = torch.randperm(digit_count, device="cpu")
+        yield from order[: digit_count // BATCH_SIZE * BATCH_SIZE].split(BATCH_SIZE)
 
 
 def run(epochs: int, hidden_size: int, seed: int, device: torch.device, out: Path) -> int:

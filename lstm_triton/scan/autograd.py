@@ -9,6 +9,7 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..refusal import LaunchRefused
 from . import gradients, low_memory
+from .batched import mapped
 from .buffers import Buffers
 from .dispatch import invoke
 from .formula import fall_back_to_formula, gradients_by_formula, second_gradients, stack_by_formula
@@ -17,10 +18,10 @@ from .layout import Layout
 from .saved import Fixed, Grads, Inputs, Saved, Static, stack_of
 
 RESULTS = len(Grads._fields)  # output, h_n, c_n, cells; the buffers come after them
-FIRST_INPUT = len(Static._fields) + len(Fixed._fields)  # where `Inputs` begin among the arguments of `Scan`
+FIRST_INPUT = len(Static._fields) + len(Fixed._fields)  # where `Inputs` begin among the arguments of `LSTMScan`
 
 
-class Scan(torch.autograd.Function):
+class LSTMScan(torch.autograd.Function):
     """Arguments: `Static`, `Fixed`, `Inputs`, as one flat list. Results: output, h_n, c_n, cells, then `Buffers`."""
 
     generate_vmap_rule = True
@@ -69,13 +70,9 @@ class Scan(torch.autograd.Function):
         results = Grads(*grads[:RESULTS])
         if not saved.static.return_cells:
             results = results._replace(cells=None)
-        needed = ctx.needs_input_grad[FIRST_INPUT:]
         # Autocast may be on where backward is called. The layer did not ask for it.
         with without_autocast(saved.inputs.input.device):
-            if torch.is_grad_enabled():
-                found = _Gradients.apply(needed, ctx.static, *results, *saved.tensors())  # type: ignore[no-untyped-call]
-            else:
-                found = _gradients(saved, Inputs.of(needed), results).flat()
+            found = mapped(partial(_backward, saved, ctx.needs_input_grad[FIRST_INPUT:]), *results)
         return *(None,) * FIRST_INPUT, *found
 
 
@@ -96,7 +93,14 @@ def _gradients(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
         return Inputs.of([next(found) if need else None for need in wanted])
 
 
-class _Gradients(torch.autograd.Function):
+def _backward(saved: Saved, needed: tuple[bool, ...], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        arguments = (needed, tuple(saved.static), *grads, *saved.tensors())
+        return LSTMScanGradients.apply(*arguments)  # type: ignore[no-any-return, no-untyped-call]
+    return _gradients(saved, Inputs.of(needed), Grads(*grads)).flat()
+
+
+class LSTMScanGradients(torch.autograd.Function):
     """`_gradients`, made differentiable. Arguments: `needed`, `Static`, then `Grads` and `Saved` as one flat list."""
 
     generate_vmap_rule = True
@@ -117,8 +121,9 @@ class _Gradients(torch.autograd.Function):
         grads, saved = ctx.saved_tensors[:RESULTS], Saved.of(ctx.static, ctx.saved_tensors[RESULTS:])
         arguments = saved.inputs.flat()
         with without_autocast(saved.inputs.input.device):
-            formula = partial(_formula, saved)
-            found = second_gradients(formula, arguments, ctx.needed, grads, grads_of_gradients)
+            found = mapped(
+                partial(second_gradients, partial(_formula, saved), arguments, ctx.needed, grads), *grads_of_gradients
+            )
         unreached = (None,) * (len(ctx.saved_tensors) - RESULTS - len(arguments))
         return None, None, *found[:RESULTS], *unreached, *found[RESULTS:]
 

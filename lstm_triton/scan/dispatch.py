@@ -29,6 +29,9 @@ def invoke(operator: Any, *arguments: Any) -> Any:
     if _is_observed(arguments):
         return operator(*arguments)
     try:
+        if torch._C._autograd._profiler_enabled():  # a profiler shows the name, as the dispatcher would tell it
+            with torch.profiler.record_function(operator._qualname):
+                return operator._init_fn(*arguments)
         return operator._init_fn(*arguments)
     except RuntimeError as error:
         if (failed := explained(error)) is None:
@@ -49,6 +52,26 @@ def _is_observed(arguments: tuple[Any, ...]) -> bool:
             elif type(each) not in PLAIN_TYPES:
                 return True
     return False
+
+
+def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """`function.apply(*arguments)`.
+
+    torch.compile takes a tensor as one argument only. So a tensor that is given again is given as a view of itself: one
+    tensor as both states, weights shared by layers.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        given: list[Tensor] = []
+        others: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                if True in [argument is each for each in given]:
+                    argument = argument.view_as(argument)
+                else:
+                    given.append(argument)
+            others.append(argument)
+        arguments = tuple(others)
+    return function.apply(*arguments)
 
 
 def named(operator: Any, arguments: Sequence[Any]) -> SimpleNamespace:

@@ -30,7 +30,7 @@ def gradients_by_formula(
     wanted = [place for place, need in enumerate(needed) if need]
 
     def results(*tensors: Tensor) -> list[Tensor]:
-        found = formula(*_replaced(arguments, wanted, tensors))
+        found = formula(*replaced(arguments, wanted, tensors))
         return [result for result, grad in zip(found, grads, strict=True) if grad is not None]
 
     pull_back = torch.func.vjp(results, *(arguments[place] for place in wanted))[1]
@@ -56,8 +56,8 @@ def second_gradients(
     arguments: Sequence[Any],
     needed: Sequence[bool],
     grads: Sequence[Tensor | None],
-    grads_of_gradients: Sequence[Tensor | None],
-) -> list[Tensor | None]:
+    *grads_of_gradients: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """Differentiate `gradients_by_formula`. Returns the gradients of all `grads`, then those of all `arguments`.
 
     Args:
@@ -68,17 +68,17 @@ def second_gradients(
     places = [place for place, tensor in enumerate(every) if tensor is not None]
 
     def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
-        renewed = _replaced(every, places, tensors)
+        renewed = replaced(every, places, tensors)
         return gradients_by_formula(formula, renewed[len(grads) :], needed, renewed[: len(grads)])
 
     found, pull_back = torch.func.vjp(gradients, *(every[place] for place in places))[:2]
     given = [grad for grad, need in zip(grads_of_gradients, needed, strict=True) if need]
     pairs = zip(found, given, strict=True)
     pulled = pull_back(tuple(torch.zeros_like(each) if grad is None else grad for each, grad in pairs))
-    return _replaced([None] * len(every), places, pulled)
+    return tuple(replaced([None] * len(every), places, pulled))
 
 
-def _replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
+def replaced(values: Sequence[Any], places: Sequence[int], others: Sequence[Any]) -> list[Any]:
     """A copy of `values` with `others` at these places."""
     found = list(values)
     for place, other in zip(places, others, strict=True):
@@ -105,7 +105,7 @@ def _lane(
     """`formula_lane`, with `start.preact` and `start.preact_reset` as 4H more input features of weight 1."""
     if start.preact is not None or start.preact_reset is not None:
         input = torch.cat([input, _preacts(start, input, reverse, ragged)], dim=-1)
-        identity = torch.eye(weights.ih.shape[0]).to(weights.ih)
+        identity = torch.eye(weights.ih.shape[0], dtype=weights.ih.dtype, device=weights.ih.device)
         weights = weights._replace(ih=torch.cat([weights.ih, identity], dim=1))
     return formula_lane(input, start, weights, reverse=reverse, ragged=ragged, return_cells=return_cells)
 

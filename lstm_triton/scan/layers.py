@@ -6,9 +6,9 @@ from torch import Tensor
 from .. import transforms
 from ..ragged import Ragged, tables_of
 from ..stack import LaneResults, LaneWeights, Options, Stack, Start
-from .autograd import Scan
+from .autograd import LSTMScan
 from .cell import single_step
-from .dispatch import invoke
+from .dispatch import apply, invoke
 from .formula import stack_by_formula
 from .forward import scan_forward
 from .gradients import stacked
@@ -47,7 +47,7 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
     if transforms.in_forward_mode():
         return stack_by_formula(inputs, static, fixed)[:count]
     if torch.is_grad_enabled() and (transforms.active() or _any_requires_grad(inputs)):
-        return tuple(Scan.apply(*static, *fixed, *inputs.flat())[:count])  # type: ignore[no-untyped-call]
+        return tuple(apply(LSTMScan, *static, *fixed, *inputs.flat())[:count])
     if is_single_step(input.shape[0], ragged is not None, dropout > 0, fuse_input=start.preact is None):
         output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, stack.directions, stack.bias())
         results = (output.unsqueeze(0), h_n, c_n)

@@ -1,7 +1,7 @@
 """What the scans get, and what forward saves for backward: every tensor has a name.
 
 A `torch.autograd.Function` takes and saves a flat list of tensors. The records of this file are the parts of this list,
-in its order. `Static`, `Fixed` and `Inputs` are the arguments of `Scan`. `Fixed`, `Buffers` and `Inputs` are saved.
+in its order. `Static`, `Fixed` and `Inputs` are the arguments of `LSTMScan`. `Fixed`, `Buffers` and `Inputs` are saved.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """One differentiable step of an LSTM layer: `LSTMCell` on the path through the kernels."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +12,9 @@ from ..autocast import without_autocast
 from ..reference import lstm_cell
 from ..refusal import LaunchRefused
 from ..stack import States
+from .batched import mapped
 from .cell import cell_backward, cell_forward
-from .dispatch import invoke
+from .dispatch import apply, invoke
 from .formula import fall_back_to_formula, gradients_by_formula, second_gradients
 
 
@@ -37,7 +40,7 @@ def step(input: Tensor, h_0: Tensor | None, c_0: Tensor | None, *weights: Tensor
         return lstm_cell(*arguments)
     needs_gradients = any(tensor is not None and tensor.requires_grad for tensor in arguments)
     if torch.is_grad_enabled() and (needs_gradients or transforms.active()):
-        h_1, c_1, _ = _Step.apply(*arguments)  # type: ignore[no-untyped-call]
+        h_1, c_1, _ = apply(LSTMStep, *arguments)
     else:
         h_1, c_1, _ = invoke(cell_forward, *arguments, False, "matmul")
     return h_1, c_1
@@ -55,7 +58,7 @@ class Inputs(NamedTuple):
     bias_hh: Any
 
 
-class _Step(torch.autograd.Function):
+class LSTMStep(torch.autograd.Function):
     """Arguments: `Inputs`, as one flat list. Results: h_1, c_1 and the gates."""
 
     generate_vmap_rule = True
@@ -75,13 +78,18 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad_h_1: Tensor, grad_c_1: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Autocast may be on where backward is called. The cell did not ask for it.
         with without_autocast(grad_h_1.device):
-            arguments = (ctx.needs_input_grad, grad_h_1, grad_c_1, *ctx.saved_tensors)
-            if torch.is_grad_enabled():
-                return _Gradients.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
-            return _gradients(*arguments)
+            return mapped(partial(_backward, ctx.needs_input_grad, ctx.saved_tensors), grad_h_1, grad_c_1)
 
 
-class _Gradients(torch.autograd.Function):
+def _backward(
+    needed: tuple[bool, ...], saved: Sequence[Any], grad_h_1: Tensor, grad_c_1: Tensor
+) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        return LSTMStepGradients.apply(needed, grad_h_1, grad_c_1, *saved)  # type: ignore[no-untyped-call, no-any-return]
+    return _gradients(needed, grad_h_1, grad_c_1, *saved)
+
+
+class LSTMStepGradients(torch.autograd.Function):
     """`_gradients`, made differentiable by the formula."""
 
     generate_vmap_rule = True
@@ -100,7 +108,8 @@ class _Gradients(torch.autograd.Function):
         grad_h_1, grad_c_1, _, _, *arguments = ctx.saved_tensors  # the formula computes c_1 and the gates itself
         grads = (grad_h_1, grad_c_1)
         with without_autocast(grad_h_1.device):
-            of_h_1, of_c_1, *found = second_gradients(lstm_cell, arguments, ctx.needed, grads, grads_of_gradients)
+            second = partial(second_gradients, lstm_cell, arguments, ctx.needed, grads)
+            of_h_1, of_c_1, *found = mapped(second, *grads_of_gradients)
         return None, of_h_1, of_c_1, None, None, *found
 
 

@@ -54,6 +54,6 @@ def windows_of(layout: Layout, bounds: list[int]) -> list[Window]:
     else:  # packed: the bounds' rows are on the device. Nowhere else does the host wait for the device
         assert layout.ragged is not None
         offsets = layout.ragged.offsets
-        rows = offsets[torch.tensor(bounds, device=offsets.device)].tolist()
+        rows = offsets[torch.tensor(bounds, dtype=torch.int64, device=offsets.device)].tolist()
     pairs = zip(itertools.pairwise(bounds), itertools.pairwise(rows), strict=True)
     return [Window(slice(*of_steps), slice(*of_rows)) for of_steps, of_rows in pairs]

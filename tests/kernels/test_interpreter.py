@@ -242,10 +242,19 @@ def test_off_by_default_and_nested() -> None:
     assert not interpreter.active()
 
 
-def test_needs_the_environment_variable() -> None:
-    program = "import lstm_triton.interpreter as i\nwith i.interpret(): pass"
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ("", "TRITON_INTERPRET=1 set before Triton is imported"),
+        ("import os, triton; os.environ['TRITON_INTERPRET'] = '1'", "Triton was imported before it was set"),
+    ],
+    ids=["not set", "set too late"],
+)
+def test_needs_the_environment_variable(before: str, message: str) -> None:
+    program = f"{before}\nimport lstm_triton.interpreter as i\nwith i.interpret(): print('entered')"
     environment = {"PATH": "", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "TRITON_INTERPRET=1" in done.stderr
+    assert message in done.stderr
+    assert done.stdout == ""

@@ -1,6 +1,7 @@
 """Autograd around the scans, and the whole module through the interpreted kernels."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -201,7 +202,9 @@ def test_operators_are_called_as_such_wherever_that_is_seen() -> None:
 
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             train()
-        assert not any(event.key.startswith("lstm_triton") for event in profile.key_averages())
+        ours = [event for event in profile.events() if event.name.startswith("lstm_triton")]
+        assert ours
+        assert all(event.is_user_annotation for event in ours)  # names that `invoke` gives, and no operators
 
 
 def test_compiles_into_one_graph() -> None:
@@ -234,3 +237,25 @@ def test_nothing_is_kept_without_gradients() -> None:
     with interpreter.interpret(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         module(torch.randn(4, 2, 3))
     assert kept, "the same with gradients keeps something"
+
+
+def profiled(call: Callable[[], object]) -> set[str]:
+    """The names that a profiler shows."""
+    with torch.autograd.profiler.profile() as profile, interpreter.interpret():
+        call()
+    return {event.name for event in profile.function_events}
+
+
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"memory": "low"}], ids=str)
+def test_a_profiler_shows_the_layer(options: dict[str, Any]) -> None:
+    """Forward, backward, and a single step without gradients."""
+    module, input = lstm_triton.LSTM(2, 3, **options), torch.randn(2, 2, 2)
+    shown = profiled(lambda: module(input)[0].sum().backward())
+    assert {"LSTMScan", "LSTMScanBackward", "lstm_triton::scan_forward", "lstm_triton::scan_backward"} <= shown
+    assert "lstm_triton::single_step" in profiled(lambda: torch.no_grad()(module)(input[:1]))
+
+
+def test_a_profiler_shows_the_cell() -> None:
+    cell, input = lstm_triton.LSTMCell(2, 3), torch.randn(2, 2)
+    shown = profiled(lambda: cell(input)[0].sum().backward())
+    assert {"LSTMStep", "LSTMStepBackward", "lstm_triton::cell_forward", "lstm_triton::cell_backward"} <= shown

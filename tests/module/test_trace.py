@@ -221,6 +221,7 @@ def test_frozen() -> None:
         (nn.GRU(3, 4), {}, TypeError, "trace takes an lstm_triton.LSTM or a torch.nn.LSTM, got GRU"),
         (nn.Linear(3, 4), {}, TypeError, "trace takes an lstm_triton.LSTM or a torch.nn.LSTM, got Linear"),
         (nn.LSTMCell(3, 4), {}, TypeError, "trace takes an lstm_triton.LSTM or a torch.nn.LSTM, got LSTMCell"),
+        (lstm_triton.LSTMCell(3, 4), {}, TypeError, "trace takes an lstm_triton.LSTM or a torch.nn.LSTM, got LSTMCell"),
         (nn.LSTM(4, 4), {}, RuntimeError, "input.size.* must be equal to input_size. Expected 4, got 3"),
         (nn.LSTM(3, 4), {"hx": (torch.zeros(1, 1, 4),) * 2}, RuntimeError, r"Expected hidden\[0\] size \(1, 2, 4\)"),
         (nn.LSTM(3, 4), {"lengths": torch.tensor([6, 0])}, ValueError, "lengths must be from 0 to 5"),

@@ -252,6 +252,43 @@ def test_tests_that_import_tests(tmp_path: Path) -> None:
     assert imports_of_tests(tree) == ["tests.a.test_one -> tests.b.test_two (tests/a/test_one.py:1)"]
 
 
+# Functions that make a tensor on the default device, and those of them whose dtype may be the default dtype.
+INTEGERS = {"arange", "randint", "randperm"}
+FACTORIES = INTEGERS | {"as_tensor", "asarray", "empty", "eye", "full", "linspace", "normal", "ones", "rand", "randn"}
+FACTORIES |= {"empty_strided", "logspace", "scalar_tensor", "tensor", "zeros"}
+
+
+def tensors_by_default(tree: Tree) -> list[str]:
+    """Calls of PyTorch's factories that leave the device or the dtype to PyTorch's defaults, which users may set."""
+    found = []
+    for module, source in tree.sources.items():
+        for node in ast.walk(source):
+            function = node.func if isinstance(node, ast.Call) else None
+            if not isinstance(function, ast.Attribute) or function.attr not in FACTORIES:
+                continue
+            if isinstance(function.value, ast.Name) and function.value.id == "torch":
+                wanted = {"device"} if function.attr in INTEGERS else {"device", "dtype"}
+                missing = wanted - {keyword.arg for keyword in node.keywords}
+                if missing:
+                    place, names = tree.place(module, node.lineno), " and ".join(sorted(missing))
+                    found.append(f"{place}: torch.{function.attr} without {names}")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("torch.eye(3)", "torch.eye without device and dtype"),
+        ("torch.arange(3)", "torch.arange without device"),
+        ("torch.zeros(3, device=d)", "torch.zeros without dtype"),
+        ("torch.zeros(3, device=d, dtype=t); torch.arange(3, device=d); like.new_zeros(3); tl.zeros(3)", None),
+    ],
+)
+def test_factories_that_take_defaults(tmp_path: Path, text: str, found: str | None) -> None:
+    tree = made_up(tmp_path, {"some": "some"}, some__file=text)
+    assert tensors_by_default(tree) == ([] if found is None else [f"some/file.py:1: {found}"])
+
+
 # --- Ours ---
 
 
@@ -279,6 +316,11 @@ def test_imports_make_no_circle() -> None:
 def test_files_are_short() -> None:
     tree = Tree(ROOT, {package: folder for package, folder in PACKAGES.items() if package != "bench"})
     assert_none(long_files(tree))
+
+
+def test_no_tensor_is_made_by_default() -> None:
+    """The user's default device and default dtype are for the user's tensors."""
+    assert_none(tensors_by_default(Tree(ROOT, {"lstm_triton": "lstm_triton"})))
 
 
 def test_argument_lists_are_short() -> None:

@@ -142,6 +142,45 @@ def test_kernels_of_other_layers_in_one_graph(options: dict[str, Any]) -> None:
     assert counter.frame_count <= 2  # the second for open sizes
 
 
+class Shared(nn.Module):
+    """Layers, directions and biases that share their weights, and one tensor for all states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = lstm_triton.LSTM(6, 6, num_layers=2)
+        self.cell = lstm_triton.LSTMCell(6, 6)
+        first = self.lstm.weight_ih_l0
+        self.lstm.weight_hh_l0 = self.lstm.weight_ih_l1 = self.lstm.weight_hh_l1 = first
+        self.lstm.bias_hh_l0 = self.lstm.bias_ih_l1 = self.lstm.bias_ih_l0
+        self.cell.bias_hh = self.cell.bias_ih
+        self.cell.weight_hh = self.cell.weight_ih
+
+    def forward(self, input: Tensor, state: Tensor, resets: Tensor) -> tuple[Tensor, ...]:
+        hx = state, state
+        output, (h_n, _) = self.lstm(input, hx, resets=resets, reset_state=hx)
+        h, c = self.cell(h_n[0], (h_n[0], h_n[0]))
+        return output, *self.cell(h, (h, c))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("training", [True, False])
+def test_one_tensor_in_several_places(path: Any, training: bool) -> None:
+    """In one graph, with the results and gradients of eager mode."""
+    module = Shared()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    given = (torch.randn(2, 2, 6), torch.randn(2, 2, 6), torch.tensor([[False, True], [True, False]]))
+    found = []
+    with path(), torch.set_grad_enabled(training):
+        for each in (compiled, module):
+            results = each(*given)
+            gradients = ()
+            if training:
+                loss = sum(result.square().sum() for result in results)
+                gradients = torch.autograd.grad(loss, list(module.parameters()))
+            found.append((results, gradients))
+    torch.testing.assert_close(*found)
+
+
 # --- torch.export ---
 
 

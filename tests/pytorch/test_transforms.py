@@ -263,6 +263,64 @@ def test_jacobians_and_hessians(path: Any, options: dict[str, Tensor]) -> None:
             torch.testing.assert_close(transform(loss)(input), second)
 
 
+# --- Batched gradients of torch.autograd, which have a vmap of their own ---
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("case", ["layers and directions", "projections", "lengths", "packed", "low memory", "dropout"])
+def test_vectorized_jacobians_and_hessians_through_the_kernels(case: str) -> None:
+    module_options, call_options = CASES.get(case, ({}, {}))
+    extra = {"dropout": {"num_layers": 2, "dropout": 0.4}, "low memory": {"memory": "low"}}.get(case, {})
+    module = lstm_triton.LSTM(2, 3, **module_options, **extra)
+    input, h_0, c_0 = (tensor.detach() for tensor in tensors_of(module)[:3])
+
+    def results(first: Tensor, h_0: Tensor) -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        read = torch.cat((first, input[..., 1:]), dim=-1)
+        if case == "packed":
+            packed, (_, c_n) = module(pack_padded_sequence(read, torch.tensor([3, 1])), (h_0, c_0))
+            return packed.data.sum(-1), c_n.sum((0, 2))
+        output, (_, c_n) = module(read, (h_0, c_0), **call_options)
+        return output.sum((-2, -1)), c_n.sum((0, 2))
+
+    def loss(first: Tensor) -> Tensor:
+        return sum(result.square().sum() for result in results(first, h_0))
+
+    def derivatives(vectorize: bool = True) -> tuple[Any, Any]:
+        given = input[..., :1].clone()
+        return (
+            torch.autograd.functional.jacobian(results, (given, h_0), vectorize=vectorize),
+            torch.autograd.functional.hessian(loss, given, vectorize=vectorize),
+        )
+
+    with interpreter.interpret():
+        actual = derivatives()
+        expected = derivatives(vectorize=False) if case == "dropout" else None
+    torch.testing.assert_close(actual, expected or derivatives(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_gradients_of_weights_in_batches(path: Any, kind: str) -> None:
+    """Also differentiated again."""
+    module = lstm_triton.LSTM(2, 3, bidirectional=True) if kind == "LSTM" else lstm_triton.LSTMCell(2, 3)
+    input = torch.randn(3, 2, 2) if kind == "LSTM" else torch.randn(2, 2)
+    hx = None if kind == "LSTM" else (torch.randn(2, 3), torch.randn(2, 3))
+    weights = list(module.parameters())
+    with path():
+        output = module(input, hx)[0]
+        rows = torch.randn(2, *output.shape)
+        options: dict[str, Any] = {"create_graph": True}
+        expected = [torch.autograd.grad(output, weights, row, **options) for row in rows]
+        actual = torch.autograd.grad(output, weights, rows, is_grads_batched=True, **options)
+        torch.testing.assert_close(actual, tuple(torch.stack(each) for each in zip(*expected, strict=True)))
+        again = [
+            torch.autograd.grad(sum(each.square().sum() for each in gradients), weights, retain_graph=True)
+            for gradients in (actual, [each for row in expected for each in row])
+        ]
+        torch.testing.assert_close(*again)
+
+
 # --- vmap ---
 
 

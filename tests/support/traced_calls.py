@@ -8,6 +8,7 @@ import torch
 import lstm_triton
 from bench.overhead import pretended_gpu
 
+STATE = torch.zeros(1, 2, 16)
 CALLS = (
     ("a layer", {}, {}),
     ("layers in both directions, with dropout", {"num_layers": 2, "bidirectional": True, "dropout": 0.5}, {}),
@@ -15,6 +16,7 @@ CALLS = (
     ("lengths", {}, {"lengths": torch.tensor([3, 1])}),
     ("resets", {}, {"resets": torch.zeros(4, 2, dtype=torch.bool)}),
     ("memory", {"memory": "low"}, {}),
+    ("one tensor as both states", {}, {"hx": (STATE, STATE)}),
 )
 
 
