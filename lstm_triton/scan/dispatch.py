@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import transforms
+from .. import flops, transforms
 from ..failure import explained
 
 PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
@@ -25,6 +25,7 @@ def invoke(operator: Any, *arguments: Any) -> Any:
         KernelFailed: the GPU reports that a kernel failed.
     """
     if _is_observed(arguments):
+        flops.counted()  # hands the formulas to the counters
         return operator(*arguments)
     try:
         return operator._init_fn(*arguments)
