@@ -17,6 +17,7 @@ from .cell import LSTMCell
 from .convert import Replacement, replace_lstm
 from .explanation import Explanation, explain
 from .module import LSTM
+from .restoration import Restoration, to_torch
 from .routing import backend
 from .tracing import Trace, trace
 
@@ -28,6 +29,7 @@ __all__ = [
     "Explanation",
     "LSTMCell",
     "Replacement",
+    "Restoration",
     "Trace",
     "__version__",
     "accelerate",
@@ -36,5 +38,6 @@ __all__ = [
     "functional",
     "reference",
     "replace_lstm",
+    "to_torch",
     "trace",
 ]
