@@ -179,7 +179,7 @@ class LSTM(nn.RNNBase):
         }
 
     def to_torch_lstm(self) -> nn.LSTM:
-        """A `torch.nn.LSTM` that computes the same: for TorchScript, ONNX's `LSTM` node, and machines without this package.
+        """A `torch.nn.LSTM` that computes the same: for ONNX, TorchScript, and machines without this package.
 
         It has the same `Parameter` objects, so training one module trains the other. It has the same training flag. A
         weight that is computed from other tensors (weight_norm, parametrizations) becomes a new parameter with the
