@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from . import triton_package
 from .target import Gpus, running_on
 
 
@@ -69,6 +70,10 @@ def interpret(seed: int = 0) -> Iterator[None]:
 @functools.cache
 def _install() -> None:
     """Teach Triton's interpreter to take turns, and to compute in bfloat16, which it stores as raw integers."""
+    if not triton_package.installed():
+        raise RuntimeError(
+            "interpreting the kernels needs Triton, which is not installed: pip install 'lstm-triton[interpreter]'"
+        )
     try:
         import greenlet
     except ImportError:
