@@ -18,6 +18,12 @@ HAS_GPU = torch.cuda.is_available()  # ROCm's GPUs are reported here too
 os.environ.setdefault("TRITON_INTERPRET", "0" if HAS_GPU else "1")
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 
+# Everything is small, also in the processes that tests start. Several threads would wait for each other, for long if
+# other programs share the processors (lstm_triton/commands/threads.py).
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 settings.register_profile(
     "lstm_triton",
     deadline=None,
