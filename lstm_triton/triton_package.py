@@ -58,6 +58,7 @@ def older_than(oldest: tuple[int, int]) -> bool:
     return numbers is not None and (int(numbers[1]), int(numbers[2])) < oldest
 
 
+@cache
 def obstacle() -> str | None:
     """Why the kernels cannot be compiled for a GPU with what is installed; None if they can."""
     if not installed():

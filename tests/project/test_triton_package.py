@@ -29,6 +29,7 @@ from tests.support.processes import ROOT
 def test_what_is_refused(found: dict[str, str], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_package, "installed", lambda: True)
     monkeypatch.setattr(triton_package, "distributions", lambda: found)
+    monkeypatch.setattr(triton_package, "obstacle", triton_package.obstacle.__wrapped__)
     obstacle = triton_package.obstacle()
     assert (obstacle is None) if reason is None else (obstacle is not None and reason in obstacle)
     described = triton_package.described()
