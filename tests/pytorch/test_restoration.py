@@ -169,6 +169,28 @@ def test_dynamic_quantization() -> None:
     torch.testing.assert_close(quantized(input), model(input), atol=0.05, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_static_quantization() -> None:
+    """The eager kind: observers are put in, calibrated, and exchanged."""
+    layers = (torch.ao.quantization.QuantStub(), lstm_triton.LSTM(3, 4), nn.Identity())
+    model = nn.Sequential(*layers).eval()
+    model.qconfig = torch.ao.quantization.get_default_qconfig()
+    lstm_triton.to_torch(model)
+    prepared = torch.ao.quantization.prepare(model)
+    prepared(torch.randn(5, 2, 3))
+    assert type(torch.ao.quantization.convert(prepared)[1]).__module__ == "torch.ao.nn.quantized.modules.rnn"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_opacus_exchanges_the_layers() -> None:
+    """Its validator finds no fault with this library's layers, and leaves them. It exchanges PyTorch's."""
+    validators = pytest.importorskip("opacus.validators")
+    model = nn.Sequential(lstm_triton.LSTM(3, 4))
+    assert type(validators.ModuleValidator.fix(model)[0]) is lstm_triton.LSTM
+    lstm_triton.to_torch(model)
+    assert type(validators.ModuleValidator.fix(model)[0]).__name__ == "DPLSTM"
+
+
 def test_initialisers_that_ask_for_the_class() -> None:
     model = speller()
     lstm_triton.to_torch(model)
