@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from lstm_triton import triton_package
 from lstm_triton.scan.planner import table_path
 from lstm_triton.target import Device
 
@@ -71,22 +71,12 @@ def commit() -> str | None:
     return answer.stdout.strip()
 
 
-def triton_version() -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version("triton")  # without importing it, which takes a while
-    with contextlib.suppress(ImportError):
-        import triton  # builds for other GPUs have distributions of other names
-
-        return str(triton.__version__)
-    return None
-
-
 def provenance(gpu: str, driver: str | None) -> JsonObject:
     return {
         "gpu": gpu,
         "driver": driver,
         "torch": torch.__version__,
-        "triton": triton_version(),
+        "triton": triton_package.version(),
         "cudnn": torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None,
         "commit": commit(),
         "kernel_hash": kernel_hash(gpu),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lstm_triton import LSTM
+from lstm_triton.commands.threads import choose_threads
 
 TIME_STEPS, NOISE_SIZE, PENALTY_WEIGHT = 12, 8, 10.0
 
@@ -84,6 +85,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    choose_threads(arguments.device, program=True)
     torch.manual_seed(0)
     distances = train(arguments.steps, device=arguments.device)
     for step in range(0, len(distances), max(1, len(distances) // 10)):

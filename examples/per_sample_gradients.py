@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from lstm_triton import LSTM
+from lstm_triton.commands.threads import choose_threads
 
 Gradients = dict[str, Tensor]  # by the name of a weight, (B, ...)
 
@@ -92,4 +93,6 @@ if __name__ == "__main__":
     parser.add_argument("--size", type=int, default=64, help="of the input and of the hidden state")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    operations = 2 * arguments.batch_size * 4 * arguments.size**2
+    choose_threads(arguments.device, operations=operations, program=True)
     main(arguments.batch_size, arguments.time_steps, arguments.size, arguments.device)

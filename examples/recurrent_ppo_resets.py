@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 
 import lstm_triton
+from lstm_triton.commands.threads import choose_threads
 
 ENVIRONMENTS, STEPS = 32, 128  # a rollout: B carts, T steps each
 EPOCHS, MINIBATCHES = 4, 2  # each minibatch has the whole sequences of some carts
@@ -256,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.updates < 1:
         parser.error(f"--updates must be at least 1, got {args.updates}")
 
-    torch.set_num_threads(1)  # on a CPU: everything here is too small to be shared out
+    choose_threads(args.device, program=__name__ == "__main__")
 
     ours = Training("lstm_triton.LSTM, resets=", SequenceAgent, lstm_triton.LSTM, args)
     theirs = Training("nn.LSTM, step by step", Agent, nn.LSTM, args)

@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import lstm_triton
+from lstm_triton.commands.threads import choose_threads
 
 PRICES = {"A": (0.0, 0.5, 0.25, 1.0), "B": (1.0, 0.5, 0.25, 1.0)}
 NEXT_PRICE = {"A": 0.0, "B": 1.0}
@@ -281,7 +282,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    torch.set_num_threads(1)  # everything here is too small for several: they would wait for each other
+    choose_threads("cpu", program=__name__ == "__main__")  # everything here is small, on a GPU, too
     options.out.mkdir(parents=True, exist_ok=True)
 
     explain(options.days, options.device, options.out)

@@ -18,6 +18,7 @@ from .convert import Replacement, replace_lstm
 from .explanation import Explanation, explain
 from .module import LSTM
 from .preference import backend
+from .restoration import Restoration, to_torch
 from .tracing import Trace, trace
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "Explanation",
     "LSTMCell",
     "Replacement",
+    "Restoration",
     "Trace",
     "__version__",
     "accelerate",
@@ -36,5 +38,6 @@ __all__ = [
     "functional",
     "reference",
     "replace_lstm",
+    "to_torch",
     "trace",
 ]

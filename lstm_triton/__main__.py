@@ -14,7 +14,7 @@ import torch
 from lstm_triton import __version__
 
 COMES_WITH = dict.fromkeys(("greenlet", "matplotlib", "numpy", "sklearn", "tqdm"), 'pip install "lstm-triton[demo]"')
-COMES_WITH["triton"] = "pip install triton, which is released for Linux only"
+COMES_WITH["triton"] = 'pip install "lstm-triton[interpreter]", on Linux'
 
 
 class Parser(argparse.ArgumentParser):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from . import target
+from . import target, triton_package
 from .settings import ForkLock
 from .target import Gpus
 
@@ -84,6 +84,10 @@ def interpret(seed: int = 0, *, all_threads: bool = False) -> AbstractContextMan
 @functools.cache
 def _install() -> None:
     """Teach Triton's interpreter to take turns, and to compute in bfloat16, which it stores as raw integers."""
+    if not triton_package.installed():
+        raise RuntimeError(
+            "interpreting the kernels needs Triton, which is not installed: pip install 'lstm-triton[interpreter]'"
+        )
     try:
         import greenlet
     except ImportError:

@@ -1,6 +1,5 @@
 """Which path a call takes, the Triton kernels or PyTorch's own function, and why."""
 
-import importlib.util
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -9,14 +8,13 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import refusal, target, transforms
+from . import refusal, target, transforms, triton_package
 from .call import Call, CellCall
 from .preference import checked_name, current_backend
 from .target import Device
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_triton_installed = importlib.util.find_spec("triton") is not None  # without importing it
 
 
 class Choice(NamedTuple):
@@ -67,8 +65,6 @@ def _obstacle(call: Call | CellCall) -> str | None:
         return f"the kernels take float32, float16 and bfloat16, not {dtype}"
     if call.batch_size == 0:
         return "the batch is empty"
-    if not _triton_installed:
-        return "Triton is not installed (it is released for Linux only)"
     scanned: tuple[int, ...] = ()  # input sizes of scans; a cell has none, and always has a plan
     if isinstance(call, Call):
         scanned = (call.weights[0].shape[1],)
@@ -157,7 +153,8 @@ def _obstacle_of_device(
     device: torch.device, dtype: torch.dtype, input_sizes: tuple[int, ...], hidden_size: int
 ) -> str | None:
     """Why the kernels cannot run layers of these sizes on a device, for any B and T; None if they can."""
-    return _found_obstacle_of_device(device, dtype, input_sizes, hidden_size)
+    obstacle = _found_obstacle_of_device(device, dtype, input_sizes, hidden_size)
+    return triton_package.obstacle() if obstacle is None and device.type == "cuda" else obstacle
 
 
 @lru_cache(maxsize=1024)  # in a function of its own: torch.compile warns of a cache that it sees

@@ -10,11 +10,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+from lstm_triton import triton_package
+
 HAS_GPU = torch.cuda.is_available()  # ROCm's GPUs are reported here too
 
 # Set before any test: Triton reads it when it decorates a function, those of its own library when it is imported.
 os.environ.setdefault("TRITON_INTERPRET", "0" if HAS_GPU else "1")
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+
+# Everything is small, also in the processes that tests start. Several threads would wait for each other, for long if
+# other programs share the processors (lstm_triton/commands/threads.py).
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 settings.register_profile(
     "lstm_triton",
@@ -28,8 +36,9 @@ settings.load_profile("lstm_triton")
 
 
 def pytest_report_header() -> str:
-    names = [name for name in ("triton", "numpy") if importlib.util.find_spec(name)]
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    versions = f"triton {triton_package.version()}"
+    if importlib.util.find_spec("numpy"):
+        versions += f", numpy {importlib.metadata.version('numpy')}"
     gpu = torch.cuda.get_device_name() if HAS_GPU else "no GPU"
     return f"torch {torch.__version__}, {versions}; {gpu}; kernels {'interpreted' if INTERPRETED else 'compiled'}"
 
@@ -40,15 +49,15 @@ def why_skipped(marker: str) -> str | None:
         if not HAS_GPU:
             return "needs a GPU: torch.cuda.is_available() is False"
         return "needs compiled kernels: TRITON_INTERPRET=1 is set" if INTERPRETED else None
-    if importlib.util.find_spec("triton") is None:
-        return "needs Triton, which is not installed (it is released for Linux only)"
+    if not triton_package.installed():
+        return 'needs Triton, which is not installed: pip install "lstm-triton[interpreter]"'
     if marker == "emulated":
         return "needs compiled kernels: test_the_emulated_ones runs it" if INTERPRETED else None
     if not INTERPRETED:
         return "needs interpreted kernels: run again with TRITON_INTERPRET=1"
-    version = importlib.metadata.version("triton")
-    too_old = tuple(map(int, version.split(".")[:2])) < (3, 6)
-    return f"needs Triton 3.6 or later, which lstm_triton.interpreter can change, not {version}" if too_old else None
+    if not triton_package.older_than(triton_package.OLDEST_INTERPRETED):
+        return None
+    return f"needs Triton 3.6 or later, which lstm_triton.interpreter can change, not {triton_package.version()}"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

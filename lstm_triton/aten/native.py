@@ -1,13 +1,14 @@
 """`native`: PyTorch's own LSTM function, with derivatives of any order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import transforms
+from .. import flops, transforms
 from ..autocast import autocast_dtype, without_autocast
 from ..stack import LaneResults
 
@@ -49,6 +50,9 @@ def native(
         return results
 
     tensors = (data, *states, *weights)
+    if flops.counted():  # no counter looks into the layers of cuDNN and oneDNN
+        with torch.backends.cudnn.flags(enabled=False), _without_onednn():
+            return lstm(*tensors)
     if not _is_cudnns(data):
         return lstm(*tensors)
     if transforms.active():
@@ -63,6 +67,17 @@ def native(
     differentiable = partial(lstm, training=True, dropout=dropout)
     results: LaneResults = LSTMNative.apply(differentiable, dropout > 0, *tensors)  # type: ignore[no-untyped-call]
     return results
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    # torch.backends.mkldnn.flags sets other flags besides, and warns of them.
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def _without_onednns_layers() -> set[torch.dtype]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lstm_triton
+from lstm_triton.commands.threads import choose_threads, is_command
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,7 @@ def kernels_on(device: torch.device, seed: int) -> Iterator[str]:
 
 def run(device: torch.device, seed: int) -> int:
     """Prints one line per case; returns exit code 1 when anything disagrees, else 0."""
+    choose_threads(device, program=is_command())
     cases = GPU_CASES if device.type == "cuda" else INTERPRETED_CASES
     disagreements = 0
     with kernels_on(device, seed) as how:

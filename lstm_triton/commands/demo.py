@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import lstm_triton
 from lstm_triton.commands.check import tf32
+from lstm_triton.commands.threads import choose_threads, is_command
 
 BATCH_SIZE = 64
 TEST_DIGITS = 360
@@ -104,6 +105,7 @@ def run(epochs: int, hidden_size: int, seed: int, device: torch.device, out: Pat
     Both compute in float32 without TF32. For small layers cuDNN takes float32 even if it may take TF32. This difference
     alone would make the two learning curves part after some steps.
     """
+    choose_threads(device, operations=2 * BATCH_SIZE * 4 * hidden_size**2, program=is_command())
     with tf32(False):
         return compare(epochs, hidden_size, seed, device, out)
 
@@ -167,7 +169,10 @@ def compare(epochs: int, hidden_size: int, seed: int, device: torch.device, out:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"the {device.type.upper()}"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = f", {torch.get_num_threads()} thread(s)" if device.type == "cpu" else ""
+    return f"the {device.type.upper()}{threads}"
 
 
 def draw(contestants: list[Contestant], accuracies: list[float], steps_per_epoch: int, title: str) -> Figure:

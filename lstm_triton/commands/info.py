@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import warnings
 
 import torch
 
 import lstm_triton
-from lstm_triton import target
+from lstm_triton import target, triton_package
 from lstm_triton.routing import try_kernels
 from lstm_triton.target import Device
 
@@ -24,8 +23,8 @@ def run() -> int:
     print(f"lstm-triton {lstm_triton.__version__}")
     print(f"Python      {platform.python_version()} on {platform.platform()}")
     print(f"PyTorch     {torch.__version__}, {accelerator_libraries()}")
-    print(f"Triton      {installed_version('triton')}")
-    print(f"This pair   {tested(torch.__version__, installed_version('triton'))}")
+    print(f"Triton      {triton_package.described()}")
+    print(f"This pair   {tested(torch.__version__, triton_package.version())}")
 
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
@@ -53,7 +52,7 @@ def accelerator_libraries() -> str:
     return "built without CUDA and ROCm"
 
 
-def tested(pytorch: str, triton: str) -> str:
+def tested(pytorch: str, triton: str | None) -> str:
     """A text: was this release of lstm-triton tested with these versions? If not, it names the tested versions."""
     if (pytorch.split("+")[0], triton) in TESTED:  # whatever it was built for: "2.11.0+cu130"
         return "tested with this release"
@@ -62,13 +61,6 @@ def tested(pytorch: str, triton: str) -> str:
 
 def tested_pairs() -> str:
     return ", ".join(f"PyTorch {pytorch} with Triton {triton}" for pytorch, triton in TESTED)
-
-
-def installed_version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed: every LSTM takes PyTorch's own path"
 
 
 def print_path(device: torch.device, dtype: torch.dtype) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import flops
 from ..ragged import Ragged
 from ..stack import Stack
 from . import buffers, products
@@ -128,3 +129,13 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
     lanes, rows, stride = given.cell.shape
     start_rows = (2 if given.tables else 1) * given.batch_size
     return given.gates.new_empty(lanes, rows, 4 * stride), given.cell.new_empty(lanes, start_rows, stride)
+
+
+@flops.counts("lstm_triton::scan_backward")
+def _(*arguments: Any) -> int:
+    given = named(scan_backward, arguments)
+    stack = Stack.of(given.weights, given.directions, given.bias)
+    steps, starts = flops.steps(given.gates.shape[1], given.batch_size, Ragged.of(given.tables))
+    # A sequence's first step sends no gradient to a step before. Layers above the first send it to the layer below.
+    recurrent = flops.products(steps - starts, [lane.hh for lane in stack.weights])
+    return recurrent + flops.products(steps, [lane.ih for lane in stack.weights[stack.directions :]])

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import flops
 from ..stack import LaneWeights, Stack, Start
 from ..target import Device
 from . import planner
@@ -72,6 +73,12 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _results(given.input, given.weight_hh.shape[1], given.keep_gates)
 
 
+@flops.counts("lstm_triton::cell_forward")
+def _(*arguments: Any) -> int:
+    given = named(cell_forward, arguments)
+    return flops.products(given.input.shape[0], [given.weight_ih, given.weight_hh])
+
+
 @torch.library.custom_op("lstm_triton::single_step", mutates_args=())
 def single_step(
     input: Tensor, h_0: Tensor | None, c_0: Tensor | None, weights: Sequence[Tensor], directions: int, bias: bool
@@ -110,6 +117,12 @@ def single_step(
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = named(single_step, arguments)
     return _results_of_stack(given.input, Stack.of(given.weights, given.directions, given.bias))
+
+
+@flops.counts("lstm_triton::single_step")
+def _(*arguments: Any) -> int:
+    given = named(single_step, arguments)
+    return flops.products(given.input.shape[0], given.weights)
 
 
 def _results_of_stack(input: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import transforms
+from .. import flops, transforms
 from ..failure import explained
 
 TENSORS = (Tensor, torch.nn.Parameter)
@@ -27,6 +27,7 @@ def invoke(operator: Any, *arguments: Any) -> Any:
         KernelFailed: the GPU reports that a kernel failed.
     """
     if _is_observed(arguments):
+        flops.counted()  # hands the formulas to the counters
         return operator(*arguments)
     try:
         if torch._C._autograd._profiler_enabled():  # a profiler shows the name, as the dispatcher would tell it

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import flops
 from ..ragged import Ragged
 from ..stack import Stack, Start
 from . import products
@@ -139,6 +140,15 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         input.new_empty(stack.lanes(), layout.batch_size, stack.hidden_size()),
         input.new_empty(stack.lanes(), layout.batch_size, stack.hidden_size()),
     )
+
+
+@flops.counts("lstm_triton::scan_forward")
+def _(*arguments: Any) -> int:
+    given = named(scan_forward, arguments)
+    stack = Stack.of(given.weights, given.directions, given.bias)
+    layout = Layout.of(given.input, stack.hidden_size(), Ragged.of(given.tables))
+    steps, _ = flops.steps(layout.rows, layout.batch_size, layout.ragged)
+    return flops.products(steps, given.weights)
 
 
 def _run(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import flops
 from ..ragged import Ragged, tables_of
 from ..stack import LaneWeights, Stack, Start
 from . import products
@@ -125,6 +126,18 @@ def _(*arguments: Any) -> list[Tensor]:
         *(given.input.new_empty(stack.lanes(), batch_size, size) for size in sizes),
         *(weight.new_empty(weight.shape) for weight in given.weights),
     ]
+
+
+@flops.counts("lstm_triton::low_memory_gradients")
+def _(*arguments: Any) -> int:
+    given = named(low_memory_gradients, arguments)
+    stack = Stack.of(given.weights, given.directions, given.bias)
+    layout = Layout.of(given.input, stack.hidden_size(), Ragged.of(given.tables))
+    steps, _ = flops.steps(layout.rows, layout.batch_size, layout.ragged)
+    # The pre-activations once more, the gradients of the weights, those of all h, and those of what each layer reads.
+    through_input = stack.weights if given.of_input else stack.weights[stack.directions :]
+    through = [*(lane.hh for lane in stack.weights), *(lane.ih for lane in through_input)]
+    return 2 * flops.products(steps, given.weights) + flops.products(steps, through)
 
 
 class _Read:

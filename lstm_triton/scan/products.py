@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import target
+from .. import flops, target
 from ..autocast import without_autocast
 from ..settings import ForkLock
 from ..stack import LaneWeights
@@ -61,6 +61,11 @@ def cuda_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
 @cuda_matmul.register_fake
 def _(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
     return left.new_empty((left.shape[0], right.shape[1]))
+
+
+@flops.counts("lstm_triton::matmul")
+def _(left: Tensor, right: Tensor, exact: bool = False) -> int:
+    return flops.products(left.shape[0], [right])
 
 
 def project(rows: Tensor, weight: Tensor, projected: Tensor, add: bool = False) -> None:

@@ -438,7 +438,7 @@ for kind in ("forward", "backward"):
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, released for Linux only")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which is not installed")
 def test_the_exchange_only_kernel_compiles_for_a_gpu() -> None:
     """Its loads are still there, although nobody uses what they load."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import lstm_triton
-from lstm_triton import checks, routing
+from lstm_triton import checks, triton_package
 from lstm_triton.call import Call
 from lstm_triton.routing import Choice, choose
 from tests.support.comparing import assert_same, run, twins
 from tests.support.fake_gpu import FakeGPU
+
+OBSTACLE = triton_package.obstacle.__wrapped__  # which a fake GPU hides
 
 
 def call_of(module: nn.RNNBase, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None) -> Call:
@@ -136,7 +138,8 @@ def test_no_gpu(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_triton(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(routing, "_triton_installed", False)
+    monkeypatch.setattr(triton_package, "obstacle", OBSTACLE)
+    monkeypatch.setattr(triton_package, "installed", lambda: False)
     assert_aten(call_of(gpu.lstm(3, 4), gpu.tensor(5, 2, 3)), "Triton is not installed")
 
 

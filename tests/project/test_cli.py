@@ -10,9 +10,10 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from lstm_triton import __version__
+from lstm_triton import __version__, triton_package
 from lstm_triton.__main__ import main
 from lstm_triton.commands import check, demo, info
+from lstm_triton.commands.threads import SETTINGS, choose_threads
 from tests.support.processes import ROOT
 
 
@@ -67,6 +68,50 @@ class TestDemo:
         assert same > 90
 
 
+class TestThreads:
+    """Small work takes one thread: several wait for each other at every step, for long on a busy machine."""
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({}, 1),
+            ({"operations": 2 * 64 * 4 * 128**2}, 1),  # the demo's
+            ({"operations": 200_000_000}, 3),
+            ({"operations": 10**12}, 8),
+            ({"operations": 0, "program": False}, 8),  # called by another program
+            ({"operations": 0, "device": "cuda"}, 8),
+        ],
+    )
+    def test_choice(self, options, expected, monkeypatch):
+        threads = [8]
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+        monkeypatch.setattr(torch, "set_num_threads", threads.append)
+        for name in SETTINGS:
+            monkeypatch.delenv(name, raising=False)
+        choose_threads(**{"device": "cpu", "program": True} | options)
+        assert threads[-1] == expected
+        threads[:] = [8]
+        monkeypatch.setenv("OMP_NUM_THREADS", "8")
+        choose_threads(**{"device": "cpu", "program": True} | options)
+        assert threads == [8], "the user has chosen"
+
+    def test_the_demo_says_how_many(self, tmp_path):
+        options = ("--epochs", "1", "--hidden-size", "4", "--device", "cpu", "--out", tmp_path / "picture.png")
+        finished = run("demo", *options, **dict.fromkeys(SETTINGS, ""))
+        assert finished.returncode == 0, finished.stderr
+        assert "4 hidden units on the CPU, 1 thread(s)" in finished.stdout
+
+    @pytest.mark.parametrize("command", ["demo", "check"])
+    def test_a_call_of_main_leaves_the_threads_as_they_are(self, command, monkeypatch, capsys):
+        for name in SETTINGS:
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("the threads were changed"))
+        monkeypatch.setattr(demo, "compare", lambda *_: 0)
+        monkeypatch.setattr(check, "INTERPRETED_CASES", [])
+        stand_in_kernels(monkeypatch, torch.nn.LSTM)
+        assert main([command, "--device", "cpu"]) == 0
+
+
 class TestInfo:
     def test_names_versions_and_the_path(self, capsys):
         assert main(["info"]) == 0
@@ -76,9 +121,9 @@ class TestInfo:
 
     def test_says_whether_the_pair_was_tested(self, capsys, monkeypatch):
         assert info.tested("2.11.0+cu130", "3.6.0") == info.tested("2.14.1", "3.8.0") == "tested with this release"
-        for pair in (("2.11.0", "3.5.1"), ("2.14.2", "3.8.0"), ("2.11.0", "not installed: ...")):
+        for pair in (("2.11.0", "3.5.1"), ("2.14.2", "3.8.0"), ("2.11.0", None)):
             assert info.tested(*pair) == f"not tested with this release; tested: {info.tested_pairs()}"
-        monkeypatch.setattr(info, "installed_version", lambda distribution: "3.5")
+        monkeypatch.setattr(triton_package, "version", lambda: "3.5")
         for pytorch, expected in ((torch.__version__.split("+")[0], "tested"), ("2.0.0", "not tested")):
             monkeypatch.setattr(info, "TESTED", ((pytorch, "3.5"),))
             assert main(["info"]) == 0
@@ -92,6 +137,10 @@ class TestInfo:
         finished = run("info", without=["triton"])
         assert finished.returncode == 0, finished.stderr
         assert "aten" in finished.stdout
+        assert (
+            f"Triton      not installed: every LSTM takes PyTorch's own path; {triton_package.RANGE}\n"
+            in finished.stdout
+        )
 
 
 class TestCheck:

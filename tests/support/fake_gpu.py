@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lstm_triton
-from lstm_triton import routing, target
+from lstm_triton import target, triton_package
 from lstm_triton.routing import _found_obstacle_of_device
 
 
@@ -48,7 +48,7 @@ def fake_gpu() -> Iterator[FakeGPU]:
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        patch.setattr(routing, "_triton_installed", True)
+        patch.setattr(triton_package, "obstacle", lambda: None)
         patch.setenv("TRITON_INTERPRET", "0")
         for function in (_found_obstacle_of_device, target._gpu):  # what they remember is of another GPU
             function.cache_clear()
