@@ -60,10 +60,10 @@ class Replacement:
             RuntimeError: something else has changed the class of a module since; nothing is undone then.
         """
         for entry in self.replaced:
-            if _plain(type(entry.module)) not in (stand_in_for(entry.original_class), entry.original_class):
-                raise RuntimeError(f"cannot undo: {_shown(entry.names)} has become a {type(entry.module).__name__}")
+            if plain_class(type(entry.module)) not in (stand_in_for(entry.original_class), entry.original_class):
+                raise RuntimeError(f"cannot undo: {shown(entry.names)} has become a {type(entry.module).__name__}")
         for entry in self.replaced:
-            _set_class(entry.module, entry.original_class)
+            set_class(entry.module, entry.original_class)
             if isinstance(entry.module, nn.LSTM):
                 entry.module.flatten_parameters()  # for cuDNN: parameters may have moved meanwhile
 
@@ -73,11 +73,11 @@ class Replacement:
             found = [entry for entry in self.replaced if isinstance(entry.module, kind)]
             if found or name == "LSTM":
                 lines.append(f"now lstm_triton.{name}: {len(found)}")
-            lines += [f"  {_shown(entry.names)}: {entry.module}".splitlines()[0] for entry in found]
+            lines += [f"  {shown(entry.names)}: {entry.module}".splitlines()[0] for entry in found]
             lines += [f"  {STILL_STOCK}"] if found and name == "LSTM" else []
         if self.left:
             lines.append(f"left as they were: {len(self.left)}")
-            lines += [f"  {_shown(entry.names)}: {entry.kind}, {entry.reason}" for entry in self.left]
+            lines += [f"  {shown(entry.names)}: {entry.kind}, {entry.reason}" for entry in self.left]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -133,10 +133,10 @@ def replace_lstm(model: nn.Module) -> Replacement:
             continue
         reason = _reason_to_leave(module)
         if reason is not None:
-            left.append(Left(tuple(places), _kind(module), reason))
+            left.append(Left(tuple(places), kind_of(module), reason))
         elif isinstance(module, (nn.LSTM, nn.LSTMCell)):
-            original_class = _plain(type(module))
-            _set_class(module, stand_in_for(original_class))
+            original_class = plain_class(type(module))
+            set_class(module, stand_in_for(original_class))
             replaced.append(Replaced(tuple(places), module, original_class))  # type: ignore[arg-type]
     return Replacement(tuple(replaced), tuple(left))
 
@@ -152,11 +152,11 @@ def _reason_to_leave(module: nn.Module) -> str | None:
         if isinstance(module, stock):
             if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):  # by name: no import of FSDP
                 return "it is sharded by fully_shard: replace it before"
-            added = own_names(_plain(type(module)), stock)
+            added = own_names(plain_class(type(module)), stock)
             if added:
                 return f"its class defines {added}"
             return "its forward was set on the object" if "forward" in vars(module) else None
-    if _kind(module) in STOCK:
+    if kind_of(module) in STOCK:
         if isinstance(module, torch.jit.ScriptModule):
             return "it is compiled by TorchScript"
         if type(module).__module__.startswith("torch.ao."):
@@ -164,12 +164,12 @@ def _reason_to_leave(module: nn.Module) -> str | None:
     return None
 
 
-def _kind(module: nn.Module) -> str:
+def kind_of(module: nn.Module) -> str:
     # TorchScript keeps the name of the class that a module had.
     return str(getattr(module, "original_name", type(module).__name__))
 
 
-def _shown(names: tuple[str, ...]) -> str:
+def shown(names: tuple[str, ...]) -> str:
     return ", ".join(name or "the model itself" for name in names)
 
 
@@ -178,10 +178,10 @@ def _is_parametrized(cls: type) -> bool:
     return cls.__module__ == nn.utils.parametrize.__name__
 
 
-def _plain(cls: type) -> type:
+def plain_class(cls: type) -> type:
     return cls.__bases__[0] if _is_parametrized(cls) else cls
 
 
-def _set_class(module: nn.Module, plain: type[nn.Module]) -> None:
+def set_class(module: nn.Module, plain: type[nn.Module]) -> None:
     cls = type(module)
     module.__class__ = type(cls.__name__, (plain,), dict(vars(cls))) if _is_parametrized(cls) else plain

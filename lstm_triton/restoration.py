@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .cell import LSTMCell
-from .convert import Left, _kind, _plain, _set_class, _shown
+from .convert import Left, kind_of, plain_class, set_class, shown
 from .module import LSTM
 
 
@@ -43,10 +43,10 @@ class Restoration:
             RuntimeError: something else has changed the class of a module since; nothing is undone then.
         """
         for entry in self.restored:
-            if _plain(type(entry.module)) not in (nn.LSTM, nn.LSTMCell, entry.original_class):
-                raise RuntimeError(f"cannot undo: {_shown(entry.names)} has become a {type(entry.module).__name__}")
+            if plain_class(type(entry.module)) not in (nn.LSTM, nn.LSTMCell, entry.original_class):
+                raise RuntimeError(f"cannot undo: {shown(entry.names)} has become a {type(entry.module).__name__}")
         for entry in self.restored:
-            _set_class(entry.module, entry.original_class)
+            set_class(entry.module, entry.original_class)
 
     def __str__(self) -> str:
         lines = []
@@ -54,10 +54,10 @@ class Restoration:
             entries = [entry for entry in self.restored if _stock_class(entry.original_class) is stock]
             if entries or name == "LSTM":
                 lines.append(f"now torch.nn.{name}: {len(entries)}")
-            lines += [f"  {_shown(entry.names)}: {entry.module}".splitlines()[0] for entry in entries]
+            lines += [f"  {shown(entry.names)}: {entry.module}".splitlines()[0] for entry in entries]
         if self.left:
             lines.append(f"left as they were: {len(self.left)}")
-            lines += [f"  {_shown(entry.names)}: {entry.kind}, {entry.reason}" for entry in self.left]
+            lines += [f"  {shown(entry.names)}: {entry.kind}, {entry.reason}" for entry in self.left]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -108,10 +108,10 @@ def to_torch(model: nn.Module) -> Restoration:
         if not isinstance(module, (LSTM, LSTMCell)):
             continue
         if (reason := _reason_to_leave(module)) is not None:
-            left.append(Left(tuple(places), _kind(module), reason))
+            left.append(Left(tuple(places), kind_of(module), reason))
             continue
-        original_class = _plain(type(module))
-        _set_class(module, _stock_class(original_class))
+        original_class = plain_class(type(module))
+        set_class(module, _stock_class(original_class))
         if isinstance(module, nn.LSTM):
             module._init_flat_weights()  # nn.LSTM reads its weights from this list
         restored.append(Restored(tuple(places), module, original_class))
@@ -126,7 +126,7 @@ def _reason_to_leave(module: nn.Module) -> str | None:
     """Why a layer of this library cannot change its class; None if it can."""
     if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):  # by name: no import of FSDP
         return "it is sharded by fully_shard: change it before"
-    if added := _names_added(_plain(type(module))):
+    if added := _names_added(plain_class(type(module))):
         return f"its class defines {added}"
     return "its forward was set on the object" if "forward" in vars(module) else None
 
