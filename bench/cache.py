@@ -38,6 +38,9 @@ from unittest import mock
 
 import torch
 
+from lstm_triton.command_line import whole_file
+from lstm_triton.ending import Mistake
+
 from . import cases, contact_cases, gpu, measure, results
 from .devices import Cpu
 
@@ -62,7 +65,7 @@ BESIDES: dict[str, Callable[[Cpu], None]] = {"contact": contact_cases.launch_bes
 TESTS = "tests"
 
 
-class CannotFill(Exception):
+class CannotFill(Mistake):
     """The cache cannot be filled. The message is one line."""
 
 
@@ -193,7 +196,7 @@ def compile_tests(arch: str, libtriton: Path | None, jobs: int, *more: str) -> i
 
 def pack(folder: Path, target: Path) -> None:
     """Pack the files of the cache folder that Triton needs into a .tar.xz with absolute names."""
-    with tarfile.open(target, "w:xz") as archive:
+    with whole_file(target) as file, tarfile.open(fileobj=file, mode="w:xz") as archive:
         for path in sorted(folder.rglob("*")):
             if path.name.endswith(NEEDED):
                 content = path.read_bytes()

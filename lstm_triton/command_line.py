@@ -79,6 +79,8 @@ def usable_device(text: str) -> torch.device:
             torch.zeros(1, device=device).cpu()
     except Exception as error:  # each kind of device fails in its own way, and some with pages of text
         reason = one_line(str(error).strip().split("\n")[0].split(". ")[0], 160)
+        if "aten::" in reason or "INTERNAL" in reason:  # words for those who make PyTorch
+            reason = "this build of PyTorch cannot reach such a device"
         raise argparse.ArgumentTypeError(f"{quoted(text)} cannot be used here: {reason}") from error
     return device
 
