@@ -15,8 +15,8 @@ if __name__ == "__main__":  # Ctrl-C during the imports below, which take second
 
 START = time.monotonic()  # before the imports, which count towards a budget
 
-from lstm_triton.command_line import Parser, above_zero, output_file, whole
-from lstm_triton.ending import program
+from lstm_triton.command_line import Parser, above_zero, whole  # noqa: E402
+from lstm_triton.ending import program  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("contact", "run", "gpu", "cache", "tune", "report", "status")

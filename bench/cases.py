@@ -280,6 +280,8 @@ def systems_named(names: str | None) -> tuple[str, ...] | None:
     chosen = tuple(names.split(","))
     if unknown := [name for name in chosen if name not in SYSTEMS]:
         raise UnknownName(f"unknown system {unknown[0]!r}: choose from {', '.join(SYSTEMS)}")
+    if len(set(chosen)) < len(chosen):
+        raise UnknownName(f"a system is named twice in {names!r}")
     return chosen
 
 
