@@ -15,7 +15,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports below, which take second
 
 START = time.monotonic()  # before the imports, which count towards a budget
 
-from lstm_triton.command_line import Parser, above_zero, whole  # noqa: E402
+from lstm_triton.command_line import Parser, above_zero, target_of, whole  # noqa: E402
 from lstm_triton.ending import program  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +162,7 @@ def run_contact(arguments: argparse.Namespace) -> int:
         raise devices.UnusableDevice("device 'cpu': the kernels do not run on it; interpreter rehearses")
     return contact(
         Contact(
-            out=arguments.out.resolve(),
+            out=target_of(arguments.out),
             device_name=arguments.device,
             start=START,
             deadline=START + arguments.budget - MARGIN,
@@ -194,7 +194,7 @@ def dispatch(arguments: argparse.Namespace) -> int:
         stages = arguments.stages.split(",")
         if unknown := [stage for stage in stages if stage not in gpu.STAGES]:
             raise cases.UnknownName(f"unknown stage {unknown[0]!r}: choose from {', '.join(gpu.STAGES)}")
-        out = arguments.out.resolve()
+        out = target_of(arguments.out)
         watchdog = Watchdog(
             arguments.device, out / "gpu.log", START + arguments.budget - MARGIN, arguments.timeout, arguments.plugin
         )

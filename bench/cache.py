@@ -38,7 +38,7 @@ from unittest import mock
 
 import torch
 
-from lstm_triton.command_line import whole_file
+from lstm_triton.command_line import check_output_file, whole_file
 from lstm_triton.ending import Mistake
 
 from . import cases, contact_cases, gpu, measure, results
@@ -239,6 +239,7 @@ def fill_and_pack(stages: list[str], arch: str, out: Path, libtriton: Path | Non
         raise CannotFill(f"no such file: {libtriton}")
     folder = cache_folder()
     results.require_writable(out.resolve().parent)
+    check_output_file(out)
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
     there = len(list(folder.rglob("*.cubin")))
     start, seconds = time.monotonic(), processor_seconds()

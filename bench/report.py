@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lstm_triton.command_line import target_of
+
 from . import cases, journal, results
 from .cases import Row
 from .machine import Machine, load, speedup
@@ -269,9 +271,9 @@ def report(folder: Path, out: Path, readme: Path, say: Callable[[str], None] = p
     machines = load(folder)
     fill_in(readme, "")  # before anything is written
     results.require_writable(out)
-    drawn = {machine.path: pictures.draw(machine, out.resolve()) for machine in machines}
-    results.write_atomically(out / "README.md", report_text(machines, drawn, out.resolve()))
-    results.write_atomically(readme, fill_in(readme, readme_section(machines, drawn, out.resolve(), readme)))
+    drawn = {machine.path: pictures.draw(machine, target_of(out)) for machine in machines}
+    results.write_atomically(out / "README.md", report_text(machines, drawn, target_of(out)))
+    results.write_atomically(readme, fill_in(readme, readme_section(machines, drawn, target_of(out), readme)))
     count = sum(len(found) for found in drawn.values())
     say(f"{len(machines)} results files, {count} pictures: {out / 'README.md'}; section in {readme}")
     return 0

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lstm_triton.command_line import check_output_file
 from lstm_triton.ending import Mistake
 
 from . import cases, devices, floor, results
@@ -91,6 +92,7 @@ def run(
     load_plugin(plugin)
     if out is not None:
         results.require_writable(out.parent)
+        check_output_file(out)
         if out.exists():
             results.Results.read(out)
     caches = empty_kernel_caches() if cases.GRIDS[grid_name].first_call else contextlib.nullcontext()

@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from lstm_triton.command_line import check_output_file
+
 from . import resources
 from .cases import OURS, BenchCase
 from .plans import SCAN_MODES, candidates_of, shape_of
@@ -118,6 +120,7 @@ def tune(
     from lstm_triton.scan.plan import Kind
 
     require_writable(path.parent)
+    check_output_file(path)
     table = read_table(path)
     found = 0
     with ending(watchdog):

@@ -241,7 +241,7 @@ def draw(trainings: tuple[Training, Training], where: str, out: Path) -> None:
     curves.set(
         title="CartPole with velocities hidden: mean return of an episode",
         xlabel=f"update ({ENVIRONMENTS} carts x {STEPS} steps each)",
-        xlim=(1, trainings[0].updates),
+        xlim=(1, max(trainings[0].updates, 2)),
         ylim=(0, None),
     )
     curves.legend(loc="center left")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -85,25 +86,37 @@ def usable_device(text: str) -> torch.device:
     return device
 
 
-def output_file(text: str) -> Path:
-    """A path to which a file can be written. It is tested now, before the work that the file is to keep."""
-    path = Path(text)
+def check_output_file(path: Path) -> None:
+    """Raise Mistake if a file cannot be written. It is tested now, before the work that the file is to keep."""
     try:
-        if path.is_dir() or text.endswith(("/", os.sep)):
+        if path.is_dir():
             raise IsADirectoryError(0, "Is a directory")
-        if not text:
-            raise FileNotFoundError(0, "the name is empty")
         if path.exists():
             path.open("r+b").close()
         with contextlib.suppress(FileNotFoundError):
             path.lstat()  # a name can be too long
         if may_be_replaced(path):
-            handle, unfinished = create_beside(path)
-            os.close(handle)
-            unfinished.unlink()
-    except (OSError, RuntimeError) as error:  # RuntimeError: older versions of Python, for links in a circle
-        raise argparse.ArgumentTypeError(f"cannot write {quoted(text)}: {reason_of(error)}") from error
-    return path
+            check_folder(target_of(path).parent)
+    except OSError as error:
+        raise Mistake(f"cannot write {quoted(str(path))}: {reason_of(error)}") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raise OSError if no file can be created in a folder."""
+    handle, unfinished = create_in(folder)
+    os.close(handle)
+    unfinished.unlink()
+
+
+def output_file(text: str) -> Path:
+    """A path to which a file can be written."""
+    try:
+        if not text or text.endswith(("/", os.sep)):
+            raise Mistake(f"cannot write {quoted(text)}: the name of a file is missing")
+        check_output_file(Path(text))
+    except Mistake as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def picture_file(kinds: Collection[str] = ("png",)) -> Callable[[str], Path]:
@@ -126,13 +139,11 @@ def output_folder(text: str) -> Path:
             raise FileNotFoundError(0, "the name is empty")
         with contextlib.suppress(FileNotFoundError):
             path.lstat()  # a name can be too long
-        there = path.resolve()
+        there = target_of(path)
         while not there.exists():
             there = there.parent
-        handle, unfinished = create_beside(there / "file")
-        os.close(handle)
-        unfinished.unlink()
-    except (OSError, RuntimeError) as error:
+        check_folder(there)
+    except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot write into {quoted(text)}: {reason_of(error)}") from error
     return path
 
@@ -184,15 +195,16 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             with path.open("wb") as file:
                 yield file
             return
-        handle, unfinished = create_beside(path)
+        target = target_of(path)
+        handle, unfinished = create_in(target.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            if path.exists():
-                shutil.copymode(path, unfinished)
-            os.replace(unfinished, path.resolve())
+            if target.exists():
+                shutil.copymode(target, unfinished)
+            os.replace(unfinished, target)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 unfinished.unlink()
@@ -205,9 +217,17 @@ def may_be_replaced(path: Path) -> bool:
     return path.is_file() or not path.exists()
 
 
-def create_beside(path: Path) -> tuple[int, Path]:
-    """A new empty file in the folder of the file that a path leads to: its descriptor, and its path."""
-    unfinished = path.resolve().parent / f".unfinished-{secrets.token_hex(8)}"
+def target_of(path: Path) -> Path:
+    """The file that a path leads to, through all links."""
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # older versions of Python, for links in a circle
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+
+
+def create_in(folder: Path) -> tuple[int, Path]:
+    """A new empty file in a folder: its descriptor, and its path."""
+    unfinished = folder / f".unfinished-{secrets.token_hex(8)}"
     return os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), unfinished
 
 
