@@ -256,6 +256,8 @@ def fill_in(readme: Path, section: str) -> str:
         text = readme.read_text(encoding="utf-8")
     except OSError as error:
         raise ResultsError(f"cannot read {readme}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ResultsError(f"{readme} is no text in UTF-8: {error}") from error
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ResultsError(f"{readme} needs the lines {BEGIN} and {END}, once each, for the section")
     before, rest = text.split(BEGIN)
@@ -281,7 +283,7 @@ def report(folder: Path, out: Path, readme: Path, say: Callable[[str], None] = p
 
 def status(folder: Path) -> int:
     """`python -m bench status`: print which results are of these kernels, and what is not measured yet."""
-    machines = load(folder) if folder.is_dir() else []
+    machines = load(folder) if folder.exists() else []
     for machine in machines:
         origin = machine.results.provenance
         fits = "these kernels" if machine.current else f"other kernels ({origin['kernel_hash']})"
