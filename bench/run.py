@@ -39,7 +39,7 @@ class RowCollector:
         self.session = session
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        self.stopped_by = excinfo.value
+        self.stopped_by = self.stopped_by or excinfo.value
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found = dict(report.user_properties) if report.when == "call" else {}

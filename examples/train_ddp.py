@@ -68,9 +68,9 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: i
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save may hide the one behind the other
         unfinished.unlink(missing_ok=True)
-        raise Mistake(f"cannot write {path}: {error.strerror}") from error
+        raise Mistake(f"cannot write {path}: {error}") from error
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
