@@ -68,9 +68,10 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: i
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save may hide the one behind the other
+    except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
-        raise Mistake(f"cannot write {path}: {error}") from error
+        hidden = error.__context__  # by torch.save, whose RuntimeError does not tell why
+        raise Mistake(f"cannot write {path}: {hidden if isinstance(hidden, OSError) else error}") from error
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:

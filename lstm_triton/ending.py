@@ -26,8 +26,8 @@ class Mistake(Exception):
     """The user has to correct something first. The message is one line."""
 
 
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP has come: `finally` and `with` still clean up."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP has come. What stops and cleans up for Ctrl-C does so for these, too."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -97,7 +97,7 @@ def program(
                         return main(argv)
                     finally:
                         sys.stdout.flush()
-                except (Exception, KeyboardInterrupt, Terminated) as error:
+                except (Exception, KeyboardInterrupt) as error:
                     ignore_interrupts()
                     ending = ending_of(error, extra)
                     if ending is None:
@@ -114,10 +114,10 @@ def program(
 
 def ending_of(error: BaseException, extra: str) -> tuple[str, int] | None:
     """The line and the exit code with which a program ends. None for an error that is a fault of the program."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted", INTERRUPTED
     if isinstance(error, Terminated):
         return f"ended by {signal.Signals(error.signum).name}", 128 + error.signum
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", INTERRUPTED
     if isinstance(error, BrokenPipeError):
         discard_output()
         return "", CLOSED_PIPE
@@ -127,10 +127,11 @@ def ending_of(error: BaseException, extra: str) -> tuple[str, int] | None:
         message = how_to_install(error, extra)
         return None if message is None else (message, 2)
     if isinstance(error, OSError):
-        discard_output()  # what cannot be written now cannot be written when Python ends
+        discard_output()
         where = f" {error.filename}" if error.filename else ""
         return f"cannot read or write{where}: {reason_of(error)}", 2
-    if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
+    lack = isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    if lack or isinstance(error, MemoryError):
         return f"out of memory: {one_line(str(error)) or 'choose smaller sizes'}", 2
     return None
 
@@ -141,11 +142,14 @@ def tell(line: str) -> None:
 
 
 def discard_output() -> None:
-    """Send to nowhere what is left to be printed."""
-    with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+    """If what is left to be printed cannot be printed, send it to nowhere: Python would try once more at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 def mend_streams() -> None:
@@ -170,7 +174,7 @@ def signals_as_exceptions() -> Iterator[None]:
 
     before = {}
     for signum in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
-        if signum is not None and signal.getsignal(signum) is not signal.SIG_IGN:
+        if signum is not None and signal.getsignal(signum) not in (signal.SIG_IGN, None):
             with contextlib.suppress(ValueError):  # in another thread
                 before[signum] = signal.signal(signum, leave)
     try:
