@@ -125,9 +125,7 @@ def mistakes() -> Iterator[tuple[str, list[str], str]]:
     yield "train_ddp", [], "start it with torchrun"
 
 
-@pytest.mark.parametrize(
-    "name", ["gradient_penalty", "per_sample_gradients", "recurrent_ppo_resets", "stock_prices", "train_ddp"]
-)
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in mistakes()}))
 def test_a_mistake_gets_one_line_before_any_work(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
