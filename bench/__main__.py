@@ -156,10 +156,15 @@ def run_tune(arguments: argparse.Namespace) -> int:
 def run_contact(arguments: argparse.Namespace) -> int:
     from . import devices
     from .contact import Contact, contact
+    from .gpu import require_tests
+    from .systems import require_plugin
     from .watchdog import MARGIN
 
     if arguments.device == "cpu":
         raise devices.UnusableDevice("device 'cpu': the kernels do not run on it; interpreter rehearses")
+    require_plugin(arguments.plugin)
+    if arguments.tests != "none":
+        require_tests(arguments.tests)
     return contact(
         Contact(
             out=target_of(arguments.out),
@@ -189,11 +194,15 @@ def dispatch(arguments: argparse.Namespace) -> int:
         )
     if arguments.command == "gpu":
         from . import cases, gpu
+        from .systems import require_plugin
         from .watchdog import MARGIN, Watchdog
 
         stages = arguments.stages.split(",")
         if unknown := [stage for stage in stages if stage not in gpu.STAGES]:
             raise cases.UnknownName(f"unknown stage {unknown[0]!r}: choose from {', '.join(gpu.STAGES)}")
+        require_plugin(arguments.plugin)
+        if "tests" in stages:
+            gpu.require_tests(arguments.tests)
         out = target_of(arguments.out)
         watchdog = Watchdog(
             arguments.device, out / "gpu.log", START + arguments.budget - MARGIN, arguments.timeout, arguments.plugin

@@ -33,11 +33,10 @@ from . import cases, devices, journal, measure, results
 from .cases import BASELINE, FLOOR, OURS, BenchCase
 from .contact_cases import CANDIDATES, CHECKS, HOST, TIMED
 from .contact_report import TimeRow, is_right, time_table, verdict_of
-from .gpu import COMPILING, Session, ending_children, require_tests
+from .gpu import COMPILING, Session, ending_children
 from .hang import HANG
 from .plans import SCAN_MODES
 from .results import JsonObject
-from .systems import require_plugin
 from .watchdog import Crew, OutOfBudget, Watchdog, ending
 
 CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "compute_mode")
@@ -336,9 +335,6 @@ class Contact:
 def contact(run: Contact) -> int:
     """All steps in order. Returns 0, or 1 if anything failed or nothing could be tried."""
     devices.require(run.device_name)
-    require_plugin(run.plugin)
-    if run.tests is not None:
-        require_tests(run.tests)
     results.require_writable(run.out)
     run.tell(f"contact, {datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')}")
     steps: dict[str, Callable[[], None]] = {

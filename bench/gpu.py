@@ -25,7 +25,7 @@ from . import cases, devices, journal, measure, results
 from .cases import Row
 from .results import JsonObject
 from .run import empty_kernel_caches
-from .systems import REGISTRY, require_plugin
+from .systems import REGISTRY
 from .watchdog import START_TIMEOUT, Crew, OutOfBudget, Watchdog, describe_exit, end
 
 
@@ -320,9 +320,6 @@ def require_tests(tests: str) -> None:
 def gpu(session: Session, stages: list[str]) -> int:
     """Run the stages in order. Returns 0, or 1 if a test or a row of lstm_triton is not right."""
     devices.require(session.watchdog.device_name)
-    require_plugin(session.watchdog.plugin)
-    if "tests" in stages:
-        require_tests(session.tests)
     results.require_writable(session.out)
     if session.results_file.exists():
         results.Results.read(session.results_file)

@@ -52,7 +52,7 @@ def bench(*arguments: str, **options) -> subprocess.CompletedProcess:
             "run: cannot find the plugin 'no.such': ModuleNotFoundError",
         ),
         (["run", "--device", "cpu", "--plugin", "nosuch"], "run: cannot find the plugin 'nosuch': no such module"),
-        (["run", "--device", "cpu", "--plugin", ""], "run: cannot find the plugin '': ValueError: Empty module name"),
+        (["run", "--device", "cpu", "--plugin", ""], "run: cannot find the plugin '': ValueError: "),
         (["run", "--device", "cpu", "--out", "bench"], "run: cannot write 'bench': Is a directory"),
         (["run", "--device", "cpu", "--out", "a" * 300], "File name too long"),
         (["run", "--device", "tpu"], "run: unknown device 'tpu': choose from cpu"),
@@ -176,7 +176,6 @@ def test_a_file_that_is_no_results_file_is_never_overwritten(capsys, tmp_path, t
     ("act", "code", "line"),
     [
         ("raise OSError(28, 'No space left on device')", 2, "cannot write {out}: No space left on device"),
-        ("os.kill(os.getpid(), signal.SIGINT)", 130, "interrupted"),
         ("os.kill(os.getpid(), signal.SIGTERM)", 143, "ended by SIGTERM"),
     ],
 )
