@@ -21,6 +21,6 @@ Around this way:
                contact_report.py puts what was found into words. hang.py finds what a kernel waits for. handoff.py times
                a value on its way from one multiprocessor to another.
     no GPU     resources.py and sass.py read what the kernels compile to. overhead.py counts what a call costs the host.
-               digest.py tells whether that has changed.
+               digest.py tells whether that has changed. pool.py has processes that compile.
                cache.py and pretend.py compile for a GPU that is elsewhere. hits.py counts what was compiled.
 """

@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-START = time.monotonic()  # before the imports: they take seconds, which count towards a budget
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
+START = time.monotonic()  # before the imports, which count towards a budget
+
+from lstm_triton.command_line import Parser, above_zero, target_of, whole  # noqa: E402
+from lstm_triton.ending import program  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("contact", "run", "gpu", "cache", "tune", "report", "status")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a mistake gets one line instead of the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
-
-
-def whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,23 +41,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--grid", default="smoke", help=f"one of {', '.join(cases.GRIDS)}")
     run.add_argument("--device", default=device, help=f"one of {', '.join(devices.DEVICES)}")
     run.add_argument("--systems", help=f"some of {','.join(cases.SYSTEMS)}; otherwise those that the grid names")
-    run.add_argument("--seconds", type=positive, default=0.3, help="how long to time each system in each case")
+    run.add_argument("--seconds", type=above_zero, default=0.3, help="how long to time each system in each case")
     run.add_argument("--out", type=Path, help="results file; rows of the same kernels and machine in it are kept")
     run.add_argument("--plugin", help="a module to import first, which may add to bench.systems.REGISTRY")
 
     everything = add(
         "gpu", "everything a GPU is needed for, within a budget; a later call goes on where this one stopped"
     )
-    everything.add_argument("--budget", type=positive, required=True, help="seconds until the command has ended")
+    everything.add_argument("--budget", type=above_zero, required=True, help="seconds until the command has ended")
     everything.add_argument("--out", type=Path, required=True, help="folder of the results")
     everything.add_argument("--device", default="cuda", help="cuda; interpreter or cpu: a rehearsal at tiny sizes")
     everything.add_argument("--stages", default=",".join(gpu.STAGES), help="which, in this order")
     everything.add_argument(
-        "--timeout", type=positive, default=90.0, help="seconds without a sign of life before a child is killed"
+        "--timeout", type=above_zero, default=90.0, help="seconds without a sign of life before a child is killed"
     )
-    everything.add_argument("--seconds", type=positive, default=0.3, help="how long to time each system in each case")
+    everything.add_argument("--seconds", type=above_zero, default=0.3, help="how long to time each system in each case")
     everything.add_argument(
-        "--compilers", type=int, help="processes that compile ahead; 0 where the kernel cache is filled (bench cache)"
+        "--compilers",
+        type=whole(0),
+        help="processes that compile ahead; 0 where the kernel cache is filled (bench cache)",
     )
     everything.add_argument("--tests", default="tests", help="what pytest -m gpu is run on")
     everything.add_argument("--resume", type=Path, help="folder of an earlier call, to go on from in an empty --out")
@@ -86,12 +71,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     contact = add("contact", "the first command for any GPU: is everything right, how fast is it, and if not, why?")
-    contact.add_argument("--budget", type=positive, default=300.0, help="seconds until the command has ended")
+    contact.add_argument("--budget", type=above_zero, default=300.0, help="seconds until the command has ended")
     contact.add_argument("--out", type=Path, required=True, help="folder of the findings")
     contact.add_argument("--device", default="cuda", help="cuda, or interpreter: a rehearsal at tiny sizes")
-    contact.add_argument("--seconds", type=positive, default=0.05, help="how long to time each system in each case")
+    contact.add_argument("--seconds", type=above_zero, default=0.05, help="how long to time each system in each case")
     contact.add_argument(
-        "--timeout", type=positive, default=30.0, help="seconds without a sign of life before a child is killed"
+        "--timeout", type=above_zero, default=30.0, help="seconds without a sign of life before a child is killed"
     )
     contact.add_argument("--tests", default="tests", help="what pytest -m gpu is run on; none: no tests")
     contact.add_argument("--plugin", help="a module that every child imports first")
@@ -103,23 +88,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--stages", default="headline,common,stacks", help=f"some of {','.join([*cache.STAGES, cache.TESTS])}"
     )
     filled.add_argument("--libtriton", type=Path, help="triton/_C/libtriton.so of the other machine's Triton")
-    filled.add_argument("--jobs", type=whole, default=os.cpu_count() or 1, help="processes that compile side by side")
+    filled.add_argument("--jobs", type=whole(), default=os.cpu_count() or 1, help="processes that compile side by side")
     filled.add_argument("--out", type=Path, required=True, help="a .tar.xz, to be unpacked with `tar xJf FILE -C /`")
 
     tune = add("tune", "measure the planner's candidates and write the table of plans it prefers on this device")
-    tune.add_argument("--hidden", type=whole, nargs="+", default=[256, 512, 768, 1024], help="hidden sizes")
+    tune.add_argument("--hidden", type=whole(), nargs="+", default=[256, 512, 768, 1024], help="hidden sizes")
     tune.add_argument(
-        "--batch", type=whole, nargs="+", default=[1, 16, 64, 256], help="batch sizes, each with each hidden size"
+        "--batch", type=whole(), nargs="+", default=[1, 16, 64, 256], help="batch sizes, each with each hidden size"
     )
     tune.add_argument(
         "--dtype", nargs="+", default=["bfloat16", "float16", "tf32"], choices=cases.DTYPES, help="dtypes"
     )
-    tune.add_argument("--steps", type=whole, default=256, help="T of the timed layer")
-    tune.add_argument("--candidates", type=whole, default=8, help="how many to run for each scan, most promising first")
-    tune.add_argument("--seconds", type=positive, default=0.2, help="how long to time each candidate")
-    tune.add_argument("--budget", type=positive, default=540.0, help="seconds until the command has ended")
+    tune.add_argument("--steps", type=whole(), default=256, help="T of the timed layer")
     tune.add_argument(
-        "--timeout", type=positive, default=60.0, help="seconds without a sign of life before a child is killed"
+        "--candidates", type=whole(), default=8, help="how many to run for each scan, most promising first"
+    )
+    tune.add_argument("--seconds", type=above_zero, default=0.2, help="how long to time each candidate")
+    tune.add_argument("--budget", type=above_zero, default=540.0, help="seconds until the command has ended")
+    tune.add_argument(
+        "--timeout", type=above_zero, default=60.0, help="seconds without a sign of life before a child is killed"
     )
     tune.add_argument("--device", default="cuda", help="cuda, or interpreter to rehearse")
     tune.add_argument("--out", type=Path, help="the table; the one the planner reads if not given")
@@ -169,13 +156,18 @@ def run_tune(arguments: argparse.Namespace) -> int:
 def run_contact(arguments: argparse.Namespace) -> int:
     from . import devices
     from .contact import Contact, contact
+    from .gpu import require_tests
+    from .systems import require_plugin
     from .watchdog import MARGIN
 
     if arguments.device == "cpu":
         raise devices.UnusableDevice("device 'cpu': the kernels do not run on it; interpreter rehearses")
+    require_plugin(arguments.plugin)
+    if arguments.tests != "none":
+        require_tests(arguments.tests)
     return contact(
         Contact(
-            out=arguments.out.resolve(),
+            out=target_of(arguments.out),
             device_name=arguments.device,
             start=START,
             deadline=START + arguments.budget - MARGIN,
@@ -202,12 +194,16 @@ def dispatch(arguments: argparse.Namespace) -> int:
         )
     if arguments.command == "gpu":
         from . import cases, gpu
+        from .systems import require_plugin
         from .watchdog import MARGIN, Watchdog
 
         stages = arguments.stages.split(",")
         if unknown := [stage for stage in stages if stage not in gpu.STAGES]:
             raise cases.UnknownName(f"unknown stage {unknown[0]!r}: choose from {', '.join(gpu.STAGES)}")
-        out = arguments.out.resolve()
+        require_plugin(arguments.plugin)
+        if "tests" in stages:
+            gpu.require_tests(arguments.tests)
+        out = target_of(arguments.out)
         watchdog = Watchdog(
             arguments.device, out / "gpu.log", START + arguments.budget - MARGIN, arguments.timeout, arguments.plugin
         )
@@ -237,24 +233,9 @@ def dispatch(arguments: argparse.Namespace) -> int:
     return status(arguments.results)
 
 
+@program("python -m bench", extra="bench", commands=COMMANDS)
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-
-    from .cache import CannotFill
-    from .cases import UnknownName
-    from .devices import UnusableDevice
-    from .results import ResultsError
-    from .run import MissingPackage
-    from .watchdog import CannotStart
-
-    try:
-        return dispatch(arguments)
-    except (UnknownName, UnusableDevice, ResultsError, MissingPackage, CannotFill, CannotStart) as error:
-        print(f"python -m bench {arguments.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"python -m bench {arguments.command}: interrupted; what was measured is saved", file=sys.stderr)
-        return 130
+    return dispatch(parse(argv))
 
 
 if __name__ == "__main__":

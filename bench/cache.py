@@ -28,7 +28,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.machinery import FileFinder
@@ -38,8 +37,12 @@ from unittest import mock
 
 import torch
 
+from lstm_triton.command_line import check_output_file, whole_file
+from lstm_triton.ending import Mistake
+
 from . import cases, contact_cases, gpu, measure, results
 from .devices import Cpu
+from .pool import processes
 
 GPU_TESTS = ("tests/gpu/test_gpu.py", "tests/gpu/test_gpu_pytorch.py")
 NEEDED = (".json", ".cubin")  # of the files that Triton writes for a kernel
@@ -62,7 +65,7 @@ BESIDES: dict[str, Callable[[Cpu], None]] = {"contact": contact_cases.launch_bes
 TESTS = "tests"
 
 
-class CannotFill(Exception):
+class CannotFill(Mistake):
     """The cache cannot be filled. The message is one line."""
 
 
@@ -172,7 +175,7 @@ def fill(stages: Iterable[str], arch: str, libtriton: Path | None, jobs: int) ->
     """Compile what stages launch, in several processes. Returns the number of errors."""
     wanted = [case for name in stages for case in STAGES[name]]
     different = {replace(case, T=min(2, case.T)): None for case in wanted}  # measure.compile_kernels goes no further
-    with ProcessPoolExecutor(jobs) as pool:
+    with processes(jobs) as pool:
         futures = [pool.submit(compile_besides, name, arch, libtriton) for name in stages if name in BESIDES]
         futures += [pool.submit(compile_cases, [case], arch, libtriton) for case in different]
         return sum(future.result() for future in futures)
@@ -193,7 +196,7 @@ def compile_tests(arch: str, libtriton: Path | None, jobs: int, *more: str) -> i
 
 def pack(folder: Path, target: Path) -> None:
     """Pack the files of the cache folder that Triton needs into a .tar.xz with absolute names."""
-    with tarfile.open(target, "w:xz") as archive:
+    with whole_file(target) as file, tarfile.open(fileobj=file, mode="w:xz") as archive:
         for path in sorted(folder.rglob("*")):
             if path.name.endswith(NEEDED):
                 content = path.read_bytes()
@@ -234,8 +237,14 @@ def fill_and_pack(stages: list[str], arch: str, out: Path, libtriton: Path | Non
         raise cases.UnknownName(f"unknown stage {unknown[0]!r}: choose from {', '.join([*STAGES, TESTS])}")
     if libtriton is not None and not libtriton.is_file():
         raise CannotFill(f"no such file: {libtriton}")
+    if libtriton is not None:
+        with libtriton.open("rb") as file:
+            if file.read(4) != b"\x7fELF":
+                raise CannotFill(f"not a shared library: {libtriton}")
     folder = cache_folder()
+    results.require_writable(folder)
     results.require_writable(out.resolve().parent)
+    check_output_file(out)
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
     there = len(list(folder.rglob("*.cubin")))
     start, seconds = time.monotonic(), processor_seconds()

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal
 
+from lstm_triton.ending import Mistake
+
 Row = dict[str, Any]  # of a results file: see results.ROW_KEYS
 
 MODES = ("forward", "forward+backward", "inference")
@@ -267,7 +269,7 @@ def rehearsal(grid: Grid) -> Grid:
     return replace(grid, blocks=tuple(blocks))
 
 
-class UnknownName(Exception):
+class UnknownName(Mistake):
     """There is no such grid or system. The message is one line."""
 
 
@@ -278,6 +280,8 @@ def systems_named(names: str | None) -> tuple[str, ...] | None:
     chosen = tuple(names.split(","))
     if unknown := [name for name in chosen if name not in SYSTEMS]:
         raise UnknownName(f"unknown system {unknown[0]!r}: choose from {', '.join(SYSTEMS)}")
+    if len(set(chosen)) < len(chosen):
+        raise UnknownName(f"a system is named twice in {names!r}")
     return chosen
 
 

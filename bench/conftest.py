@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 
-from bench import cases, devices, measure
+from bench import cases, devices, measure, systems
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,7 +18,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if plugin := config.getoption("--bench-plugin"):
-        importlib.import_module(plugin)
+        try:
+            systems.load_plugin(plugin)
+        except cases.UnknownName as error:
+            raise pytest.UsageError(str(error)) from error
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

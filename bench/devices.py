@@ -11,13 +11,15 @@ from functools import cached_property
 
 import torch
 
+from lstm_triton.ending import Mistake
+
 Call = Callable[[], object]
 
 # A GPU keeps the clock that it has. The host gets ahead of it by at most this time (see Cuda.time).
 LONGEST_SPIN_US = 5_000
 
 
-class UnusableDevice(Exception):
+class UnusableDevice(Mistake):
     """The device is not there. The message is one line."""
 
 

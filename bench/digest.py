@@ -13,18 +13,21 @@ plans that the planner chooses; so an edit of the planner may show here, too. Ea
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import re
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lstm_triton.command_line import Parser, output_file, whole, whole_file
+from lstm_triton.ending import Mistake, program
+
+from .pool import processes
 from .resources import AGAIN, CELLS, DTYPES, KernelCase, compiled, compiled_cell, compiled_recompute, plan_of
 
 
@@ -130,31 +133,47 @@ def differences(before: dict[str, str], after: dict[str, str]) -> list[str]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.digest", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the digests")
+def read(path: Path) -> dict[str, Any]:
+    """What an earlier call has written. Raises Mistake where it has not."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {"triton": content["triton"], "cases": dict(content["cases"])}
+    except OSError as error:
+        raise Mistake(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise Mistake(f"{path} has no digests: {error}") from error
+
+
+@program("python -m bench.digest", extra="bench")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m bench.digest", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=output_file, metavar="FILE", help="where to write the digests")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="digests that an earlier call has written")
     parser.add_argument("--only", default="", metavar="TEXT", help="only the cases with this in their names")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
+    parser.add_argument("--workers", type=whole(), default=os.cpu_count() or 1, help="processes that compile")
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")
     import triton
 
-    before = json.loads(chosen.compare.read_text()) if chosen.compare else None
+    before = read(chosen.compare) if chosen.compare else None
     if before and before["triton"] != triton.__version__:
         parser.error(f"{chosen.compare} has digests of Triton {before['triton']}, this is Triton {triton.__version__}")
     variants = [variant for variant in VARIANTS if chosen.only in str(variant)]
+    if not variants:
+        parser.error(f"no case has {chosen.only!r} in its name")
     # A cache of its own: what is compared has been compiled from the sources as they are.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         found = {}
-        with ProcessPoolExecutor(chosen.workers) as pool:
+        with processes(chosen.workers) as pool:
             for variant, one in zip(variants, pool.map(digest, variants), strict=True):
                 found[str(variant)] = one
                 print(one, variant, flush=True)
     if chosen.out:
-        chosen.out.write_text(json.dumps({"triton": triton.__version__, "cases": found}, indent=1) + "\n")
+        text = json.dumps({"triton": triton.__version__, "cases": found}, indent=1) + "\n"
+        with whole_file(chosen.out) as file:
+            file.write(text.encode())
     if before is None:
         return 0
     expected = {name: one for name, one in before["cases"].items() if chosen.only in name}

@@ -311,6 +311,12 @@ def ending_children(stop: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def require_tests(tests: str) -> None:
+    """Raise UnknownName before any work is done, if there are no such tests."""
+    if not (results.ROOT / tests.split("::")[0]).exists():
+        raise cases.UnknownName(f"there are no tests {tests!r}: name a file or a folder of the project")
+
+
 def gpu(session: Session, stages: list[str]) -> int:
     """Run the stages in order. Returns 0, or 1 if a test or a row of lstm_triton is not right."""
     devices.require(session.watchdog.device_name)

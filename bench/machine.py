@@ -107,7 +107,7 @@ def timed_systems(rows: Rows) -> list[str]:
 def load(folder: Path) -> list[Machine]:
     """All results files in a folder and the folders in it. Raises ResultsError for a file that cannot be read."""
     if not folder.is_dir():
-        raise ResultsError(f"cannot read {folder}: no such folder")
+        raise ResultsError(f"cannot read {folder}: {'not a' if folder.exists() else 'no such'} folder")
     machines = []
     for path in sorted(folder.rglob("*.json")):
         slug = re.sub(r"[^a-z0-9]+", "-", str(path.relative_to(folder).with_suffix("")).lower()).strip("-")

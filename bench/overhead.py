@@ -14,13 +14,12 @@ compiled, and the driver, which would launch, is left out. With `--compilations 
 layer would compile for all batch sizes up to 256.
 """
 
-import argparse
 import json
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
@@ -32,6 +31,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
+from lstm_triton.command_line import Parser, above_zero, whole
+from lstm_triton.ending import program
 from lstm_triton.scan import backward, cell, forward
 from lstm_triton.target import Device, Gpus, KernelLaunch, recorded_launches, running_on, watched_launches
 
@@ -305,11 +306,12 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__.splitlines()[0])
+@program("python -m bench.overhead", extra="bench")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m bench.overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES))
-    parser.add_argument("--seconds", type=float, default=1.0, help="how long to time each call")
-    parser.add_argument("--compilations", nargs="+", type=int, metavar="H", help="count compiled kernels instead")
+    parser.add_argument("--seconds", type=above_zero, default=1.0, help="how long to time each call")
+    parser.add_argument("--compilations", nargs="+", type=whole(), metavar="H", help="count compiled kernels instead")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":

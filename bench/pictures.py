@@ -14,6 +14,8 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from lstm_triton.command_line import whole_file
+
 from . import cases
 from .cases import BASELINE, MODES, OURS
 from .machine import Machine, Rows, time_of, timed_systems
@@ -279,6 +281,7 @@ def draw(machine: Machine, out: Path) -> dict[str, Path]:
             figure = function(machine)
             if figure is not None:
                 path = out / f"{machine.slug}-{name}.png"
-                figure.savefig(path, metadata={"Software": None})  # the same rows give the same file
+                with whole_file(path) as file:
+                    figure.savefig(file, metadata={"Software": None})  # the same rows give the same file
                 drawn[title] = path
     return drawn

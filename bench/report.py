@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from lstm_triton.command_line import target_of
+
 from . import cases, journal, results
 from .cases import Row
 from .machine import Machine, load, speedup
@@ -254,6 +256,8 @@ def fill_in(readme: Path, section: str) -> str:
         text = readme.read_text(encoding="utf-8")
     except OSError as error:
         raise ResultsError(f"cannot read {readme}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ResultsError(f"{readme} is no text in UTF-8: {error}") from error
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ResultsError(f"{readme} needs the lines {BEGIN} and {END}, once each, for the section")
     before, rest = text.split(BEGIN)
@@ -269,9 +273,9 @@ def report(folder: Path, out: Path, readme: Path, say: Callable[[str], None] = p
     machines = load(folder)
     fill_in(readme, "")  # before anything is written
     results.require_writable(out)
-    drawn = {machine.path: pictures.draw(machine, out.resolve()) for machine in machines}
-    results.write_atomically(out / "README.md", report_text(machines, drawn, out.resolve()))
-    results.write_atomically(readme, fill_in(readme, readme_section(machines, drawn, out.resolve(), readme)))
+    drawn = {machine.path: pictures.draw(machine, target_of(out)) for machine in machines}
+    results.write_atomically(out / "README.md", report_text(machines, drawn, target_of(out)))
+    results.write_atomically(readme, fill_in(readme, readme_section(machines, drawn, target_of(out), readme)))
     count = sum(len(found) for found in drawn.values())
     say(f"{len(machines)} results files, {count} pictures: {out / 'README.md'}; section in {readme}")
     return 0
@@ -279,7 +283,7 @@ def report(folder: Path, out: Path, readme: Path, say: Callable[[str], None] = p
 
 def status(folder: Path) -> int:
     """`python -m bench status`: print which results are of these kernels, and what is not measured yet."""
-    machines = load(folder) if folder.is_dir() else []
+    machines = load(folder) if folder.exists() else []
     for machine in machines:
         origin = machine.results.provenance
         fits = "these kernels" if machine.current else f"other kernels ({origin['kernel_hash']})"

@@ -6,20 +6,20 @@ time that compiling took, next to nothing where TRITON_CACHE_DIR has the kernel 
 does not keep its weights on the chip, are reported on request: `--kernel cell cell_backward`.
 """
 
-import argparse
 import json
 import math
 import os
 import re
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
 
+from lstm_triton.command_line import Parser, whole
+from lstm_triton.ending import program
 from lstm_triton.scan import planner
 from lstm_triton.scan.plan import (
     CELL_BACKWARD_BLOCK,
@@ -33,6 +33,8 @@ from lstm_triton.scan.plan import (
     state_stride,
 )
 from lstm_triton.target import Device
+
+from .pool import processes
 
 DEVICES = {
     device.arch: device
@@ -277,7 +279,7 @@ def reports(cases: list[KernelCase], workers: int) -> Iterator[dict[str, Any]]:
         yield from map(report, cases)
         return
     # Neighbours share kernels: each worker takes runs of them.
-    with ProcessPoolExecutor(workers) as pool:
+    with processes(workers) as pool:
         yield from pool.map(report, cases, chunksize=max(1, len(cases) // (4 * workers)))
 
 
@@ -324,21 +326,22 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.splitlines()[0])
+@program("python -m bench.resources", extra="bench")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m bench.resources", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=sorted(DEVICES), metavar="ARCH")
-    parser.add_argument("--hidden", nargs="+", type=int, default=[64, 128, 256, 384, 512, 768, 1024, 1536, 2048])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16, 64, 256])
+    parser.add_argument("--hidden", nargs="+", type=whole(), default=[64, 128, 256, 384, 512, 768, 1024, 1536, 2048])
+    parser.add_argument("--batch", nargs="+", type=whole(), default=[1, 16, 64, 256])
     parser.add_argument(
         "--dtype", nargs="+", default=["tf32", "float16", "bfloat16"], choices=sorted(DTYPES), metavar="DTYPE"
     )
     parser.add_argument("--kernel", nargs="+", default=list(KINDS), choices=(*KINDS, *CELLS, AGAIN))
     parser.add_argument("--ragged", action="store_true", help="the kernels for lengths, packed sequences and resets")
-    parser.add_argument("--layers", type=int, default=1, help="of a stack whose layers go together in one launch")
+    parser.add_argument("--layers", type=whole(), default=1, help="of a stack whose layers go together in one launch")
     parser.add_argument("--bidirectional", action="store_true", help="both directions of a layer in one launch")
     parser.add_argument("--dropout", action="store_true", help="with dropout on what every layer passes on")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
+    parser.add_argument("--workers", type=whole(), default=os.cpu_count() or 1, help="processes that compile")
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled")

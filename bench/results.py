@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import json
@@ -17,6 +16,8 @@ from typing import Any
 import torch
 
 from lstm_triton import triton_package
+from lstm_triton.command_line import whole_file
+from lstm_triton.ending import Mistake
 from lstm_triton.scan.planner import table_path
 from lstm_triton.target import Device
 
@@ -35,7 +36,7 @@ ROW_KEYS = (
 )
 
 
-class ResultsError(Exception):
+class ResultsError(Mistake):
     """A file of results cannot be read or written. The message is one line."""
 
 
@@ -154,21 +155,10 @@ class Results:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old one or the new one, and the old one where writing fails."""
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise ResultsError(f"cannot write {path}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        raise ResultsError(f"cannot write {path}: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        with whole_file(path) as file:
+            file.write(text.encode(errors="surrogateescape"))
+    except Mistake as error:
+        raise ResultsError(str(error)) from error
 
 
 def require_writable(folder: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from lstm_triton.command_line import Parser, check_output_file
+from lstm_triton.ending import program
 from lstm_triton.routes import SLOWER, table_path_of
 from lstm_triton.target import Device
 
@@ -33,8 +35,9 @@ def measured(machine: Machine) -> list[list[object]]:
     return [[*key, ratio] for key, (_, _, ratio) in sorted(ratios.items())]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.routes", description=(__doc__ or "").splitlines()[0])
+@program("python -m bench.routes", extra="bench")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="python -m bench.routes", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="a results file of bench gpu")
     parser.add_argument("--out", type=Path, help="the file to write; otherwise the one that the library reads")
     chosen = parser.parse_args(arguments)
@@ -42,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     device = Device(machine.results.provenance["gpu"], arch="", multiprocessors=0, shared_bytes=0)
     path = chosen.out or table_path_of(device)
     rows = measured(machine)
-    path.parent.mkdir(exist_ok=True)
+    results.require_writable(path.parent)
+    check_output_file(path)
     results.write_atomically(path, "[\n" + ",\n".join(" " + json.dumps(row) for row in rows) + "\n]\n")
     slower = [row for row in rows if float(str(row[-1])) >= SLOWER]
     print(f"{path}: {len(rows)} sizes, the kernels slower in {len(slower)}:")

@@ -11,14 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lstm_triton.command_line import check_output_file
+from lstm_triton.ending import Mistake
+
 from . import cases, devices, floor, results
 from .cases import Row
+from .systems import load_plugin
 
 if TYPE_CHECKING:
     import pytest
 
 
-class MissingPackage(Exception):
+class MissingPackage(Mistake):
     """A command needs a package that is not installed. The message is one line."""
 
 
@@ -29,14 +33,25 @@ class RowCollector:
         self.found = found
         self.path = path
         self.rows: list[Row] = []
+        self.stopped_by: BaseException | None = None
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self.session = session
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        self.stopped_by = self.stopped_by or excinfo.value
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         found = dict(report.user_properties) if report.when == "call" else {}
         new: list[Row] = [row] if isinstance(row := found.get("row"), dict) else []
         self.rows += new
         self.found.add(new)
-        if new and self.path is not None:
-            self.found.write(self.path)
+        if new and self.path is not None and self.stopped_by is None:
+            try:
+                self.found.write(self.path)
+            except results.ResultsError as error:  # raised here it would be a fault of pytest
+                self.stopped_by = error
+                self.session.shouldstop = str(error)
 
 
 @contextlib.contextmanager
@@ -74,8 +89,10 @@ def run(
     devices.require(device_name)
     if device_name == "interpreter":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which is later
+    load_plugin(plugin)
     if out is not None:
         results.require_writable(out.parent)
+        check_output_file(out)
         if out.exists():
             results.Results.read(out)
     caches = empty_kernel_caches() if cases.GRIDS[grid_name].first_call else contextlib.nullcontext()
@@ -99,6 +116,8 @@ def run(
         ]
         test = str(results.ROOT / "bench" / "test_bench.py")
         code = pytest.main([test, *arguments, *table, *quiet], plugins=[collector])
+    if collector.stopped_by is not None:
+        raise collector.stopped_by
     counts = Counter(row["status"] for row in collector.rows)
     print(
         f"{len(collector.rows)} rows: {', '.join(f'{number} {status}' for status, number in counts.items()) or 'none'}"

@@ -7,6 +7,7 @@ systems are compared with one reference. Work that a user of the system does onc
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .cases import BASELINE, FLOOR, OURS, BenchCase
+from .cases import BASELINE, FLOOR, OURS, BenchCase, UnknownName
 from .devices import Cpu
 from .floor import exchange_runner
 from .problem import Outputs, Problem, Runner, module_runner
@@ -265,3 +266,23 @@ REGISTRY = {
         System(FLOOR, exchange_floor, floor_refuses),
     )
 }
+
+
+def require_plugin(name: str | None) -> None:
+    """Raise UnknownName unless there is such a module. It is not imported."""
+    try:
+        there = name is None or importlib.util.find_spec(name) is not None
+    except Exception as error:  # of the folder that the module is said to be in, which is imported
+        raise UnknownName(f"cannot find the plugin {name!r}: {type(error).__name__}: {error}") from error
+    if not there:
+        raise UnknownName(f"cannot find the plugin {name!r}: no such module")
+
+
+def load_plugin(name: str | None) -> None:
+    """Import a module that may add to REGISTRY."""
+    require_plugin(name)
+    try:
+        if name is not None:
+            importlib.import_module(name)
+    except Exception as error:
+        raise UnknownName(f"cannot import the plugin {name!r}: {type(error).__name__}: {error}") from error

@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from lstm_triton.command_line import check_output_file
+
 from . import resources
 from .cases import OURS, BenchCase
 from .plans import SCAN_MODES, candidates_of, shape_of
@@ -132,6 +134,7 @@ def tune(
     from lstm_triton.scan.plan import Kind
 
     require_writable(path.parent)
+    check_output_file(path)
     table = read_table(path)
     if table and not was_measured_on(path, device):
         say(f"the plans in {path} were measured with other kernels or on another device: they are dropped")

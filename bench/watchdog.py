@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lstm_triton.ending import Mistake
+
 from . import cases, results
 from .cases import Row
 from .results import JsonObject
@@ -30,7 +32,7 @@ class OutOfBudget(Exception):
     """The time is up. Whatever was under way is left for the next call."""
 
 
-class CannotStart(Exception):
+class CannotStart(Mistake):
     """No child can be started. The message is one line."""
 
 

@@ -6,12 +6,21 @@ The penalty is a loss on a gradient: training the critic takes second derivative
 """
 
 import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import torch
 from torch import Tensor, nn
 
 from lstm_triton import LSTM
+from lstm_triton.command_line import Parser, usable_device, whole
 from lstm_triton.commands.threads import choose_threads
+from lstm_triton.ending import program
 
 TIME_STEPS, NOISE_SIZE, PENALTY_WEIGHT = 12, 8, 10.0
 
@@ -50,14 +59,14 @@ def gradient_penalty(critic: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
     return (gradient.transpose(0, 1).flatten(1).norm(dim=1) - 1).square().mean()
 
 
-def real_sequences(batch_size: int, device: str) -> Tensor:
+def real_sequences(batch_size: int, device: torch.device | str) -> Tensor:
     """Sine waves of random phase and speed."""
     phase, speed = torch.rand(2, 1, batch_size, 1, device=device)
     times = torch.arange(TIME_STEPS, device=device).view(-1, 1, 1)
     return torch.sin(6.28 * phase + (0.3 + 0.5 * speed) * times)
 
 
-def train(steps: int, batch_size: int = 32, device: str = "cpu") -> list[float]:
+def train(steps: int, batch_size: int = 32, device: torch.device | str = "cpu") -> list[float]:
     """Returns the critic's estimate of the distance between real and generated sequences, step by step."""
     critic, generator = Critic().to(device), Generator().to(device)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3, betas=(0.5, 0.9))
@@ -80,13 +89,19 @@ def train(steps: int, batch_size: int = 32, device: str = "cpu") -> list[float]:
     return distances
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    choose_threads(arguments.device, program=True)
+@program(extra="examples")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=whole(), default=200)
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(argv)
+    choose_threads(arguments.device, program=__name__ == "__main__")
     torch.manual_seed(0)
     distances = train(arguments.steps, device=arguments.device)
     for step in range(0, len(distances), max(1, len(distances) // 10)):
         print(f"step {step:>4}  critic's distance {distances[step]:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

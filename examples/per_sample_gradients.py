@@ -8,15 +8,23 @@ by a loop over the samples; compared in results and time.
 """
 
 import argparse
+import os
+import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from lstm_triton import LSTM
+from lstm_triton.command_line import Parser, check_memory, usable_device, whole
 from lstm_triton.commands.threads import choose_threads
+from lstm_triton.ending import program
 
 Gradients = dict[str, Tensor]  # by the name of a weight, (B, ...)
 
@@ -63,18 +71,21 @@ def clipped_sum(gradients: Gradients, largest_norm: float) -> Gradients:
     return {name: torch.einsum("b,b...->...", factors, gradient) for name, gradient in gradients.items()}
 
 
-def milliseconds(function: Callable[[], object], device: str, repetitions: int = 5) -> float:
+def milliseconds(function: Callable[[], object], device: torch.device, repetitions: int = 5) -> float:
     times = []
     for _ in range(repetitions):
         started = time.perf_counter()
         function()
-        if device != "cpu":
+        if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return 1e3 * sorted(times)[len(times) // 2]
 
 
-def main(batch_size: int, time_steps: int, size: int, device: str) -> None:
+def compare(batch_size: int, time_steps: int, size: int, device: torch.device) -> None:
+    gradients = batch_size * (8 * size * size + 8 * size)
+    sequences = batch_size * time_steps * 8 * size
+    check_memory(4 * (gradients + sequences), device, "--batch-size, --time-steps and --size")
     torch.manual_seed(0)
     lstm = LSTM(size, size, batch_first=True, device=device)
     inputs = torch.randn(batch_size, time_steps, size, device=device)
@@ -86,13 +97,21 @@ def main(batch_size: int, time_steps: int, size: int, device: str) -> None:
         print(f"{method.__name__:<10} {elapsed:>9.1f} ms   largest difference from the loop {difference:.1e}")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--time-steps", type=int, default=50)
-    parser.add_argument("--size", type=int, default=64, help="of the input and of the hidden state")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
+@program(extra="examples")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=whole(), default=64)
+    parser.add_argument("--time-steps", type=whole(), default=50)
+    parser.add_argument("--size", type=whole(), default=64, help="of the input and of the hidden state")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(argv)
     operations = 2 * arguments.batch_size * 4 * arguments.size**2
-    choose_threads(arguments.device, operations=operations, program=True)
-    main(arguments.batch_size, arguments.time_steps, arguments.size, arguments.device)
+    choose_threads(arguments.device, operations=operations, program=__name__ == "__main__")
+    import opacus  # noqa: F401 (better missed here than after the loop)
+
+    compare(arguments.batch_size, arguments.time_steps, arguments.size, arguments.device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,19 +17,31 @@ PPO is that of Schulman et al. (2017), "Proximal Policy Optimization Algorithms"
 
 import argparse
 import math
+import os
+import signal
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import gymnasium
-import numpy as np
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
 import lstm_triton
+from lstm_triton.command_line import Parser, picture_file, save_picture, seed, usable_device, whole
 from lstm_triton.commands.threads import choose_threads
+from lstm_triton.ending import packages_of, program
+
+with packages_of("examples"):
+    import gymnasium
+    import numpy as np
+    from matplotlib.backend_bases import FigureCanvasBase
+    from matplotlib.figure import Figure
 
 ENVIRONMENTS, STEPS = 32, 128  # a rollout: B carts, T steps each
 EPOCHS, MINIBATCHES = 4, 2  # each minibatch has the whole sequences of some carts
@@ -172,7 +184,7 @@ class Training:
     """One agent with its carts, and what was recorded of it, update by update."""
 
     def __init__(self, name: str, agent_class: type[Agent], lstm_class: type[nn.RNNBase], args: argparse.Namespace):
-        self.name, self.updates, self.device = name, args.updates, torch.device(args.device)
+        self.name, self.updates, self.device = name, args.updates, args.device
         torch.manual_seed(args.seed)  # of the initial weights
         self.agent = agent_class(lstm_class(len(VISIBLE), HIDDEN_SIZE)).to(self.device)
         self.random = torch.Generator(self.device).manual_seed(args.seed)
@@ -230,7 +242,7 @@ def draw(trainings: tuple[Training, Training], where: str, out: Path) -> None:
     curves.set(
         title="CartPole with velocities hidden: mean return of an episode",
         xlabel=f"update ({ENVIRONMENTS} carts x {STEPS} steps each)",
-        xlim=(1, trainings[0].updates),
+        xlim=(1, max(trainings[0].updates, 2)),
         ylim=(0, None),
     )
     curves.legend(loc="center left")
@@ -244,18 +256,18 @@ def draw(trainings: tuple[Training, Training], where: str, out: Path) -> None:
     times.set(title=f"Seconds, {where}", ylabel="seconds")
     for axes in (curves, times):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=150)
+    save_picture(figure, out, dpi=150)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=40, help="rollouts, each followed by training on it")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("recurrent_ppo_resets.png"), help="where to draw the curves")
-    args = parser.parse_args(arguments)
-    if args.updates < 1:
-        parser.error(f"--updates must be at least 1, got {args.updates}")
+@program(extra="examples")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    picture = picture_file(FigureCanvasBase.get_supported_filetypes())
+    parser.add_argument("--updates", type=whole(), default=40, help="rollouts, each followed by training on it")
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=picture, default="recurrent_ppo_resets.png", help="where to draw the curves")
+    args = parser.parse_args(argv)
 
     choose_threads(args.device, program=__name__ == "__main__")
 
@@ -276,12 +288,13 @@ def main(arguments: list[str] | None = None) -> None:
         acting, learning = sum(training.acting_seconds), sum(training.training_seconds)
         print(f"{training.name:<27} acting {acting:6.2f} s, training {learning:6.2f} s")
     ratio = sum(theirs.training_seconds) / sum(ours.training_seconds)
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else "CPU"
+    where = torch.cuda.get_device_name() if args.device.type == "cuda" else "CPU"
     path = lstm_triton.explain(ours.agent.lstm, torch.empty(STEPS, ENVIRONMENTS, len(VISIBLE), device="meta")).layers[0]
     print(f"training step by step takes {ratio:.2f} times as long ({where}; path {path.path!r}: {path.reason})")
     draw((ours, theirs), where, args.out)
     print(f"drawn into {args.out}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

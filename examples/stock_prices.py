@@ -20,17 +20,26 @@ not learn it from this seed.
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
+
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import lstm_triton
+from lstm_triton.command_line import Parser, check_memory, output_folder, save_picture, seed, usable_device, whole
 from lstm_triton.commands.threads import choose_threads
+from lstm_triton.ending import packages_of, program
+
+with packages_of("demo"):
+    from matplotlib.figure import Figure
 
 PRICES = {"A": (0.0, 0.5, 0.25, 1.0), "B": (1.0, 0.5, 0.25, 1.0)}
 NEXT_PRICE = {"A": 0.0, "B": 1.0}
@@ -44,6 +53,7 @@ KNOWN_WEIGHTS = {
     "output gate": (-0.19, 4.38, 0.59),
 }
 
+BYTES_PER_DAY = 2000  # about what the story of a day takes
 CLOSE_ENOUGH = 0.05  # what a prediction may be off after training
 MOST_UPDATES = 2000
 UPDATES_BETWEEN_LINES = 100
@@ -261,27 +271,26 @@ def compare_gradients(seed: int, device: torch.device, out: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
     print(f"picture: {path}")
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(
         description=(__doc__ or "").split("\n", 1)[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--out", type=Path, default=Path("stock_prices"), help="folder for the pictures")
-    parser.add_argument("--days", type=int, default=4, help="how many days to unroll in the first part")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
-    parser.add_argument("--device", type=torch.device, default=device, help="where to compute")
-    options = parser.parse_args(argv)
-    if options.days < 1:
-        parser.exit(2, f"{parser.prog}: argument --days: must be a whole number of at least 1, got '{options.days}'\n")
-    return options
+    parser.add_argument("--out", type=output_folder, default="stock_prices", help="folder for the pictures")
+    parser.add_argument("--days", type=whole(), default=4, help="how many days to unroll in the first part")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the random weights")
+    parser.add_argument("--device", type=usable_device, default=device, help="where to compute")
+    return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@program()
+def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    check_memory(BYTES_PER_DAY * options.days, torch.device("cpu"), f"--days {options.days}")
     choose_threads("cpu", program=__name__ == "__main__")  # everything here is small, on a GPU, too
     options.out.mkdir(parents=True, exist_ok=True)
 

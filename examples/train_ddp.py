@@ -18,8 +18,13 @@ launches its work in the same order, as NCCL itself demands: then NCCL's kernels
 
 import argparse
 import os
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"interrupted\n") and os._exit(130))
 
 import torch
 import torch.distributed as dist
@@ -27,6 +32,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lstm_triton
+from lstm_triton.command_line import Parser, above_zero, check_memory, output_file, seed, whole
+from lstm_triton.ending import Mistake, program
 
 
 class Adder(nn.Module):
@@ -55,21 +62,29 @@ def adding_problem(time_steps: int, batch_size: int, seed: int) -> tuple[Tensor,
 def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """A whole file or none: it is renamed when all of it has been written."""
     unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    try:
+        with unfinished.open("wb") as file:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:
+        unfinished.unlink(missing_ok=True)
+        hidden = error.__context__  # by torch.save, whose RuntimeError does not tell why
+        raise Mistake(f"cannot write {path}: {hidden if isinstance(hidden, OSError) else error}") from error
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> int:
     """The number of steps that have been made."""
     if not path.exists():
         return 0
-    saved = torch.load(path, map_location=device, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return int(saved["step"])
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        return int(saved["step"])
+    except Exception as error:  # whatever a file that is no checkpoint, or of another model, makes of it
+        raise Mistake(f"--checkpoint {path} is no checkpoint of this model: {error}") from error
 
 
 def train(options: argparse.Namespace) -> None:
@@ -79,7 +94,10 @@ def train(options: argparse.Namespace) -> None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if options.batch_size % world_size:
-        raise SystemExit(f"--batch-size must be a multiple of the {world_size} processes, got {options.batch_size}")
+        raise Mistake(f"--batch-size must be a multiple of the {world_size} processes, got {options.batch_size}")
+    weights = 4 * options.hidden_size * (options.hidden_size + 4)
+    sequences = options.time_steps * options.batch_size * (3 + 8 * options.hidden_size // world_size)
+    check_memory(4 * (4 * weights + sequences), device, "--hidden-size, --batch-size and --time-steps")
 
     torch.manual_seed(options.seed)
     model = Adder(options.hidden_size).to(device)
@@ -111,22 +129,30 @@ def train(options: argparse.Namespace) -> None:
         print(f"mean squared error on 500 other sequences: {error.item():.4f} (always answering 1: 0.1667)", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=600, help="of the optimizer, all in all")
-    parser.add_argument("--batch-size", type=int, default=64, help="of all processes together")
-    parser.add_argument("--time-steps", type=int, default=30)
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint", type=Path, default=Path("train_ddp.pt"), help="on a disk that all machines see")
-    parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
-    parser.add_argument("--print-every", type=int, default=50, metavar="STEPS")
-    options = parser.parse_args()
+@program(extra="examples")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=whole(), default=600, help="of the optimizer, all in all")
+    parser.add_argument("--batch-size", type=whole(), default=64, help="of all processes together")
+    parser.add_argument("--time-steps", type=whole(2), default=30, help="a number is marked in each half of them")
+    parser.add_argument("--hidden-size", type=whole(), default=64)
+    parser.add_argument("--learning-rate", type=above_zero, default=1e-2)
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument(
+        "--checkpoint", type=output_file, default="train_ddp.pt", help="on a disk that all machines see"
+    )
+    parser.add_argument("--save-every", type=whole(), default=50, metavar="STEPS")
+    parser.add_argument("--print-every", type=whole(), default=50, metavar="STEPS")
+    options = parser.parse_args(argv)
     if "RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --nproc-per-node 2 examples/train_ddp.py")
 
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    # torchrun ends its processes with SIGTERM, which has to work while they wait for each other outside of Python.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise Mistake(f"the processes do not find each other; start them with torchrun: {error}") from error
     train(options)
     dist.barrier()  # nobody leaves while others are at work
     backend = dist.get_backend()
@@ -134,7 +160,8 @@ def main() -> None:
     if backend == "gloo":  # whose threads sometimes abort a process while Python takes itself apart
         sys.stdout.flush()
         os._exit(0)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

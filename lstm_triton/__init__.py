@@ -11,6 +11,13 @@ of layers) -> `scan` (the path through the kernels) or `aten` (PyTorch's own fun
 and the kernels are imported when a call first needs them.
 """
 
+import signal
+
+from .ending import leave_at_once, starts
+
+if starts("lstm_triton"):  # the imports below take seconds, in which Ctrl-C would show a traceback
+    signal.signal(signal.SIGINT, leave_at_once)
+
 from . import functional, reference
 from .acceleration import Acceleration, accelerate
 from .cell import LSTMCell

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lstm_triton
+from lstm_triton.command_line import check_memory, save_picture
 from lstm_triton.commands.check import tf32
 from lstm_triton.commands.threads import choose_threads, is_command
 
@@ -105,6 +106,10 @@ def run(epochs: int, hidden_size: int, seed: int, device: torch.device, out: Pat
     Both compute in float32 without TF32. For small layers cuDNN takes float32 even if it may take TF32. This difference
     alone would make the two learning curves part after some steps.
     """
+    weights = 4 * hidden_size * (hidden_size + 3)
+    activations = BATCH_SIZE * 64 * 8 * hidden_size
+    # Two models, each with weights, gradients and the two moments of Adam.
+    check_memory(4 * (2 * 4 * weights + activations), device, f"--hidden-size {hidden_size}")
     choose_threads(device, operations=2 * BATCH_SIZE * 4 * hidden_size**2, program=is_command())
     with tf32(False):
         return compare(epochs, hidden_size, seed, device, out)
@@ -163,7 +168,7 @@ def compare(epochs: int, hidden_size: int, seed: int, device: torch.device, out:
         f"Handwritten digits, read pixel by pixel: {where}\nlstm_triton.LSTM ran {PATHS[explanation.layers[0].path]}"
     )
     picture = draw(contestants, accuracies, steps_per_epoch, title)
-    picture.savefig(out, dpi=150, format="png")
+    save_picture(picture, out, dpi=150)
     print(f"picture: {out}")
     return 0
 

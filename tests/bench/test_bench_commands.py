@@ -1,11 +1,14 @@
 """python -m bench run, report, status and tune, and pytest bench/: what a user types, right or wrong."""
 
+import importlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import types
 from dataclasses import asdict, replace
 
@@ -43,6 +46,15 @@ def bench(*arguments: str, **options) -> subprocess.CompletedProcess:
     [
         (["run", "--grid", "huge"], "run: unknown grid 'huge': choose from smoke"),
         (["run", "--systems", "lstm_triton,keras"], "run: unknown system 'keras': choose from lstm_triton"),
+        (["run", "--systems", "nn.LSTM,nn.LSTM"], "run: a system is named twice in 'nn.LSTM,nn.LSTM'"),
+        (
+            ["run", "--device", "cpu", "--plugin", "no.such"],
+            "run: cannot find the plugin 'no.such': ModuleNotFoundError",
+        ),
+        (["run", "--device", "cpu", "--plugin", "nosuch"], "run: cannot find the plugin 'nosuch': no such module"),
+        (["run", "--device", "cpu", "--plugin", ""], "run: cannot find the plugin '': ValueError: "),
+        (["run", "--device", "cpu", "--out", "bench"], "run: cannot write 'bench': Is a directory"),
+        (["run", "--device", "cpu", "--out", "a" * 300], "File name too long"),
         (["run", "--device", "tpu"], "run: unknown device 'tpu': choose from cpu"),
         (["run", "--out", "/proc/nowhere/results.json"], "run: cannot write into /proc/nowhere"),
         (["run", "--seconds", "-1"], "run: argument --seconds: must be a number above 0, got '-1'"),
@@ -52,21 +64,46 @@ def bench(*arguments: str, **options) -> subprocess.CompletedProcess:
             "gpu: unknown stage 'dance': choose from headline",
         ),
         (["gpu", "--budget", "9", "--out", "/proc/nowhere", "--device", "cpu"], "gpu: cannot write into /proc/nowhere"),
+        (
+            ["gpu", "--budget", "9", "--out", "x", "--device", "cpu", "--plugin", "nosuch"],
+            "gpu: cannot find the plugin 'nosuch': no such module",
+        ),
+        (
+            ["gpu", "--budget", "9", "--out", "x", "--device", "cpu", "--tests", "nosuch"],
+            "gpu: there are no tests 'nosuch'",
+        ),
+        (
+            ["gpu", "--budget", "9", "--out", "x", "--compilers", "-1"],
+            "argument --compilers: must be a whole number of",
+        ),
+        (["gpu", "--budget", "1e300", "--out", "x"], "argument --budget: must be a number of at most 1000000000"),
         (["gpu", "--budget", "soon", "--out", "x"], "gpu: argument --budget: must be a number above 0, got 'soon'"),
         (["cache", "--out", "x", "--stages", "dance"], "cache: unknown stage 'dance': choose from contact"),
         (["cache", "--out", "x", "--arch", "gfx942"], "cache: argument --arch: invalid choice: 'gfx942'"),
         (["cache", "--out", "x", "--libtriton", "/nowhere"], "cache: no such file: /nowhere"),
+        (["cache", "--out", "x", "--libtriton", "README.md"], "cache: not a shared library: README.md"),
         (["cache", "--out", "x"], "cache: TRITON_CACHE_DIR must name a folder by its whole path"),
         (["contact", "--out", "x", "--device", "cpu"], "contact: device 'cpu': the kernels do not run on it"),
         (["contact", "--out", "/proc/nowhere", "--device", "interpreter"], "contact: cannot write into /proc/nowhere"),
+        (
+            ["contact", "--out", "x", "--device", "interpreter", "--tests", "nosuch::test"],
+            "contact: there are no tests 'nosuch::test'",
+        ),
+        (
+            ["tune", "--batch", "9" * 30],
+            "tune: argument --batch: must be a whole number of at most 1000000000, got '99",
+        ),
         (["tune", "--hidden", "0"], "tune: argument --hidden: must be a whole number of at least 1, got '0'"),
         (["tune", "--device", "cpu"], "tune: device 'cpu': the kernels do not run on it"),
         (["report", "--results", "/nowhere"], "report: cannot read /nowhere: no such folder"),
+        (["report", "--results", "README.md"], "report: cannot read README.md: not a folder"),
+        (["status", "--results", "README.md"], "status: cannot read README.md: not a folder"),
         (["dance"], "invalid choice: 'dance'"),
         ([], "the following arguments are required"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments: list[str], message: str) -> None:
+    monkeypatch.chdir(results.ROOT)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     try:
         code = main(arguments)
@@ -76,6 +113,35 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments: l
     assert code == 2
     assert captured.out == ""
     assert captured.err.startswith("python -m bench")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("overhead", ["--seconds", "nan"], "argument --seconds: must be a number above 0, got 'nan'"),
+        ("overhead", ["--compilations", "0"], "argument --compilations: must be a whole number of at least 1, got '0'"),
+        ("resources", ["--hidden", "64", "-1"], "argument --hidden: must be a whole number of at least 1, got '-1'"),
+        ("resources", ["--workers", "0"], "argument --workers: must be a whole number of at least 1, got '0'"),
+        ("digest", ["--compare", "/nowhere"], "cannot read /nowhere: No such file"),
+        ("digest", ["--compare", "README.md"], "README.md has no digests"),
+        ("digest", ["--out", "bench"], "argument --out: cannot write 'bench': Is a directory"),
+        ("digest", ["--only", "nothing"], "no case has 'nothing' in its name"),
+        ("routes", ["--results", "/nowhere"], "cannot read /nowhere: No such file"),
+        ("routes", ["--dance"], "the following arguments are required: --results"),
+    ],
+)
+def test_a_mistake_with_a_tool_is_one_line(capsys, monkeypatch, tool: str, arguments: list[str], message: str) -> None:
+    monkeypatch.chdir(results.ROOT)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    try:
+        code = importlib.import_module(f"bench.{tool}").main(arguments)
+    except SystemExit as leaving:
+        code = leaving.code
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (2, "")
+    assert captured.err.startswith(f"python -m bench.{tool}: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
 
@@ -104,6 +170,60 @@ def test_a_file_that_is_no_results_file_is_never_overwritten(capsys, tmp_path, t
         assert str(path) in capsys.readouterr().err
         assert path.read_text() == text
         assert readme.read_text() == README
+
+
+@pytest.mark.parametrize(
+    ("act", "code", "line"),
+    [
+        ("raise OSError(28, 'No space left on device')", 2, "cannot write {out}: No space left on device"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143, "ended by SIGTERM"),
+    ],
+)
+def test_a_run_that_is_stopped_is_one_line_and_keeps_its_rows(tmp_path, act: str, code: int, line: str) -> None:
+    """None of these is a fault of pytest, which the run drives. The plugin acts when the second row is written."""
+    (tmp_path / "stopping.py").write_text(
+        "import os, signal\n"
+        "plain_sync, calls = os.fsync, []\n"
+        "def sync(handle):\n"
+        "    calls.append(handle)\n"
+        "    if len(calls) == 2:\n"
+        f"        {act}\n"
+        "    plain_sync(handle)\n"
+        "os.fsync = sync\n"
+    )
+    out = tmp_path / "results.json"
+    options = [
+        "--device",
+        "cpu",
+        "--systems",
+        "nn.LSTM",
+        "--seconds",
+        "0.01",
+        "--plugin",
+        "stopping",
+        "--out",
+        str(out),
+    ]
+    done = bench("bench", "run", *options, env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{results.ROOT}"})
+    assert done.returncode == code, done.stdout + done.stderr
+    assert done.stderr == f"python -m bench run: {line.format(out=out)}\n"
+    assert "INTERNALERROR" not in done.stdout
+    assert len(results.Results.read(out).rows) == 1
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix) == ["results.json", "stopping.py"]
+
+
+@pytest.mark.interpreted
+def test_tuning_that_is_ended_leaves_no_folder(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def ended(*arguments: object, **options: object) -> None:
+        assert len(list(tmp_path.iterdir())) == 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(tune, "tune", ended)
+    assert main(["tune", "--device", "interpreter"]) == 143
+    assert capsys.readouterr().err == "python -m bench tune: ended by SIGTERM\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 # From measuring to the report, on this machine's CPU

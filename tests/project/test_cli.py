@@ -1,6 +1,7 @@
 """`python -m lstm_triton demo | info | check`: what they print, exit codes, and one clear line for every mistake."""
 
 import contextlib
+import errno
 import os
 import re
 import subprocess
@@ -230,22 +231,38 @@ def test_the_demo_says_what_is_missing(module):
         (["demo", "--epochs", "0"], "argument --epochs: must be a whole number of at least 1, got '0'"),
         (["demo", "--epochs", "many"], "argument --epochs: must be a whole number of at least 1, got 'many'"),
         (["demo", "--hidden-size", "-3"], "argument --hidden-size: must be a whole number of at least 1, got '-3'"),
-        (["demo", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["demo", "--seed", "x"], "argument --seed: must be a whole number of at least 0, got 'x'"),
+        (["demo", "--seed", "-1"], "argument --seed: must be a whole number of at least 0, got '-1'"),
+        (["demo", "--seed", str(2**64)], "argument --seed: must be a whole number of at most 4294967295, got '1844"),
+        (["check", "--seed", "9" * 5000], "argument --seed: must be a whole number of at most 4294967295, got '9999"),
+        (["demo", "--epochs", "10000000000"], "argument --epochs: must be a whole number of at most 1000000000"),
+        (["demo", "--device", "mps:7"], "argument --device: 'mps:7' cannot be used here: "),
+        (
+            ["demo", "--device", "vulkan"],
+            "argument --device: 'vulkan' cannot be used here: this build of PyTorch cannot",
+        ),
+        (["check", "--device", "mkldnn"], "argument --device: 'mkldnn' cannot be used here: "),
+        (["check", "--device", "two\nlines"], "argument --device: 'two\\nlines' cannot be used here: "),
         (["demo", "--device", "gpu7"], "argument --device: 'gpu7' cannot be used here: "),
         (["demo", "--device", "cuda:99"], "argument --device: 'cuda:99' cannot be used here: "),
         (["demo", "--device", "meta"], "argument --device: 'meta' cannot be used here: "),
         (["demo", "--out", "missing-folder/picture.png"], "cannot write 'missing-folder/picture.png': No such file"),
         (["demo", "--out", "a-file/picture.png"], "cannot write 'a-file/picture.png': Not a directory"),
         (["demo", "--out", "folder.png"], "cannot write 'folder.png': Is a directory"),
+        (["demo", "--out", "circle.png"], "cannot write 'circle.png': Too many levels of symbolic links"),
+        (["demo", "--out", "a" * 300 + ".png"], "File name too long"),
+        (["demo", "--out", ""], "argument --out: '' does not end in .png"),
         (["demo", "--out", "picture.jpg"], "argument --out: 'picture.jpg' does not end in .png"),
         (["check", "--device", "gpu7"], "argument --device: 'gpu7' cannot be used here: "),
         (["info", "--verbose"], "unrecognized arguments: --verbose"),
+        (["info", "two\nlines"], "unrecognized arguments: two lines"),
     ],
 )
 def test_a_mistake_gets_one_line_before_any_work(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a-file").touch()
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "circle.png").symlink_to("circle.png")
     monkeypatch.setattr("lstm_triton.commands.demo.run", lambda *_: pytest.fail("work had begun"))
     with pytest.raises(SystemExit) as exit:
         main(arguments)
@@ -253,7 +270,9 @@ def test_a_mistake_gets_one_line_before_any_work(arguments, message, tmp_path, m
     printed = capsys.readouterr()
     assert message in one_line(printed.err)
     assert printed.out == ""
-    assert {path.name for path in tmp_path.iterdir()} == {"a-file", "folder.png"}, "nothing is left behind"
+    assert {path.name for path in tmp_path.iterdir()} == {"a-file", "circle.png", "folder.png"}, (
+        "nothing is left behind"
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
@@ -263,6 +282,30 @@ def test_a_folder_without_write_permission_is_one_line(tmp_path, capsys):
         main(["demo", "--out", str(tmp_path / "picture.png")])
     assert exit.value.code == 2
     assert "Permission denied" in one_line(capsys.readouterr().err)
+
+
+def test_too_large_a_model_is_refused_before_the_training(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "compare", lambda *_: pytest.fail("work had begun"))
+    assert main(["demo", "--hidden-size", "10000000", "--device", "cpu"]) == 2
+    line = one_line(capsys.readouterr().err)
+    assert line.startswith("python -m lstm_triton demo: --hidden-size 10000000 would need ")
+
+
+def test_a_full_disk_leaves_the_old_picture(tmp_path, capsys, monkeypatch):
+    picture = tmp_path / "picture.png"
+    picture.write_text("old")
+    digits = demo.digits
+    monkeypatch.setattr(demo, "digits", lambda device: [tensor[:424] for tensor in digits(device)])  # one step
+
+    def full_disk(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert main(["demo", "--epochs", "1", "--hidden-size", "4", "--device", "cpu", "--out", str(picture)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"python -m lstm_triton demo: cannot write {picture}: No space left on device"
+    assert picture.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [picture]
 
 
 def test_version(capsys):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -88,6 +89,86 @@ def test_stock_prices_says_what_is_wrong(tmp_path: Path) -> None:
     finished = run_example("stock_prices", "--days", "0", folder=tmp_path)
     assert finished.returncode == 2
     assert finished.stderr == "stock_prices.py: argument --days: must be a whole number of at least 1, got '0'\n"
+
+
+def mistakes() -> Iterator[tuple[str, list[str], str]]:
+    """(example, arguments, message)"""
+    for name in ("gradient_penalty", "per_sample_gradients", "recurrent_ppo_resets", "stock_prices"):
+        for device in ("nope", "cuda:99", "meta", "vulkan", ""):
+            yield name, ["--device", device], f"argument --device: '{device}' cannot be used here: "
+    counted = {
+        "gradient_penalty": ["--steps"],
+        "per_sample_gradients": ["--batch-size", "--time-steps", "--size"],
+        "recurrent_ppo_resets": ["--updates"],
+        "stock_prices": ["--days"],
+        "train_ddp": ["--steps", "--batch-size", "--time-steps", "--hidden-size", "--save-every", "--print-every"],
+    }
+    for name, options in counted.items():
+        for option in options:
+            for value in ("0", "-1", "many", "1.5", "9" * 30):
+                yield name, [option, value], f"argument {option}: must be a whole number of at "
+    for name in ("recurrent_ppo_resets", "stock_prices", "train_ddp"):
+        for value in ("-1", str(2**64), "x"):
+            yield name, ["--seed", value], "argument --seed: must be a whole number of at "
+    for value in ("0", "-1", "nan", "inf", "x", "1e300"):
+        yield "train_ddp", ["--learning-rate", value], "argument --learning-rate: must be a number "
+    for name in ("missing/x.png", "file/x.png", "folder.png", "circle.png", "a" * 300 + ".png"):
+        yield "recurrent_ppo_resets", ["--out", name], "argument --out: cannot write "
+        yield "train_ddp", ["--checkpoint", name], "argument --checkpoint: cannot write "
+    for name in ("", "x", "x.xyz"):
+        yield "recurrent_ppo_resets", ["--out", name], f"argument --out: '{name}' does not end in ."
+    for name in ("", "file", "file/x", "circle.png", "a" * 300):
+        yield "stock_prices", ["--out", name], "argument --out: cannot write into "
+    yield "per_sample_gradients", ["--size", "9000000"], "would need "
+    yield "per_sample_gradients", ["--batch-size", "900000000"], "would need "
+    yield "stock_prices", ["--days", "900000000"], "--days 900000000 would need "
+    yield "train_ddp", [], "start it with torchrun"
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _, _ in mistakes()}))
+def test_a_mistake_gets_one_line_before_any_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    Path("file").touch()
+    Path("folder.png").mkdir()
+    Path("circle.png").symlink_to("circle.png")
+    there = set(tmp_path.iterdir())
+    example = module_of(name)
+    for _, arguments, message in (mistake for mistake in mistakes() if mistake[0] == name):
+        try:
+            code = example.main(arguments)
+        except SystemExit as leaving:
+            code = leaving.code
+        printed = capsys.readouterr()
+        assert code == 2, arguments
+        assert message in printed.err, arguments
+        assert printed.err.startswith(f"{name}.py: ")
+        assert printed.err.count("\n") == 1, printed.err
+        assert len(printed.err) < 500
+        assert printed.out == ""
+        assert set(tmp_path.iterdir()) == there
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("stock_prices", "matplotlib"), ("recurrent_ppo_resets", "gymnasium"),
+                          ("per_sample_gradients", "opacus")]
+)  # fmt: skip
+def test_a_missing_package_gets_one_line(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    for module in [package, *(module for module in sys.modules if module.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, module, None)
+    try:
+        code = module_of(name).main(["--device", "cpu"])
+    except SystemExit as leaving:
+        code = leaving.code
+    assert code == 2
+    assert re.fullmatch(rf'{name}.py: {package} is not installed; it comes with pip install "lstm-triton\[\w+\]"\n',
+                        capsys.readouterr().err)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

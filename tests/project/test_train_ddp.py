@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lstm_triton.ending import Mistake
 from tests.support.comparing import assert_same
 from tests.support.processes import ROOT
 
@@ -117,6 +118,33 @@ def test_a_checkpoint_is_whole_or_not_there(
     assert example.load(path, model, optimizer, torch.device("cpu")) == 7
 
 
+def test_a_full_disk_leaves_the_old_checkpoint(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = example.Adder(3)
+    optimizer = torch.optim.Adam(model.parameters())
+    path = tmp_path / "checkpoint.pt"
+    example.save(path, model, optimizer, 7)
+
+    def full_disk(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(Mistake, match=r"cannot write .*checkpoint\.pt: .*No space left on device"):
+        example.save(path, model, optimizer, 14)
+    assert example.load(path, model, optimizer, torch.device("cpu")) == 7
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 and no more", b"", None])
+def test_what_is_no_checkpoint_is_refused(example: ModuleType, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(content) if content is not None else torch.save({"other": 1}, path)
+    model = example.Adder(3)
+    with pytest.raises(Mistake, match="is no checkpoint of this model"):
+        example.load(path, model, torch.optim.Adam(model.parameters()), torch.device("cpu"))
+
+
 def test_adding_problem(example: ModuleType) -> None:
     sequences, sums = example.adding_problem(9, 50, seed=1)
     numbers, marks = sequences.unbind(2)
@@ -139,5 +167,5 @@ def test_wrong_starts_are_explained(
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match=r"--batch-size must be a multiple of the 3 processes, got 64"):
+    with pytest.raises(Mistake, match=r"--batch-size must be a multiple of the 3 processes, got 64"):
         example.train(argparse.Namespace(batch_size=64))
