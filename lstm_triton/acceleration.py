@@ -48,7 +48,7 @@ class Acceleration(Block):
         return sum(self.taken.values())
 
     def count(self, function: str, path: str, reason: str) -> None:
-        """Count a call of a function that went this path."""
+        """Count a call of a `function` of `torch._VF` that went this `path`, for this `reason`."""
         with _lock:  # threads may share an acceleration
             if path == "triton":
                 self.taken[function] += 1
