@@ -48,7 +48,12 @@ class Acceleration(Block):
         return sum(self.taken.values())
 
     def count(self, function: str, path: str, reason: str) -> None:
-        """Count a call of a function that went this path."""
+        """Count a call.
+
+        Args:
+            function: of `torch._VF`, "lstm" or "lstm_cell".
+            path, reason: which way the call went, and why.
+        """
         with _lock:  # threads may share an acceleration
             if path == "triton":
                 self.taken[function] += 1
