@@ -88,13 +88,13 @@ class TestReadme:
     def test_gives_the_two_commands(self):
         for command in (
             'pip install ".[demo]" && python -m lstm_triton demo',
-            'pip install ".[test,interpreter]" && pytest',
+            'pip install ".[test]" && pytest',
         ):
             assert f"\n{command}\n" in self.text
 
     def test_continuous_integration_runs_them(self):
         script = (ROOT / ".ci" / "run").read_text()
-        assert 'pip install ".[test,interpreter]"' in script
+        assert 'pip install ".[test]"' in script
         assert script.rstrip().splitlines()[-1].startswith("pytest"), "the summary of the tests comes last"
         assert "python -m lstm_triton demo" in script
 
