@@ -7,15 +7,19 @@ import torch
 from torch import Tensor
 
 
+def is_on(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def autocast_dtype(tensors: Sequence[Tensor]) -> torch.dtype | None:
     """The dtype that autocast gives to tensors of one device. None: it is off, or keeps dtypes, as it does float64."""
-    device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    device = tensors[0].device
+    if not is_on(device):
         return None
     for tensor in tensors:
         if not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return None
-    return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_dtype(device.type)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .autocast import autocast_dtype
+from .autocast import autocast_dtype, is_on
 from .ragged import Ragged, dense, packed
 from .stack import Stack, Start, States
 
@@ -64,7 +64,7 @@ class Call(NamedTuple):
 
     def autocast_dtype(self) -> torch.dtype | None:
         """The dtype that autocast gives to all tensors. None: it is off, or keeps dtypes, as it does float64."""
-        return autocast_dtype(self.tensors())
+        return autocast_dtype(self.tensors()) if is_on(self.data.device) else None
 
     def ragged(self) -> Ragged | None:
         """The tables of a ragged call: which step follows which. None for a dense call."""
@@ -105,4 +105,4 @@ class CellCall(NamedTuple):
 
     def autocast_dtype(self) -> torch.dtype | None:
         """As in `Call`."""
-        return autocast_dtype(self.tensors())
+        return autocast_dtype(self.tensors()) if is_on(self.data.device) else None

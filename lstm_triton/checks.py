@@ -101,9 +101,8 @@ def check_arguments(
         _check_pair(hx, is_permuted=False)
     if time_steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    given = {"lengths": lengths, "resets": resets, "reset_state": reset_state}
     if isinstance(input, PackedSequence):
-        for name, value in given.items():
+        for name, value in {"lengths": lengths, "resets": resets, "reset_state": reset_state}.items():
             if value is not None:
                 raise ValueError(
                     f"{name} cannot be given with a PackedSequence: pass the padded input, and its lengths"

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .attributes import MEMORY_ATTRIBUTE
 from .cell import LSTMCell
 from .convert import Left, kind_of, plain_class, set_class, shown
 from .module import LSTM
@@ -17,11 +18,13 @@ class Restored:
         names: its names in the model; several if the model uses it in several places; "" for the model itself.
         module: the module.
         original_class: its class before. The class that parametrizations derive from it does not count.
+        memory: its option `memory` before; None for an `LSTMCell`.
     """
 
     names: tuple[str, ...]
     module: nn.Module = field(repr=False)
     original_class: type[nn.Module] = field(repr=False)
+    memory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Restoration:
                 raise RuntimeError(f"cannot undo: {shown(entry.names)} has become a {type(entry.module).__name__}")
         for entry in self.restored:
             set_class(entry.module, entry.original_class)
+            if entry.memory is not None:
+                setattr(entry.module, MEMORY_ATTRIBUTE, entry.memory)
 
     def __str__(self) -> str:
         lines = []
@@ -114,7 +119,8 @@ def to_torch(model: nn.Module) -> Restoration:
         set_class(module, _stock_class(original_class))
         if isinstance(module, nn.LSTM):
             module._init_flat_weights()  # nn.LSTM reads its weights from this list
-        restored.append(Restored(tuple(places), module, original_class))
+        memory = vars(module).pop(MEMORY_ATTRIBUTE, None)
+        restored.append(Restored(tuple(places), module, original_class, memory))
     return Restoration(tuple(restored), tuple(left))
 
 

@@ -50,7 +50,8 @@ def _obstacle(call: Call | CellCall) -> str | None:
         return f"the kernels run on NVIDIA GPUs, not on {device.type!r} tensors"
     if transforms.tracing():
         return "torch.jit.trace does not record the kernels"
-    for tensor in call.tensors():
+    tensors = call.tensors()
+    for tensor in tensors:
         if tensor.device != device:
             return f"tensors are on several devices, {device} and {tensor.device}"
         if tensor.layout != torch.strided:
@@ -58,7 +59,7 @@ def _obstacle(call: Call | CellCall) -> str | None:
     dtype = call.autocast_dtype()
     if dtype is None:
         dtype = call.data.dtype
-        for tensor in call.tensors():
+        for tensor in tensors:
             if tensor.dtype != dtype:
                 return f"tensors have several dtypes, {dtype} and {tensor.dtype}"
     if dtype not in KERNEL_DTYPES:

@@ -81,7 +81,7 @@ Open = tuple[_Entered, ...]  # in the order of entering
 _lock = ForkLock()
 _own: ContextVar[Open] = ContextVar("lstm_triton_blocks", default=())
 _of_all_threads: Open = ()
-_ever_entered = False
+_open_blocks = 0  # in the whole process: without any, no thread looks for its own
 _FOR_BACKWARD = "lstm_triton_blocks"
 _thread = _Thread()
 
@@ -94,13 +94,13 @@ class Block(ContextDecorator):
         self._open: Open = ()
 
     def __enter__(self: Own) -> Own:
-        global _of_all_threads, _ever_entered
+        global _of_all_threads, _open_blocks
         entered = _Entered(self._name, self._value)
         with _lock:
             self._open += (entered,)
             if self._all_threads:
                 _of_all_threads += (entered,)
-        _ever_entered = True
+            _open_blocks += 1
         _own.set((*_still_open(_own.get()), entered))
         _blocks()  # tells autograd
         return self
@@ -110,13 +110,14 @@ class Block(ContextDecorator):
 
     def _end(self) -> bool:
         """End what was entered last: in this thread or task, otherwise anywhere. False: nothing was open."""
-        global _of_all_threads
+        global _of_all_threads, _open_blocks
         with _lock:
             here = [each for each in _own.get() if each in self._open]
             entered = (here or self._open or (None,))[-1]
             if entered is None:
                 return False
             entered.ended = True
+            _open_blocks -= 1
             self._open, _of_all_threads = _still_open(self._open), _still_open(_of_all_threads)
         _own.set(_still_open(_own.get()))
         _blocks()
@@ -165,7 +166,7 @@ class Setting(ModuleType, Generic[Value]):
     @property
     def now(self) -> Value:
         """What the innermost open block of this thread or task says."""
-        if _ever_entered:
+        if _open_blocks > 0:
             name = self._name
             for entered in _blocks()[::-1] + _of_all_threads[::-1]:
                 if entered.name == name and not entered.ended:

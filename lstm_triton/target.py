@@ -126,7 +126,7 @@ class Gpus:
         if launch.device.type == "cpu":  # interpreted; a backward pass may run after the interpreter's `with` block
             launch.kernel[launch.grid](*launch.values)
             return
-        with torch.cuda.device(launch.device):
+        with torch.cuda.device(launch.device.index):  # a number: PyTorch looks at a torch.device in several ways
             launch.kernel[launch.grid](*launch.values, **launch.options)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from .. import flops, transforms
 from ..failure import explained
@@ -71,8 +72,13 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
                 else:
                     given.append(argument)
             others.append(argument)
-        arguments = tuple(others)
-    return function.apply(*arguments)
+        return function.apply(*others)
+    if transforms.active():
+        return function.apply(*arguments)
+    # What `function.apply` does next. Before that, it would look up the defaults in the signature of `forward`, which
+    # has none, and this takes longer than all else that it does.
+    plain = unwrap_dead_wrappers(arguments)
+    return super(torch.autograd.Function, function).apply(*plain)  # type: ignore[misc]
 
 
 def named(operator: Any, arguments: Sequence[Any]) -> SimpleNamespace:

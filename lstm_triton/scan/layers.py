@@ -38,15 +38,15 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
     ragged, return_cells = options.ragged, options.return_cells
     dropout = float(options.dropout) if stack.num_layers() > 1 else 0.0  # an int would be another type to a kernel
     seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
-    low_memory = options.low_memory and not return_cells
-    # With low_memory, a single lane keeps little more than its h: a copy of the output would double it.
-    shared_output = options.shared_output or (low_memory and stack.lanes() == 1)
-    static = Static(stack.directions, stack.bias(), stack.reverse, dropout, low_memory, return_cells, shared_output)
-    fixed, inputs = Fixed(seed, *tables_of(ragged)), Inputs(input, start, weights)
-    count = 4 if return_cells else 3
-    if transforms.in_forward_mode():
-        return stack_by_formula(inputs, static, fixed)[:count]
-    if torch.is_grad_enabled() and (transforms.active() or _any_requires_grad(inputs)):
+    tables, inputs, by_formula = tables_of(ragged), Inputs(input, start, weights), transforms.in_forward_mode()
+    if by_formula or (torch.is_grad_enabled() and (transforms.active() or _any_requires_grad(inputs))):
+        low_memory = options.low_memory and not return_cells
+        # With low_memory, a single lane keeps little more than its h: a copy of the output would double it.
+        shared_output = options.shared_output or (low_memory and stack.lanes() == 1)
+        static = Static(stack.directions, stack.bias(), stack.reverse, dropout, low_memory, return_cells, shared_output)
+        fixed, count = Fixed(seed, *tables), 4 if return_cells else 3
+        if by_formula:
+            return stack_by_formula(inputs, static, fixed)[:count]
         return tuple(apply(LSTMScan, *static, *fixed, *inputs.flat())[:count])
     if is_single_step(input.shape[0], ragged is not None, dropout > 0, fuse_input=start.preact is None):
         output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, stack.directions, stack.bias())
@@ -60,7 +60,7 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
         *arguments,
         return_cells,
         False,
-        fixed.tables(),
+        tables,
         start.h_reset,
         start.c_reset,
         dropout,
