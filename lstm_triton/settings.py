@@ -38,18 +38,12 @@ class ForkLock:
     def _renew(self) -> None:
         self._lock = Lock()
 
-    def acquire(self) -> None:
+    def __enter__(self) -> None:
         self._lock.acquire()
 
-    def release(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lock.locked():  # not in a child that was forked by the thread that held the lock
             self._lock.release()
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 class _Entered:
