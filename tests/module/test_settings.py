@@ -366,11 +366,15 @@ def test_a_fork_while_a_lock_is_held(by_other: bool) -> None:
 
 
 def test_a_lock_excludes_others() -> None:
-    lock = ForkLock()
+    lock, entered = ForkLock(), threading.Event()
+
+    def enter() -> None:
+        with lock:
+            entered.set()
+
     with lock:
-        thread = threading.Thread(target=lock.acquire)
+        thread = threading.Thread(target=enter)
         thread.start()
-        thread.join(0.05)
-        assert thread.is_alive()
+        assert not entered.wait(0.05)
+    assert entered.wait(60)
     thread.join(60)
-    lock.release()
