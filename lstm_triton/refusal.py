@@ -171,8 +171,8 @@ def remember(error: LaunchRefused, layers: Layers) -> None:
 def known(layers: Layers) -> str | None:
     """Why kernels for such layers were refused before; None: they were not. Warns of it the first time."""
     for scope in layers.scopes():
-        if scope in _reasons:
-            reason = _reasons[scope]
+        reason = _reasons.get(scope)
+        if reason is not None:
             if scope not in _warned:
                 _warned.add(scope)
                 text = f"{reason}. Until then PyTorch's own function computes {scope[1]}. "
@@ -195,7 +195,7 @@ def forget(layers: Layers | None = None) -> None:
 
 
 def _described() -> str:
-    return " and ".join(what for _, what in _reasons)
+    return " and ".join([what for _, what in list(_reasons)])  # a copy: other threads may change it
 
 
 def _level_of_caller() -> int:
