@@ -12,7 +12,7 @@ from .cell_checks import call_of_cell
 from .leaf import Leaf
 from .reference import lstm_cell
 from .refusal import LaunchRefused
-from .routing import choose, fall_back
+from .routing import choose, fall_back, take_up
 from .stack import States
 from .torchscript import scriptable
 
@@ -117,7 +117,7 @@ def compute_cell(call: CellCall, path: str) -> States:
         fall_back(error, call, None)
         return _computed(call, "aten")
     if refusal.state:
-        refusal.forget()
+        take_up(call)
     return results
 
 

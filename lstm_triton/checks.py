@@ -65,6 +65,9 @@ def check_arguments(
     if isinstance(input, PackedSequence):
         check_packed(input, with_states=hx is not None)
         _check_pair(hx, is_permuted=input.sorted_indices is not None)
+    looks_right = packed or hx is None or (type(hx) is tuple and len(hx) == 2)
+    if hx is not None and not looks_right:
+        hx[0].dim()  # like `nn.LSTM`, which looks at h_0 before it looks for c_0
     states = None if hx is None else (hx[0], hx[1])
     if isinstance(input, PackedSequence):
         data, batch_sizes = input.data, input.batch_sizes
@@ -97,7 +100,7 @@ def check_arguments(
             expected, got = (num_layers * directions, batch_size, size), list(states[index].shape)
             if got != list(expected):
                 raise RuntimeError(f"Expected hidden[{index}] size {expected}, got {got}")
-    if not (packed or hx is None or (type(hx) is tuple and len(hx) == 2)):
+    if not looks_right:
         _check_pair(hx, is_permuted=False)
     if time_steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")

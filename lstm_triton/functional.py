@@ -11,7 +11,7 @@ from . import refusal
 from .call import Call, Memory, Sequences, in_order
 from .checks import check_arguments
 from .refusal import LaunchRefused
-from .routing import choose, fall_back
+from .routing import choose, fall_back, take_up
 from .stack import Lane, Options, Results, ScanLayers, States, layers_of
 
 
@@ -183,7 +183,7 @@ def compute(call: Call, path: str, lane: Lane | None = None, requested: str | No
         fall_back(error, call, requested)
         return _computed(call, "aten", lane)
     if refusal.state:
-        refusal.forget()
+        take_up(call)
     return results
 
 

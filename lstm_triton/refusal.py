@@ -156,34 +156,46 @@ class Layers(NamedTuple):
     def alone(self) -> str:
         return f"layers with hidden_size {self.hidden_size} in {self.dtype} on {self.device}"
 
+    def scopes(self) -> tuple[Scope, Scope]:
+        """Under which such layers may have been refused."""
+        return (self.target, self.everywhere()), (self.target, self.alone())
+
 
 def remember(error: LaunchRefused, layers: Layers) -> None:
     """Keep such layers away from the kernels from now on."""
     global state
     _reasons[layers.target, layers.everywhere() if error.everywhere else layers.alone()] = error.reason
-    state = f"{len(_reasons)} refused"
+    state = _described()
 
 
 def known(layers: Layers) -> str | None:
     """Why kernels for such layers were refused before; None: they were not. Warns of it the first time."""
-    for what in (layers.everywhere(), layers.alone()):
-        scope = (layers.target, what)
-        if scope in _reasons:
-            reason = _reasons[scope]
+    for scope in layers.scopes():
+        reason = _reasons.get(scope)
+        if reason is not None:
             if scope not in _warned:
                 _warned.add(scope)
-                text = f'{reason}. Until then PyTorch\'s own function computes {what}. backend("triton") tries again'
+                text = f"{reason}. Until then PyTorch's own function computes {scope[1]}. "
+                text += 'backend("triton") tries again'
                 warnings.warn(text, RuntimeWarning, stacklevel=_level_of_caller())
             return reason
     return None
 
 
-def forget() -> None:
-    """Let "auto" try the kernels again: a refused kernel has now run."""
+def forget(layers: Layers | None = None) -> None:
+    """Let "auto" try the kernels of such layers again, since they have now run; None: those of all layers.
+
+    What was refused to other layers stays refused: smaller layers may run where larger ones cannot.
+    """
     global state
-    _reasons.clear()
-    _warned.clear()
-    state = ""
+    for scope in list(_reasons) if layers is None else layers.scopes():
+        _reasons.pop(scope, None)
+        _warned.discard(scope)
+    state = _described()
+
+
+def _described() -> str:
+    return " and ".join([what for _, what in list(_reasons)])  # a copy: other threads may change it
 
 
 def _level_of_caller() -> int:

@@ -91,10 +91,18 @@ def fall_back(error: refusal.LaunchRefused, call: Call | CellCall, requested: st
     """
     if (current_backend() if requested is None else requested) == "triton":
         raise error
-    dtype = call.autocast_dtype() or call.data.dtype
-    layers = target.layers(call.data.device, dtype, call.hidden_size)
+    layers = _layers_of(call)
     refusal.remember(error, layers)
     refusal.known(layers)  # warns
+
+
+def take_up(call: Call | CellCall) -> None:
+    """Let "auto" take the kernels for such calls again, now that they have run."""
+    refusal.forget(_layers_of(call))
+
+
+def _layers_of(call: Call | CellCall) -> refusal.Layers:
+    return target.layers(call.data.device, call.autocast_dtype() or call.data.dtype, call.hidden_size)
 
 
 def _why_stock(call: Call) -> str | None:

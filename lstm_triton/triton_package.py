@@ -32,7 +32,7 @@ def installed() -> bool:
     """Whether there is a module `triton`. A folder of this name, without code, is none."""
     try:
         found = importlib.util.find_spec("triton")
-    except ValueError:  # a module without a specification stands in its place
+    except (ValueError, ImportError):  # a module without a specification stands in its place, or a hook forbids it
         return False
     return found is not None and found.origin is not None
 

@@ -196,6 +196,29 @@ def test_a_layer_falls_back_once(options: dict[str, Any], trains: bool) -> None:
 
 
 @pytest.mark.interpreted
+def test_a_layer_falls_back_once_beside_a_smaller_one() -> None:
+    """The smaller one runs in the kernels. So the larger one is not tried again, and torch.compile has no new guard."""
+
+    class RefusingLarge(Refusing):
+        def run(self, launch: KernelLaunch) -> None:
+            self.kernels = (launch.name,) if launch.hidden_size == 5 else ("none",)
+            super().run(launch)
+
+    small, large, input = lstm_triton.LSTM(3, 4), lstm_triton.LSTM(4, 5), torch.randn(2, 1, 3)
+    refusing, states = RefusingLarge(not_together), set()
+    with target.running_on(refusing), torch.no_grad(), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            large(small(input)[0])
+            states.add(refusal.state)
+        assert (refusing.launches, len(warned), len(states)) == (3 + 1, 1, 1)
+        refusing.error = None  # type: ignore[assignment]
+        with lstm_triton.backend("triton"):
+            large(small(input)[0])
+        assert lstm_triton.explain(large, torch.zeros(2, 1, 4)).layers[0].path == "triton"
+
+
+@pytest.mark.interpreted
 def test_a_cell_falls_back_once() -> None:
     torch.manual_seed(0)
     stock = nn.LSTMCell(3, 4)

@@ -54,6 +54,18 @@ def test_a_folder_named_triton_is_no_triton(tmp_path, monkeypatch: pytest.Monkey
     assert not triton_package.installed.__wrapped__()
 
 
+def test_a_hook_that_forbids_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hook:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "triton":
+                raise ModuleNotFoundError("No module named 'triton'", name=name)
+
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Hook(), *sys.meta_path])
+    assert not triton_package.installed.__wrapped__()
+
+
 PROGRAM = """
 import importlib, pkgutil, sys
 sys.modules["triton"] = None  # as if it were not installed
