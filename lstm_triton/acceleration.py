@@ -80,8 +80,9 @@ def accelerate(*, all_threads: bool = False) -> Acceleration:
     It holds in the thread or asyncio task that enters the block, as `lstm_triton.backend` does. `backward` may run
     inside or after the `with` block. With activation checkpointing `backward` must run inside, since checkpointing
     computes the forward pass again. Layers compiled by TorchScript are not accelerated, nor is an `nn.LSTMCell` that
-    `torch.compile` compiles. `torch.jit.script` cannot compile these modules inside the block. If another library
-    replaces `torch._VF.lstm` or `torch._VF.lstm_cell` inside the block, its replacement stays when the block ends.
+    `torch.compile` compiles, or an `nn.LSTM` that it compiles with `torch._dynamo.config.allow_rnn = True`.
+    `torch.jit.script` cannot compile these modules inside the block. If another library replaces `torch._VF.lstm` or
+    `torch._VF.lstm_cell` inside the block, its replacement stays when the block ends.
 
     Args:
         all_threads: whether the block holds in every thread that has no block of its own, too. `nn.DataParallel` needs
@@ -113,8 +114,8 @@ class Takeover:
     Args:
         name: the function's name.
         take_over: computes a call inside an acceleration, from (acceleration, original, arguments, arguments by name).
-        traced: whether `torch.compile` looks into the module that calls the function. Then it compiles the original,
-            since a compiled program outlives the block.
+        traced: whether `torch.compile` looks into the module that calls the function, without being told to. Then it
+            compiles the original, since a compiled program outlives the block.
     """
 
     def __init__(self, name: str, take_over: TakeOver, *, traced: bool) -> None:
@@ -155,7 +156,7 @@ class Takeover:
                 calling.original = outer
 
         def replacement(*arguments: Any, **by_name: Any) -> Any:
-            if traced and torch.compiler.is_dynamo_compiling():
+            if torch.compiler.is_dynamo_compiling() and (traced or torch._dynamo.config.allow_rnn):
                 return original(*arguments, **by_name)
             acceleration = None if getattr(calling, "original", False) else _active.now
             if acceleration is None:

@@ -75,7 +75,7 @@ def _remember(module: nn.RNNBase, named: list[Any]) -> None:
     """Write down which tensors the attributes are. A later change of the list then counts.
 
     Only tensors that the module may keep are written down: no tensor with a graph behind it, and no tensor of
-    torch.func. A weight that is not written down counts as another tensor at the next call, too.
+    torch.func. Any other weight counts as another tensor at the next call, too.
     """
     listed: list[Any] = list(module._flat_weights)
     seen: list[Any] = list(module._flat_weight_refs)
@@ -85,4 +85,10 @@ def _remember(module: nn.RNNBase, named: list[Any]) -> None:
         plain = type(weight) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(weight)
         if plain and weight.is_leaf:
             listed[index], seen[index] = weight, ref(weight)
+        elif weight is not None:
+            seen[index] = _never
     module._flat_weights, module._flat_weight_refs = listed, seen
+
+
+def _never() -> None:
+    """Stands for a weak reference to a tensor that is gone."""

@@ -124,7 +124,7 @@ class LSTM(Leaf, nn.RNNBase):
             self.memory = memory
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "memory" and isinstance(value, str) and (value in MEMORY or type(self) is LSTM):
+        if name == "memory" and (type(self) is LSTM or (isinstance(value, str) and value in MEMORY)):
             super().__setattr__(MEMORY_ATTRIBUTE, checked_memory(value))
         super().__setattr__(name, value)
 

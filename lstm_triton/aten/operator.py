@@ -70,7 +70,9 @@ def _layer(*arguments: Any) -> LaneResults:
         ragged=given.ragged,
         return_cells=given.return_cells,
     )
-    return (*results, given.input.new_empty(0))[:4]
+    # An operator's result is no view, for the caller may change it in place. With projections PyTorch's output is one.
+    output = results[0].clone() if results[0]._is_view() else results[0]
+    return (output, *results[1:], given.input.new_empty(0))[:4]
 
 
 def _has_gradient(argument: object) -> bool:

@@ -187,6 +187,13 @@ def test_weight_drop(kind: str, path: Callable[[], AbstractContextManager[Any]])
 
 # --- Any order of changes ---
 
+
+def functional_call_with_graph(module: Any) -> None:
+    """One of the tensors has a graph behind it, which the module must not keep."""
+    with torch.enable_grad():
+        torch.func.functional_call(module, {"bias_ih_l0": 2 * torch.ones(16, requires_grad=True)}, (INPUT,))
+
+
 STEPS: dict[str, Callable[[Any], Any]] = {
     "call": lambda m: m(INPUT),
     "hand over": hand_over,
@@ -197,6 +204,7 @@ STEPS: dict[str, Callable[[Any], Any]] = {
     "tensor": lambda m: (m._parameters.pop("weight_hh_l0", None), setattr(m, "weight_hh_l0", torch.ones(16, 4))),
     "to": lambda m: m.double().float(),
     "load": lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}, assign=True),
+    "functional graph": lambda m: functional_call_with_graph(m),
     "functional": lambda m: torch.func.functional_call(m, {"bias_ih_l0": torch.ones(16)}, (INPUT,)),
 }
 

@@ -272,6 +272,17 @@ def test_a_compiled_cell_is_left_as_it_is(fullgraph: bool) -> None:
         torch.testing.assert_close(compiled(input), expected)
 
 
+@pytest.mark.interpreted
+def test_a_layer_that_is_compiled_as_a_part_of_a_graph_is_left_as_it_is() -> None:
+    """torch.compile looks into nn.LSTM only if it is told to."""
+    layer, input = nn.LSTM(3, 4), torch.randn(2, 2, 3)
+    expected = layer(input)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(allow_rnn=True), interpret(), lstm_triton.accelerate() as acceleration:
+        torch.testing.assert_close(compiled(input), expected)
+    assert acceleration.taken_over == 0
+
+
 def test_pytorch_is_as_it_was_afterwards() -> None:
     before = torch._VF.lstm
     first, second = lstm_triton.accelerate(), lstm_triton.accelerate()

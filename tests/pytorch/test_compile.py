@@ -199,6 +199,21 @@ def operators_of(program: torch.export.ExportedProgram) -> list[str]:
     return names
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize("given", ["nothing", "resets", "cells"])
+def test_results_of_the_fallback_changed_in_place(given: str) -> None:
+    module = lstm_triton.LSTM(3, 4, proj_size=2)
+    input = torch.randn(4, 2, 3)
+    arguments: Any = {"resets": torch.rand(4, 2) < 0.5} if given == "resets" else {}
+    call = module.with_cells if given == "cells" else module
+    torch._dynamo.reset()
+    results = torch.compile(call, backend="eager", fullgraph=True)(input, **arguments)
+    for result in (results[0], *results[1], *results[2:]):
+        result.mul_(2)
+    expected = call(input, **arguments)
+    torch.testing.assert_close(results[0], 2 * expected[0])
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
 def test_exported_with_open_sizes(path: Any, strict: bool) -> None:

@@ -354,8 +354,9 @@ def test_memory_of_a_subclass_that_asks_for_less() -> None:
     assert "memory='low'" in repr(copy.deepcopy(Ours()))
 
 
-def test_a_wrong_word_for_memory_is_refused_at_once() -> None:
+@pytest.mark.parametrize("value", ["lower", None, True])
+def test_a_wrong_word_for_memory_is_refused_at_once(value: Any) -> None:
     module = lstm_triton.LSTM(3, 4)
-    with pytest.raises(ValueError, match="memory must be one of 'full', 'low', got 'lower'"):
-        module.memory = "lower"
+    with pytest.raises(ValueError, match=f"memory must be one of 'full', 'low', got {value!r}"):
+        module.memory = value
     assert module.memory == "full"
