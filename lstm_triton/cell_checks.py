@@ -48,11 +48,13 @@ def call_of_cell(cell: Any, input: Any, hx: Any) -> CellCall | None:
         _refuse_ranks(dimensions, ranks, states, hidden_size)
         return None
     gates = 4 * hidden_size
-    sizes = ((gates, input_size), (gates, hidden_size), (gates,), (gates,))
-    for index, weight in enumerate(weights):
-        if weight.shape != sizes[index]:  # nn.LSTMCell broadcasts such weights
-            name = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[index]
+    sizes = ((gates, input_size), (gates, hidden_size))
+    for index, weight in enumerate(weights[:2]):
+        if weight.shape != sizes[index]:  # nn.LSTMCell broadcasts such gates
+            name = ("weight_ih", "weight_hh")[index]
             raise RuntimeError(f"Expected {name} size {sizes[index]}, got {list(weight.shape)}")
+    if any(bias.shape != (gates,) for bias in weights[2:]):  # it broadcasts biases, too
+        return None
     if not input.is_meta:
         check_memory(input, states, weights)
     return CellCall(input, (states[0], states[1]) if states else None, weights, input.shape[0], hidden_size)
