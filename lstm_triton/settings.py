@@ -162,9 +162,10 @@ class Setting(ModuleType, Generic[Value]):
         """What the innermost open block of this thread or task says."""
         if _open_blocks > 0:
             name = self._name
-            for entered in _blocks()[::-1] + _of_all_threads[::-1]:
-                if entered.name == name and not entered.ended:
-                    return entered.value  # type: ignore[no-any-return]
+            for blocks in (_blocks(), _of_all_threads):
+                for entered in reversed(blocks):
+                    if entered.name == name and not entered.ended:
+                        return entered.value  # type: ignore[no-any-return]
         return self._default
 
     def block(self, value: Value, *, all_threads: bool) -> Block:
