@@ -211,7 +211,8 @@ def test_a_layer_falls_back_once_beside_a_smaller_one() -> None:
         for _ in range(3):
             large(small(input)[0])
             states.add(refusal.state)
-        assert (refusing.launches, len(warned), len(states)) == (3 + 1, 1, 1)
+        told = [each for each in warned if "PyTorch's own function computes" in str(each.message)]
+        assert (refusing.launches, len(told), len(states)) == (3 + 1, 1, 1)
         refusing.error = None  # type: ignore[assignment]
         with lstm_triton.backend("triton"):
             large(small(input)[0])
