@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import subprocess
@@ -19,6 +18,7 @@ from lstm_triton import triton_package
 from lstm_triton.command_line import whole_file
 from lstm_triton.ending import Mistake
 from lstm_triton.scan.planner import table_path
+from lstm_triton.scan.tables import hash_of
 from lstm_triton.target import Device
 
 from .cases import BenchCase, Row, from_dict
@@ -43,12 +43,9 @@ class ResultsError(Mistake):
 def kernel_hash(gpu: str) -> str:
     """A hash of the files that decide what runs on a GPU: kernels, launches, planner, and the plans measured there."""
     table = table_path(Device(gpu, arch="", multiprocessors=0, shared_bytes=0))
-    digest = hashlib.sha256()
     library = ROOT / "lstm_triton"
     deciding = [*sorted((ROOT / "kernels").glob("*.py")), *sorted((library / "scan").glob("*.py"))]
-    for path in [*deciding, library / "target.py", *([table] if table.exists() else [])]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:16]
+    return hash_of([*deciding, library / "target.py", *([table] if table.exists() else [])])
 
 
 def commit() -> str | None:

@@ -106,3 +106,8 @@ class CellCall(NamedTuple):
     def autocast_dtype(self) -> torch.dtype | None:
         """As in `Call`."""
         return autocast_dtype(self.tensors()) if is_on(self.data.device) else None
+
+
+def has_several_dtypes(call: Call | CellCall) -> bool:
+    """Whether tensors have other dtypes than the data, and autocast does not convert them."""
+    return call.autocast_dtype() is None and any(tensor.dtype != call.data.dtype for tensor in call.tensors())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import refusal, transforms
-from .call import CellCall
+from .call import CellCall, has_several_dtypes
 from .cell_checks import call_of_cell
 from .leaf import Leaf
 from .reference import lstm_cell
@@ -131,8 +131,7 @@ def _computed(call: CellCall, path: str) -> States:
             data, weights = data.to(dtype), [weight.to(dtype) for weight in weights]
             states = None if states is None else (states[0].to(dtype), states[1].to(dtype))
         return step(data, *(states or (None, None)), *weights)
-    same_dtype = all(tensor.dtype == data.dtype for tensor in call.tensors()) or call.autocast_dtype() is not None
-    if transforms.need_formula() and same_dtype:
+    if transforms.need_formula() and not has_several_dtypes(call):
         return lstm_cell(data, *(states or (None, None)), *weights)
     if states is None:
         zeros = torch.zeros(call.batch_size, call.hidden_size, dtype=data.dtype, device=data.device)

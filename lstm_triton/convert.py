@@ -1,15 +1,15 @@
 """Convert whole models in place: every `torch.nn.LSTM` and `torch.nn.LSTMCell` becomes this library's, and back."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from .cell import LSTMCell
-from .module import LSTM, own_names
+from .module import LSTM
+from .reclassing import Changed, Left, change, kind_of, places_of, plain_class, reason_to_leave, report, undo
 from .standin import stand_in_for
 
-KINDS: dict[str, type[nn.Module]] = {"LSTM": LSTM, "LSTMCell": LSTMCell}
 STOCK: dict[str, type[nn.Module]] = {"LSTM": nn.LSTM, "LSTMCell": nn.LSTMCell}
 STILL_STOCK = (
     "each stays an nn.LSTM for isinstance. So torch.compile breaks its graph at each, as at every nn.LSTM. With "
@@ -18,39 +18,16 @@ STILL_STOCK = (
 
 
 @dataclass(frozen=True)
-class Replaced:
-    """An `nn.LSTM` that is an `lstm_triton.LSTM` now, or an `nn.LSTMCell` that is an `lstm_triton.LSTMCell` now.
-
-    Attributes:
-        names: its names in the model; several if the model uses it in several places; "" for the model itself.
-        module: the module. For `isinstance`, it is what it was before, too.
-        original_class: its class before. The class that parametrizations derive from it does not count.
-    """
-
-    names: tuple[str, ...]
-    module: LSTM | LSTMCell = field(repr=False)
-    original_class: type[nn.LSTM] | type[nn.LSTMCell] = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Left:
-    """An LSTM that stays what it was, and why."""
-
-    names: tuple[str, ...]
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Replacement:
     """What `replace_lstm` did; `print` it.
 
     Attributes:
-        replaced: the modules that are `lstm_triton.LSTM`s or `lstm_triton.LSTMCell`s now, in the model's order.
+        replaced: the modules that are `lstm_triton.LSTM`s or `lstm_triton.LSTMCell`s now, in the model's order. For
+            `isinstance`, each is what it was before, too.
         left: the LSTMs and cells that are not, and why.
     """
 
-    replaced: tuple[Replaced, ...]
+    replaced: tuple[Changed, ...]
     left: tuple[Left, ...]
 
     def undo(self) -> None:
@@ -59,26 +36,13 @@ class Replacement:
         Raises:
             RuntimeError: something else has changed the class of a module since; nothing is undone then.
         """
+        undo(self.replaced)
         for entry in self.replaced:
-            if plain_class(type(entry.module)) not in (stand_in_for(entry.original_class), entry.original_class):
-                raise RuntimeError(f"cannot undo: {shown(entry.names)} has become a {type(entry.module).__name__}")
-        for entry in self.replaced:
-            set_class(entry.module, entry.original_class)
             if isinstance(entry.module, nn.LSTM):
                 entry.module.flatten_parameters()  # for cuDNN: parameters may have moved meanwhile
 
     def __str__(self) -> str:
-        lines = []
-        for name, kind in KINDS.items():
-            found = [entry for entry in self.replaced if isinstance(entry.module, kind)]
-            if found or name == "LSTM":
-                lines.append(f"now lstm_triton.{name}: {len(found)}")
-            lines += [f"  {shown(entry.names)}: {entry.module}".splitlines()[0] for entry in found]
-            lines += [f"  {STILL_STOCK}"] if found and name == "LSTM" else []
-        if self.left:
-            lines.append(f"left as they were: {len(self.left)}")
-            lines += [f"  {shown(entry.names)}: {entry.kind}, {entry.reason}" for entry in self.left]
-        return "\n".join(lines)
+        return report("lstm_triton", self.replaced, self.left, note=STILL_STOCK)
 
     __repr__ = __str__
 
@@ -120,24 +84,16 @@ def replace_lstm(model: nn.Module) -> Replacement:
     >>> type(model["step"])
     <class 'torch.nn.modules.rnn.LSTMCell'>
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-
-    replaced: list[Replaced] = []
+    replaced: list[Changed] = []
     left: list[Left] = []
-    for module, places in names.items():
-        if isinstance(module, tuple(KINDS.values())) or _is_inside(places[0], left):
+    for module, places in places_of(model).items():
+        if isinstance(module, (LSTM, LSTMCell)) or _is_inside(places[0], left):
             continue
         reason = _reason_to_leave(module)
         if reason is not None:
-            left.append(Left(tuple(places), kind_of(module), reason))
+            left.append(Left(places, kind_of(module), reason))
         elif isinstance(module, (nn.LSTM, nn.LSTMCell)):
-            original_class = plain_class(type(module))
-            set_class(module, stand_in_for(original_class))
-            replaced.append(Replaced(tuple(places), module, original_class))  # type: ignore[arg-type]
+            replaced.append(change(places, module, stand_in_for(plain_class(type(module)))))
     return Replacement(tuple(replaced), tuple(left))
 
 
@@ -150,38 +106,10 @@ def _reason_to_leave(module: nn.Module) -> str | None:
     """Why an LSTM or a cell cannot be replaced; None if it can be replaced, or if the module is neither."""
     for stock in STOCK.values():
         if isinstance(module, stock):
-            if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):  # by name: no import of FSDP
-                return "it is sharded by fully_shard: replace it before"
-            added = own_names(plain_class(type(module)), stock)
-            if added:
-                return f"its class defines {added}"
-            return "its forward was set on the object" if "forward" in vars(module) else None
+            return reason_to_leave(module, stock.__mro__, "replace")
     if kind_of(module) in STOCK:
         if isinstance(module, torch.jit.ScriptModule):
             return "it is compiled by TorchScript"
         if type(module).__module__.startswith("torch.ao."):
             return "it is quantised, or made for that"
     return None
-
-
-def kind_of(module: nn.Module) -> str:
-    # TorchScript keeps the name of the class that a module had.
-    return str(getattr(module, "original_name", type(module).__name__))
-
-
-def shown(names: tuple[str, ...]) -> str:
-    return ", ".join(name or "the model itself" for name in names)
-
-
-def _is_parametrized(cls: type) -> bool:
-    """Whether PyTorch derived this class for one module, to make the module's parametrized weights properties."""
-    return cls.__module__ == nn.utils.parametrize.__name__
-
-
-def plain_class(cls: type) -> type:
-    return cls.__bases__[0] if _is_parametrized(cls) else cls
-
-
-def set_class(module: nn.Module, plain: type[nn.Module]) -> None:
-    cls = type(module)
-    module.__class__ = type(cls.__name__, (plain,), dict(vars(cls))) if _is_parametrized(cls) else plain

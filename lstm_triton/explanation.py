@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from .call import Call, CellCall
+from .call import Call, CellCall, has_several_dtypes
 from .cell_checks import checked_call_of_cell
 from .checks import call_of_module, check_memory
 from .functional import compute
@@ -121,7 +121,7 @@ def explain(
     call = call_of_module(module, input, hx)
     check_memory(call.data, call.states or (), call.weights)
     choice = choose(None, call)
-    if _has_several_dtypes(call):
+    if has_several_dtypes(call):
         with torch.no_grad():
             compute(_piece(call), choice.path)
     names: list[Literal["forward", "reverse"]] = ["forward", "reverse"] if call.directions == 2 else ["forward"]
@@ -136,7 +136,7 @@ def _explained_cell(module: nn.LSTMCell, input: object, hx: object) -> Explanati
     input, hx = _with_memory(module, input, hx)
     call = checked_call_of_cell(module, input, hx)
     choice = choose(None, call)
-    if call.states is not None and _has_several_dtypes(call):
+    if call.states is not None and has_several_dtypes(call):
         with torch.no_grad():  # PyTorch's own function alone knows which mixtures of dtypes it takes
             nn.LSTMCell.forward(module, call.data[:1], (call.states[0][:1], call.states[1][:1]))
     dtype = call.autocast_dtype() or call.data.dtype
@@ -162,11 +162,6 @@ def _with_memory(module: nn.Module, input: Any, hx: Any) -> tuple[Any, Any]:
 
     input = input._replace(data=stand_in(data)) if isinstance(input, PackedSequence) else stand_in(data)
     return input, type(hx)(stand_in(state) for state in hx) if type(hx) in (tuple, list) else hx
-
-
-def _has_several_dtypes(call: Call | CellCall) -> bool:
-    """Whether PyTorch's own function has to convert dtypes, and may refuse to."""
-    return call.autocast_dtype() is None and any(tensor.dtype != call.data.dtype for tensor in call.tensors())
 
 
 def _piece(call: Call) -> Call:

@@ -1,8 +1,7 @@
 """The layer with its parameters: `LSTM` takes the place of `torch.nn.LSTM` in a model."""
 
-import abc
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from .call import MEMORY, Memory, Sequences
 from .checks import checked_memory, weights_in_use
 from .functional import lstm
 from .leaf import Leaf
+from .reclassing import own_names
 from .stack import States
 from .torchscript import scriptable
 
@@ -237,7 +237,7 @@ class LSTM(Leaf, nn.RNNBase):
                 f"module.{name} must be a parameter, but is computed from others: "
                 "lstm_triton.replace_lstm(module) keeps that"
             )
-        lost = own_names(type(module), nn.LSTM)
+        lost = own_names(type(module), nn.LSTM.__mro__)
         if lost:
             raise TypeError(f"module must be a plain torch.nn.LSTM, but {type(module).__name__} defines {lost}")
         twin = _without_weights(cls, module)
@@ -272,16 +272,3 @@ def _without_weights(cls: Callable[..., Layer], module: nn.RNNBase) -> Layer:
     )
     twin.dropout = module.dropout  # not in the constructor, which would repeat its warning about dropout
     return twin.train(module.training)
-
-
-class _Plain(Generic[Layer], abc.ABC):
-    """A class that defines nothing, besides what Python, abc and typing define in every class."""
-
-
-def own_names(cls: type[nn.Module], stock: type[nn.Module]) -> str:
-    """The names that a subclass of `stock` defines besides a constructor. A module of this library would lack them."""
-    of_every_class = {*vars(_Plain), "__init__", "__annotations__", "__type_params__", "__slots__", "__constants__"}
-    of_every_class |= {"__orig_bases__", "__firstlineno__", "__static_attributes__"}
-    of_every_class |= {"__annotate_func__", "__annotations_cache__"}
-    added = [base for base in cls.__mro__ if base not in (*stock.__mro__, abc.ABC, Generic)]
-    return ", ".join(sorted({name for base in added for name in vars(base)} - of_every_class))

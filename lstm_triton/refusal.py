@@ -168,6 +168,12 @@ def remember(error: LaunchRefused, layers: Layers) -> None:
     state = _described()
 
 
+def give_way(error: LaunchRefused, layers: Layers) -> None:
+    """`remember`, by who computes without the kernels, and warn of it the first time."""
+    remember(error, layers)
+    known(layers)
+
+
 def known(layers: Layers) -> str | None:
     """Why kernels for such layers were refused before; None: they were not. Warns of it the first time."""
     for scope in layers.scopes():

@@ -91,9 +91,7 @@ def fall_back(error: refusal.LaunchRefused, call: Call | CellCall, requested: st
     """
     if (current_backend() if requested is None else requested) == "triton":
         raise error
-    layers = _layers_of(call)
-    refusal.remember(error, layers)
-    refusal.known(layers)  # warns
+    refusal.give_way(error, _layers_of(call))
 
 
 def take_up(call: Call | CellCall) -> None:

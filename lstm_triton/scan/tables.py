@@ -8,7 +8,7 @@ table is believed unseen: each plan must be one that the planner itself makes fo
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
@@ -37,8 +37,13 @@ class BadTable(ValueError):
 @cache
 def kernels_hash() -> str:
     """A hash of the kernels."""
+    return hash_of(sorted((Path(__file__).parent.parent / "kernels").glob("*.py")))
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    """A hash of the names and the contents of files."""
     digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent.parent / "kernels").glob("*.py")):
+    for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
