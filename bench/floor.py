@@ -121,17 +121,18 @@ def exchange(problem: Problem, kind: Kind) -> list[Tensor]:
             "batch_tiles": plan.batch_tiles,
             "hold": plan.hold,
         }
-        constants = {
-            **launch.constants_of(plan),
-            "HIDDEN": case.H,
-            "INPUT": input_size,
-            "STATE_STRIDE": stride,
-            "COPIES": copies,
-            "SAVE": kind == "forward" and case.mode != "inference",
-            "FUSE_INPUT": plan.fuse_input,
-            "BLOCK_INPUT": plan.block_input,
-            "CHUNKS": plan.chunks,
-        }
-        launch.launch(exchange_scan, (plan.programs,), device, arguments, constants, launch.launch_options(plan))
+        prepared = launch.prepared_scan(
+            exchange_scan,
+            plan,
+            HIDDEN=case.H,
+            INPUT=input_size,
+            STATE_STRIDE=stride,
+            COPIES=copies,
+            SAVE=kind == "forward" and case.mode != "inference",
+            FUSE_INPUT=plan.fuse_input,
+            BLOCK_INPUT=plan.block_input,
+            CHUNKS=plan.chunks,
+        )
+        launch.run(prepared, device, arguments)
         states.append(state)
     return states

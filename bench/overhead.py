@@ -126,7 +126,7 @@ def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None)
             return tensor.dtype == torch.float32
 
         def run(self, launch: KernelLaunch) -> None:
-            super().run(launch._replace(device=torch.device("cuda", 0)))
+            self.run_on_gpu(launch, 0)
 
     with ExitStack() as stack:
 
@@ -134,8 +134,7 @@ def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None)
             stack.enter_context(mock.patch.object(target, name, replacement))
 
         stack.enter_context(running_on(PretendedGpu()))
-        patch(torch.cuda, "_exchange_device", lambda index: index)
-        patch(torch.cuda, "_maybe_exchange_device", lambda index: index)
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_getDevice", create=True, return_value=0))
         patch(triton.compiler, "compile", compilations)
         for kernel in (forward_scan, backward_scan, cell_forward, cell_backward, recompute_gates, dropout_scales):
             kernel.device_caches.clear()

@@ -78,10 +78,13 @@ class Stack(NamedTuple):
         weights: Sequence[Tensor], directions: int, bias: bool, reverse: bool = False, projected: bool = False
     ) -> "Stack":
         """From a flat list: for each lane ih, hh, with `bias` bias_ih and bias_hh, with `projected` hr."""
-        names = ("ih", "hh", *(("bias_ih", "bias_hh") if bias else ()), *(("hr",) if projected else ()))
-        size = len(names)
-        lanes = [weights[first : first + size] for first in range(0, len(weights), size)]
-        return Stack(tuple([LaneWeights(**dict(zip(names, lane, strict=True))) for lane in lanes]), directions, reverse)
+        size = (4 if bias else 2) + (1 if projected else 0)
+        none = () if bias else (None, None)  # in the place of the biases
+        lanes = [
+            LaneWeights(*weights[first : first + 2], *none, *weights[first + 2 : first + size])
+            for first in range(0, len(weights), size)
+        ]
+        return Stack(tuple(lanes), directions, reverse)
 
     def arguments(self) -> tuple[list[Tensor], int, bool, bool]:
         """The stack as operators take it: the weights of all lanes, directions, bias, reverse."""
@@ -105,8 +108,10 @@ class Stack(NamedTuple):
 
     def biases(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Contiguous bias_ih and bias_hh of every lane; both are empty without biases."""
-        ih = tuple(lane.bias_ih.contiguous() for lane in self.weights if lane.bias_ih is not None)
-        return ih, tuple(lane.bias_hh.contiguous() for lane in self.weights if lane.bias_hh is not None)
+        if self.weights[0].bias_ih is None:
+            return (), ()
+        ih = tuple([lane.bias_ih.contiguous() for lane in self.weights])  # type: ignore[union-attr]
+        return ih, tuple([lane.bias_hh.contiguous() for lane in self.weights])  # type: ignore[union-attr]
 
     def is_reverse(self, lane: int) -> bool:
         return self.reverse != (lane % self.directions == 1)

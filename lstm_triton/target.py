@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import refusal
+from .prepared_kernel import PreparedKernel
 from .settings import Block, Setting
 
 
@@ -54,25 +55,36 @@ INTERPRETER = Device("interpreter", "interpreter", 16, 64 * 1024)  # to the plan
 class KernelLaunch(NamedTuple):
     """One launch of a kernel."""
 
-    kernel: Any
-    grid: tuple[int, ...]
+    prepared: PreparedKernel
     device: torch.device
-    arguments: Mapping[str, object]  # of all parameters of the kernel, by name
-    options: Mapping[str, object]  # of Triton's compiler and launcher
+    values: list[Any]  # of all parameters of the kernel, in their order
+
+    @property
+    def kernel(self) -> Any:
+        return self.prepared.kernel
 
     @property
     def name(self) -> str:
         return str(self.kernel.fn.__name__)
 
     @property
-    def values(self) -> list[object]:
-        """The arguments in the order of the parameters: Triton takes longer to find arguments by their names."""
-        return [self.arguments[name] for name in self.kernel.arg_names]
+    def grid(self) -> tuple[int, ...]:
+        return self.prepared.grid
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """The options of Triton's compiler and launcher."""
+        return self.prepared.options
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All arguments by the names of the kernel's parameters."""
+        return dict(zip(self.kernel.arg_names, self.values, strict=True))
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the layer: that of the first tensor, for every kernel of this library."""
-        dtypes = [value.dtype for value in self.arguments.values() if isinstance(value, Tensor)]
+        dtypes = [value.dtype for value in self.values if isinstance(value, Tensor)]
         return dtypes[0] if dtypes else torch.float32
 
     @property
@@ -124,10 +136,16 @@ class Gpus:
 
     def run(self, launch: KernelLaunch) -> None:
         if launch.device.type == "cpu":  # interpreted; a backward pass may run after the interpreter's `with` block
-            launch.kernel[launch.grid](*launch.values)
+            launch.prepared.run_interpreted(launch.values)
+        else:
+            self.run_on_gpu(launch, launch.device.index)
+
+    def run_on_gpu(self, launch: KernelLaunch, index: int) -> None:
+        if torch._C._cuda_getDevice() == index:
+            launch.prepared.run_on_gpu(index, launch.values)
             return
-        with torch.cuda.device(launch.device.index):  # a number: PyTorch looks at a torch.device in several ways
-            launch.kernel[launch.grid](*launch.values, **launch.options)
+        with torch.cuda.device(index):
+            launch.prepared.run_on_gpu(index, launch.values)
 
 
 @cache

@@ -16,7 +16,9 @@ def aligned(weights: Iterable[Tensor], stride: int) -> tuple[Tensor, ...]:
     for weight in weights:
         if weight.shape[1] < stride:
             weight = torch.nn.functional.pad(weight, (0, stride - weight.shape[1]))
-        found.append(_at_aligned_address(weight.contiguous()))
+        if not weight.is_contiguous() or weight.data_ptr() % 16:
+            weight = weight.clone(memory_format=torch.contiguous_format)
+        found.append(weight)
     return tuple(found)
 
 
@@ -28,11 +30,12 @@ def transposed(weights: Iterable[Tensor], stride: int) -> tuple[Tensor, ...]:
     """
     found = []
     for weight in weights:
-        rows = weight.unflatten(0, (4, -1)).permute(2, 1, 0).flatten(1)
-        missing = stride - rows.shape[0]
-        if missing > 0:
-            rows = torch.nn.functional.pad(rows, (0, 4 * missing, 0, missing))
-        found.append(_at_aligned_address(rows.contiguous()))
+        gates, size = weight.shape
+        rows = weight.new_empty((stride, 4 * stride))
+        if size < stride:
+            rows.zero_()
+        rows.as_strided((4, gates // 4, size), (1, 4, 4 * stride)).copy_(weight.reshape(4, gates // 4, size))
+        found.append(rows)
     return tuple(found)
 
 
@@ -43,12 +46,8 @@ def with_aligned_rows(input: Tensor) -> tuple[Tensor, int]:
     """
     unit = 16 if input.shape[-1] % 16 == 0 else 1
     *strides, last = input.stride()
-    if last != 1 or any(stride % unit for stride in strides):
+    if last != 1 or (unit > 1 and [stride for stride in strides if stride % unit]):
         input = input.contiguous()
-    if unit > 1:  # a copy of a view costs less than a kernel compiled for unaligned addresses
-        input = _at_aligned_address(input)
+    if unit > 1 and input.data_ptr() % 16:  # a copy of a view costs less than a kernel compiled for its address
+        input = input.clone()
     return input, unit
-
-
-def _at_aligned_address(tensor: Tensor) -> Tensor:
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -13,7 +13,7 @@ from . import buffers, products
 from .alignment import transposed
 from .dispatch import named
 from .dropout import Dropout
-from .launch import launch_scan, lookups, shape_of
+from .launch import lookups, prepared_scan, run, shape_of
 from .layout import Layout, Window
 from .schedule import backward_schedules
 
@@ -56,19 +56,19 @@ def scan_backward(
     stack, drop = Stack.of(weights, directions, bias, reverse), Dropout(dropout, seed)
     hidden_size, ragged = stack.hidden_size(), Ragged.of(tables)
     time_steps = gates.shape[1] // batch_size if ragged is None else ragged.time_steps()
-    layout = Layout(time_steps, gates.shape[1], batch_size, hidden_size, ragged)
+    layout = Layout.sized(time_steps, gates.shape[1], batch_size, hidden_size, ragged)
     window = Window(slice(0, time_steps), slice(0, layout.rows))
     shape = (time_steps, batch_size) if ragged is None else (layout.rows,)
 
-    grad_gates = buffers.sentinels((stack.lanes(), layout.state_rows(), 4 * layout.stride()), gates)
+    grad_gates = buffers.sentinels((stack.lanes(), layout.state_rows, 4 * layout.stride), gates)
     if ragged is None:
-        for own, reverse_in_time in stack.by_direction():  # no gradient comes from behind the last step
-            grad_gates[own, layout.initial(not reverse_in_time)].zero_()
+        # No gradient comes from behind the last step.
+        layout.initial_rows(grad_gates, min(directions, stack.lanes()), not reverse).zero_()
     else:
         grad_gates[:, : layout.batch_size].zero_()
         grad_gates[:, layout.steps().stop :].zero_()
         grad_gates[:, layout.steps()].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
-    grad_cell = cell.new_zeros((stack.lanes(), layout.start_rows(), layout.stride()))
+    grad_cell = cell.new_zeros((stack.lanes(), layout.start_rows, layout.stride))
     if grad_c_n is not None:
         grad_cell[:, :batch_size, :hidden_size] = grad_c_n
     grad_h_n = gates.new_zeros((stack.lanes(), batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
@@ -77,7 +77,7 @@ def scan_backward(
     first = shape_of("backward", stack, gates, batch_size)
     for schedule in reversed(backward_schedules(first, stack.num_layers(), directions, time_steps)):
         launch, plan, lanes = schedule.planned, schedule.planned.plan, schedule.lanes
-        part = stack.part(lanes)
+        part = stack if plan.lanes == stack.lanes() else stack.part(lanes)
         layer = (launch.lanes.stop - 1) // directions
         if layer < stack.num_layers() - 1:
             above = stack.layer(layer + 1)
@@ -88,38 +88,43 @@ def scan_backward(
             grad_output = grad_output.contiguous()
         dropped = drop.lanes(launch, stack)
         first_output = launch.first % directions * hidden_size if not plan.chained else 0
-        weights_hh = transposed((each.hh for each in part.weights), layout.stride())
+        is_whole = plan.lanes == stack.lanes()
+        weights_hh = transposed([each.hh for each in part.weights], layout.stride)
         weights_ih = weights_hh
         if plan.chained:  # the first lane has no lane below in this launch, so its weight is not read
-            weights_ih = (*weights_hh[:1], *transposed((each.ih for each in part.weights[1:]), layout.stride()))
-        launch_scan(
+            weights_ih = (*weights_hh[:1], *transposed([each.ih for each in part.weights[1:]], layout.stride))
+        prepared = prepared_scan(
             backward_scan,
             plan,
-            gates.device,
-            grad_output_ptr=grad_output[..., first_output:],
-            grad_output_stride_step=grad_output.stride(0),
-            grad_output_stride_batch=grad_output.stride(-2),
-            grad_output_stride_lane=hidden_size,
-            grad_hidden_ptr=grad_h_n[lanes],
-            grad_cells_ptr=grad_h_n if grad_cells is None else grad_cells[lanes],
-            grad_cell_ptr=grad_cell[lanes],
-            gates_ptr=gates[lanes],
-            cell_ptr=cell[lanes],
-            weight_ih_ptrs=weights_ih,
-            weight_hh_ptrs=weights_hh,
-            grad_gates_ptr=grad_gates[lanes],
-            before_successors_ptr=gates if ragged is None else ragged.successors(reverse=True),
-            **lookups(layout, plan, window, gates),
-            seed_ptr=seed if dropped else gates,
-            dropout=dropout,
-            dropped_lanes=dropped,
-            first_lane=launch.first,
-            reverse=int(part.reverse),
             HIDDEN=hidden_size,
-            STATE_STRIDE=layout.stride(),
+            STATE_STRIDE=layout.stride,
             GRAD_CELLS=grad_cells is not None,
             DROPOUT=dropped > 0,
+            RAGGED=ragged is not None,
         )
+        arguments = {
+            "grad_output_ptr": grad_output[..., first_output:] if first_output else grad_output,
+            "grad_output_stride_step": grad_output.stride(0),
+            "grad_output_stride_batch": grad_output.stride(-2),
+            "grad_output_stride_lane": hidden_size,
+            "grad_hidden_ptr": grad_h_n if is_whole else grad_h_n[lanes],
+            "grad_cells_ptr": grad_h_n if grad_cells is None else grad_cells[lanes],
+            "grad_cell_ptr": grad_cell if is_whole else grad_cell[lanes],
+            "gates_ptr": gates if is_whole else gates[lanes],
+            "cell_ptr": cell if is_whole else cell[lanes],
+            "weight_ih_ptrs": weights_ih,
+            "weight_hh_ptrs": weights_hh,
+            "grad_gates_ptr": grad_gates if is_whole else grad_gates[lanes],
+            "before_successors_ptr": gates if ragged is None else ragged.successors(reverse=True),
+            **lookups(layout, plan, window, gates),
+            "seed_ptr": seed if dropped else gates,
+            "dropout": dropout,
+            "dropped_lanes": dropped,
+            "first_lane": launch.first,
+            "reverse": int(part.reverse),
+            "hold": plan.hold,
+        }
+        run(prepared, gates.device, arguments)
     return grad_gates, grad_cell
 
 

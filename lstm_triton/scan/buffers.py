@@ -31,10 +31,11 @@ class Buffers(NamedTuple):
 
         `hidden`: a buffer to use instead of a new one.
         """
-        rows_of_cells = layout.state_rows() if keep_cells else layout.start_rows()
-        hidden = sentinels((lanes, layout.state_rows(), layout.stride()), like) if hidden is None else hidden
-        hidden_dropped = sentinels((lanes if dropped else 0, layout.state_rows(), layout.stride()), like)
-        cell = like.new_empty((lanes, rows_of_cells, layout.stride()), dtype=torch.float32)
+        rows_of_cells = layout.state_rows if keep_cells else layout.start_rows
+        shape = (lanes, layout.state_rows, layout.stride)
+        hidden = sentinels(shape, like) if hidden is None else hidden
+        hidden_dropped = sentinels(shape, like) if dropped else like.new_empty((0, *shape[1:]))
+        cell = like.new_empty((lanes, rows_of_cells, layout.stride), dtype=torch.float32)
         gates = like.new_empty((lanes if keep_gates else 0, layout.rows, 4 * layout.hidden_size))
         return Buffers(hidden, hidden_dropped, cell, gates)
 
@@ -43,23 +44,49 @@ class Buffers(NamedTuple):
 
     def write(self, start: Start, layout: Layout, stack: Stack) -> None:
         """Write the states that sequences start from, and zeros where there is no step."""
+        if layout.ragged is None:
+            directions = min(stack.directions, stack.lanes())
+            every_cell = self.cell.shape[1] == layout.state_rows
+            cell = layout.initial_rows(self.cell, directions, stack.reverse) if every_cell else self.cell
+            _fill(cell, start.c)
+            _fill(layout.initial_rows(self.hidden, directions, stack.reverse), start.h)
+        else:
+            self._write_ragged(start, layout, stack)
+
+    def _write_ragged(self, start: Start, layout: Layout, stack: Stack) -> None:
+        assert layout.ragged is not None
         for lanes, reverse in stack.by_direction():
             hidden, cell, own = self.hidden[lanes], self.cell[lanes], start.of(lanes)
-            initial = layout.initial(reverse) if cell.shape[1] == layout.state_rows() else slice(layout.batch_size)
+            initial = layout.initial(reverse) if cell.shape[1] == layout.state_rows else slice(layout.batch_size)
             _fill(cell[:, initial], own.c)
-            if layout.ragged is None:
-                _fill(hidden[:, layout.initial(reverse)], own.h)
-                continue
             # Every NaN gets the same bits, since the bits of a NaN must not look like the sentinel.
             _fill(hidden[:, layout.initial(reverse)], own.h, canonical=True)
             _fill(hidden[:, layout.initial(not reverse)], None)
             _fill(hidden[:, layout.resets()], own.h_reset, canonical=True)
             _fill(cell[:, -layout.batch_size :], own.c_reset)
-        if layout.ragged is not None:
-            no_step = ~layout.ragged.is_step().unsqueeze(1)
-            self.hidden[:, layout.steps()].masked_fill_(no_step, 0)
-            self.hidden_dropped[:, layout.steps()].masked_fill_(no_step, 0)
-            self.hidden_dropped[:, : layout.batch_size].zero_()
+        no_step = ~layout.ragged.is_step().unsqueeze(1)
+        self.hidden[:, layout.steps()].masked_fill_(no_step, 0)
+        self.hidden_dropped[:, layout.steps()].masked_fill_(no_step, 0)
+        self.hidden_dropped[:, : layout.batch_size].zero_()
+
+    def read_ends(self, h_n: Tensor, c_n: Tensor, layout: Layout, stack: Stack) -> None:
+        """Write the final states into h_n and c_n (lanes, B, H)."""
+        size, every_cell = layout.hidden_size, self.cell.shape[1] == layout.state_rows
+        if layout.ragged is None:
+            directions = min(stack.directions, stack.lanes())
+            last = layout.last_rows(self.hidden, directions, stack.reverse)
+            h_n.view(*last.shape[:3], size).copy_(last[..., :size])
+            if every_cell:
+                last = layout.last_rows(self.cell, directions, stack.reverse)
+                c_n.view(*last.shape[:3], size).copy_(last[..., :size])
+        else:
+            for lanes, reverse in stack.by_direction():
+                last_row = layout.last(reverse)
+                h_n[lanes] = self.hidden[lanes, last_row, :size]
+                if every_cell:
+                    c_n[lanes] = self.cell[lanes, last_row, :size]
+        if not every_cell:
+            c_n.copy_(self.cell[:, : layout.batch_size, :size])
 
 
 def sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -71,10 +98,17 @@ def sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
-    """Write states (lanes, B, H), or zeros for None, into state rows. `canonical`: every NaN gets the same bits."""
+    """Write states (lanes, B, H), or zeros for None, into state rows (..., B, stride) in the order of the lanes.
+
+    `canonical`: every NaN gets the same bits.
+    """
     if state is None:
         rows.zero_()
         return
     hidden_size = state.shape[2]
-    rows[..., :hidden_size] = torch.where(state.isnan(), torch.nan, state) if canonical else state
+    state = torch.where(state.isnan(), torch.nan, state) if canonical else state
+    if hidden_size == rows.shape[-1]:
+        rows.copy_(state.reshape(rows.shape))
+        return
+    rows[..., :hidden_size] = state.reshape(*rows.shape[:-1], hidden_size)
     rows[..., hidden_size:] = 0

@@ -12,7 +12,7 @@ from ..target import Device
 from . import planner
 from .alignment import with_aligned_rows
 from .dispatch import named
-from .launch import launch
+from .launch import prepared, run
 from .plan import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan, divide_up
 
 BACKWARD_OPTIONS: dict[str, object] = {"num_warps": CELL_BACKWARD_WARPS, "enable_fp_fusion": True}
@@ -174,7 +174,8 @@ def _launch_step(
         "KEEP_GATES": gates is not None,
         **cell_constants_of(plan),
     }
-    launch(cell_forward, (plan.programs,), input.device, arguments, constants, cell_compiler_options(plan))
+    kernel = prepared(cell_forward, (plan.programs,), constants, cell_compiler_options(plan))
+    run(kernel, input.device, arguments)
 
 
 @torch.library.custom_op("lstm_triton::cell_backward", mutates_args=())
@@ -203,7 +204,8 @@ def cell_backward(
     }
     block = CELL_BACKWARD_BLOCK
     constants = {"HIDDEN": c_1.shape[1], "HAS_STATE": c_0 is not None, "BLOCK": block}
-    launch(kernel, (divide_up(c_1.numel(), block),), gates.device, arguments, constants, BACKWARD_OPTIONS)
+    grid = (divide_up(c_1.numel(), block),)
+    run(prepared(kernel, grid, constants, BACKWARD_OPTIONS), gates.device, arguments)
     return grad_gates, grad_cell
 
 

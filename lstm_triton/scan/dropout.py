@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..stack import Stack
-from .launch import launch
+from .launch import prepared, run
 from .plan import DROPOUT_BLOCK, Launch, divide_up
 
 
@@ -51,7 +51,7 @@ def dropout_scale(seed: Tensor, lane: int, dropout: float, like: Tensor, first_r
         "first_element": first_row * like.shape[-1],
     }
     grid = (divide_up(scale.numel(), DROPOUT_BLOCK),)
-    launch(dropout_scales, grid, like.device, arguments, {"BLOCK": DROPOUT_BLOCK}, {})
+    run(prepared(dropout_scales, grid, {"BLOCK": DROPOUT_BLOCK}, {}), like.device, arguments)
     return scale
 
 

@@ -15,7 +15,7 @@ from .alignment import aligned, with_aligned_rows
 from .buffers import Buffers
 from .dispatch import named
 from .dropout import Dropout
-from .launch import input_constants_of, launch_scan, lookups, shape_of
+from .launch import input_constants_of, lookups, prepared_scan, run, shape_of
 from .layout import Layout
 from .schedule import Schedule, forward_schedules
 from .windows import low_memory_steps, window_cells, windows_of
@@ -68,15 +68,17 @@ def scan_forward(
     """
     stack, drop = Stack.of(weights, directions, bias, reverse), Dropout(dropout, seed)
     start = Start(h_0, c_0, h_reset, c_reset, preact_0, preact_reset)
-    layout = Layout.of(input, stack.hidden_size(), Ragged.of(tables))
+    lanes, hidden_size = stack.lanes(), stack.hidden_size()
+    layout = Layout.of(input, hidden_size, Ragged.of(tables))
     new_buffers = partial(Buffers.new, layout, input, keep_cells, keep_gates)
-    kept = new_buffers(stack.lanes() if keep_cells or low_memory else 0, dropout > 0 and not low_memory)
+    kept = new_buffers(lanes if keep_cells or low_memory else 0, dropout > 0 and not low_memory)
     if low_memory:
-        kept = kept._replace(cell=window_cells(input, layout, stack.lanes()))
-    h_n, c_n = (input.new_empty(stack.lanes(), layout.batch_size, stack.hidden_size()) for _ in range(2))
+        kept = kept._replace(cell=window_cells(input, layout, lanes))
+    sizes = (lanes, layout.batch_size, hidden_size)
+    h_n, c_n = input.new_empty(sizes), input.new_empty(sizes)
     below = input if layout.ragged is None else input.contiguous()
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
-    last_hidden: list[Tensor] = []
+    last_hidden: list[Tensor] = []  # of the last layer, (state rows, stride)
     schedules = forward_schedules(
         shape_of("forward", stack, input, layout.batch_size),
         stack.num_layers(),
@@ -88,29 +90,27 @@ def scan_forward(
         fuse_input=start.preact is None and start.preact_reset is None,
     )
     for schedule in schedules:
-        launch, lanes = schedule.planned, schedule.lanes
-        part, dropped = stack.part(lanes), drop.lanes(launch, stack)
+        launch, own_lanes = schedule.planned, schedule.lanes
+        is_whole = launch.plan.lanes == lanes
+        part, own = (stack, start) if is_whole else (stack.part(own_lanes), start.of(own_lanes))
+        dropped = drop.lanes(launch, stack)
         if keep_cells:
-            buffers = kept.of(lanes)
+            buffers = kept if is_whole else kept.of(own_lanes)
         else:
-            buffers = new_buffers(launch.plan.lanes, dropped > 0, kept.hidden[lanes] if low_memory else None)
-        own = start.of(lanes)
+            buffers = new_buffers(launch.plan.lanes, dropped > 0, kept.hidden[own_lanes] if low_memory else None)
         buffers.write(own, layout, part)
-        _run(schedule, part, buffers, layout, below, own, drop, dropped, kept.cell[lanes] if low_memory else None)
-        for directed, reverse_in_time in part.by_direction():
-            last = layout.last(reverse_in_time)
-            h_n[lanes][directed] = buffers.hidden[directed, last, : stack.hidden_size()]
-            if keep_cells:
-                c_n[lanes][directed] = buffers.cell[directed, last, : stack.hidden_size()]
-        if not keep_cells:
-            c_n[lanes] = buffers.cell[:, : layout.batch_size, : stack.hidden_size()]
+        _run(schedule, part, buffers, layout, below, own, drop, dropped, kept.cell[own_lanes] if low_memory else None)
+        buffers.read_ends(*((h_n, c_n) if is_whole else (h_n[own_lanes], c_n[own_lanes])), layout, part)
+        if not (keep_cells or low_memory):
+            last_hidden = [*last_hidden, *buffers.hidden.unbind()][-directions:]
+        if launch.lanes.stop == lanes:
+            break
         for at in range(launch.plan.lanes):
-            last_hidden = [*last_hidden, buffers.hidden[at]][-directions:]
             if len(outputs) == directions:
                 outputs = []
             source = buffers.hidden_dropped if at < dropped else buffers.hidden
-            outputs.append(source[at, layout.steps(), : stack.hidden_size()])
-        if len(outputs) == directions and launch.lanes.stop < stack.lanes():
+            outputs.append(source[at, layout.steps(), :hidden_size])
+        if len(outputs) == directions:
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
     if keep_cells or low_memory:
         return *kept, h_n, c_n
@@ -130,11 +130,11 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     if given.low_memory:
         cell = window_cells(input, layout, stack.lanes())
     else:
-        rows_of_cells = layout.state_rows() if given.keep_cells else layout.start_rows()
-        cell = input.new_empty(kept, rows_of_cells, layout.stride(), dtype=torch.float32)
+        rows_of_cells = layout.state_rows if given.keep_cells else layout.start_rows
+        cell = input.new_empty(kept, rows_of_cells, layout.stride, dtype=torch.float32)
     return (
-        input.new_empty(kept or stack.directions, layout.state_rows(), layout.stride()),
-        input.new_empty(dropped, layout.state_rows(), layout.stride()),
+        input.new_empty(kept or stack.directions, layout.state_rows, layout.stride),
+        input.new_empty(dropped, layout.state_rows, layout.stride),
         cell,
         gates,
         input.new_empty(stack.lanes(), layout.batch_size, stack.hidden_size()),
@@ -174,61 +174,66 @@ def _run(
     from ..kernels.forward import forward_scan
 
     plan = schedule.planned.plan
-    keep_gates = len(buffers.gates) > 0
+    keep_gates = buffers.gates.shape[0] > 0
     windows, kept_steps = windows_of(layout, schedule.bounds), low_memory_steps(layout.time_steps)
     below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
     aligned_input, stride_unit = with_aligned_rows(below) if plan.fuse_input else (None, 1)
     for launch in schedule.parts:
         part_plan, first = launch.plan, launch.first - schedule.planned.first
         part = slice(first, first + part_plan.lanes)
-        part_stack, hidden = stack.part(part), buffers.hidden[part]
+        is_whole = part_plan.lanes == stack.lanes()
+        part_stack, hidden = (stack, buffers.hidden) if is_whole else (stack.part(part), buffers.hidden[part])
         input = hidden if aligned_input is None else aligned_input
         weights = part_stack.weights
-        weights_ih = aligned((each.ih for each in weights), layout.stride() if part_plan.chained else 0)
-        weights_hh = aligned((each.hh for each in weights), layout.stride())
+        weights_ih = aligned([each.ih for each in weights], layout.stride if part_plan.chained else 0)
+        weights_hh = aligned([each.hh for each in weights], layout.stride)
         biases_ih, biases_hh = part_stack.biases()
+        prepared = prepared_scan(
+            forward_scan,
+            part_plan,
+            HIDDEN=stack.hidden_size(),
+            STATE_STRIDE=layout.stride,
+            HAS_BIAS=stack.bias(),
+            KEEP_CELLS=buffers.cell.shape[1] == layout.state_rows,
+            KEEP_GATES=keep_gates,
+            DROPOUT=dropped > 0,
+            RAGGED=layout.ragged is not None,
+            **input_constants_of(plan, input.shape[-1], stride_unit),
+        )
         for window in reversed(windows) if part_stack.reverse else windows:
             begins = window.steps.stop if part_stack.reverse else window.steps.start
             if cell_starts is not None and (begins % kept_steps == 0 or begins == layout.time_steps):
                 number = window.steps.start // kept_steps
                 cell_starts[part, number] = buffers.cell[part, : layout.batch_size]
             rows = window.rows.stop - window.rows.start
-            gates = buffers.gates[part]
+            gates = buffers.gates if is_whole else buffers.gates[part]
             if not plan.fuse_input:
                 if not keep_gates:
                     gates = below.new_empty((part_plan.projected_lanes, rows, 4 * stack.hidden_size()))
                 for at in range(part_plan.projected_lanes):
                     products.project(below_rows[window.rows], weights[at].ih, gates[at])
                     layout.add_preacts(gates[at], start.of(part.start + at), window, part_stack.is_reverse(at))
-            launch_scan(
-                forward_scan,
-                part_plan,
-                input.device,
-                gates_ptr=gates if len(gates) > 0 else hidden,
-                input_ptr=input,
-                input_stride_step=input.stride(0) // stride_unit,
-                input_stride_batch=input.stride(-2) // stride_unit,
-                weight_ih_ptrs=weights_ih,
-                weight_hh_ptrs=weights_hh,
-                bias_ih_ptrs=biases_ih or weights_hh,
-                bias_hh_ptrs=biases_hh or weights_hh,
-                hidden_ptr=hidden,
-                hidden_dropped_ptr=buffers.hidden_dropped[part] if dropped else hidden,
-                cell_ptr=buffers.cell[part],
+            arguments = {
+                "gates_ptr": gates if gates.shape[0] > 0 else hidden,
+                "input_ptr": input,
+                "input_stride_step": input.stride(0) // stride_unit,
+                "input_stride_batch": input.stride(-2) // stride_unit,
+                "weight_ih_ptrs": weights_ih,
+                "weight_hh_ptrs": weights_hh,
+                "bias_ih_ptrs": biases_ih or weights_hh,
+                "bias_hh_ptrs": biases_hh or weights_hh,
+                "hidden_ptr": hidden,
+                "hidden_dropped_ptr": buffers.hidden_dropped[part] if dropped else hidden,
+                "cell_ptr": buffers.cell if is_whole else buffers.cell[part],
                 **lookups(layout, part_plan, window, hidden),
-                seed_ptr=dropout.seed if dropped else hidden,
-                dropout=dropout.probability,
-                dropped_lanes=dropped - part.start,
-                first_lane=launch.first,
-                state_rows=layout.state_rows(),
-                gate_rows=rows,
-                first_step=window.steps.start,
-                reverse=int(part_stack.reverse),
-                HIDDEN=stack.hidden_size(),
-                STATE_STRIDE=layout.stride(),
-                HAS_BIAS=stack.bias(),
-                KEEP_CELLS=buffers.cell.shape[1] == layout.state_rows(),
-                KEEP_GATES=keep_gates,
-                DROPOUT=dropped > 0,
-                **input_constants_of(plan, input.shape[-1], stride_unit),
-            )
+                "seed_ptr": dropout.seed if dropped else hidden,
+                "dropout": dropout.probability,
+                "dropped_lanes": dropped - part.start,
+                "first_lane": launch.first,
+                "state_rows": layout.state_rows,
+                "gate_rows": rows,
+                "first_step": window.steps.start,
+                "reverse": int(part_stack.reverse),
+                "hold": part_plan.hold,
+            }
+            run(prepared, input.device, arguments)

@@ -1,16 +1,20 @@
 """Turn a plan into the launch of a kernel. Every launch of this library goes through this file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import target
+from ..prepared_kernel import PreparedKernel
 from ..stack import Stack
 from ..target import Device, KernelLaunch
 from .layout import Layout, Window
 from .plan import MIN_DOT_DEPTH, Kind, Plan, ScanShape
+
+PREPARED_KERNELS = 1024  # as many calls as the planner remembers
 
 
 def allows_tf32() -> bool:
@@ -28,19 +32,21 @@ def shape_of(kind: Kind, stack: Stack, steps: Tensor, batch_size: int) -> ScanSh
 def lookups(layout: Layout, plan: Plan, window: Window, unused: Tensor) -> dict[str, object]:
     """The arguments with which both kernels find the rows of a window's steps."""
     time_steps, ragged = window.steps.stop - window.steps.start, layout.ragged
-    shared = {"row_count": layout.rows, "batch_size": layout.batch_size, "batch_tiles": plan.batch_tiles}
     if ragged is None:
-        tables = dict.fromkeys(("before_ptr", "after_ptr", "offsets_ptr", "tile_steps_ptr"), unused)
-        return {**tables, **shared, "seq_len": time_steps, "RAGGED": False}
-    tile_steps = ragged.tile_steps(plan.block_batch, plan.batch_tiles)
+        before = after = offsets = tile_steps = unused
+    else:
+        before, after, offsets = ragged.before, ragged.after, ragged.offsets[window.steps.start :]
+        tile_steps = ragged.tile_steps(plan.block_batch, plan.batch_tiles) - window.steps.start
+        tile_steps = tile_steps.clamp(0, time_steps)
     return {
-        **shared,
-        "before_ptr": ragged.before,
-        "after_ptr": ragged.after,
-        "offsets_ptr": ragged.offsets[window.steps.start :],
-        "tile_steps_ptr": (tile_steps - window.steps.start).clamp(0, time_steps),
+        "before_ptr": before,
+        "after_ptr": after,
+        "offsets_ptr": offsets,
+        "tile_steps_ptr": tile_steps,
         "seq_len": time_steps,
-        "RAGGED": True,
+        "row_count": layout.rows,
+        "batch_size": layout.batch_size,
+        "batch_tiles": plan.batch_tiles,
     }
 
 
@@ -93,17 +99,43 @@ def launch_options(plan: Plan) -> dict[str, object]:
     return {**options, "launch_cooperative_grid": plan.slices > 1 or plan.chained}
 
 
-def launch_scan(kernel: Any, plan: Plan, device: torch.device, **arguments: object) -> None:
-    launch(kernel, (plan.programs,), device, {**arguments, "hold": plan.hold}, constants_of(plan), launch_options(plan))
+def prepared_scan(kernel: Any, plan: Plan, **constants: object) -> PreparedKernel:
+    """A scan's kernel. `constants`: the compile-time arguments that are not the plan's."""
+    return _prepared_scan(kernel, plan, launch_options, tuple(constants.items()))
 
 
-def launch(
+@lru_cache(maxsize=PREPARED_KERNELS)
+def _prepared_scan(
+    kernel: Any,
+    plan: Plan,
+    options_of: Callable[[Plan], Mapping[str, object]],
+    constants: tuple[tuple[str, object], ...],
+) -> PreparedKernel:
+    values = {**dict(constants), **constants_of(plan)}
+    return PreparedKernel(kernel, (plan.programs,), values, options_of(plan), plan)
+
+
+def prepared(
+    kernel: Any, grid: tuple[int, ...], constants: Mapping[str, object], options: Mapping[str, object]
+) -> PreparedKernel:
+    """A kernel that is no scan."""
+    return _prepared(kernel, grid, tuple(constants.items()), tuple(options.items()))
+
+
+@lru_cache(maxsize=PREPARED_KERNELS)
+def _prepared(
     kernel: Any,
     grid: tuple[int, ...],
-    device: torch.device,
-    arguments: Mapping[str, object],
-    constants: Mapping[str, object],
-    options: Mapping[str, object],
-) -> None:
-    """Launch a kernel on the current target (target.py). Every kernel of this library is launched here."""
-    target.run(KernelLaunch(kernel, grid, device, {**arguments, **constants}, options))
+    constants: tuple[tuple[str, object], ...],
+    options: tuple[tuple[str, object], ...],
+) -> PreparedKernel:
+    return PreparedKernel(kernel, grid, dict(constants), dict(options))
+
+
+def run(prepared: PreparedKernel, device: torch.device, arguments: Mapping[str, object]) -> None:
+    """Launch a kernel on the current target (target.py). Every kernel of this library is launched here.
+
+    Args:
+        arguments: of the kernel, by name, without its compile-time arguments.
+    """
+    target.run(KernelLaunch(prepared, device, prepared.values(arguments)))

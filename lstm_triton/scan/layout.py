@@ -29,25 +29,25 @@ class Layout(NamedTuple):
     rows: int  # rows of the steps: T * B; if packed, the sum of lengths
     batch_size: int
     hidden_size: int
-    ragged: Ragged | None = None
+    ragged: Ragged | None
+    stride: int  # elements of a state row
+    start_rows: int  # rows of the initial states of one direction, and if ragged of the reset states
+    state_rows: int
+
+    @staticmethod
+    def sized(time_steps: int, rows: int, batch_size: int, hidden_size: int, ragged: Ragged | None = None) -> "Layout":
+        start_rows = batch_size if ragged is None else 2 * batch_size
+        state_rows = rows + batch_size + start_rows
+        stride = state_stride(hidden_size)
+        return Layout(time_steps, rows, batch_size, hidden_size, ragged, stride, start_rows, state_rows)
 
     @staticmethod
     def of(steps: Tensor, hidden_size: int, ragged: Ragged | None) -> "Layout":
         """The layout of a batch whose `steps` are (T, B, ...), or if ragged (rows, ...)."""
         if ragged is not None:
-            return Layout(ragged.time_steps(), steps.shape[0], ragged.batch_size(), hidden_size, ragged)
+            return Layout.sized(ragged.time_steps(), steps.shape[0], ragged.batch_size(), hidden_size, ragged)
         time_steps, batch_size = steps.shape[:2]
-        return Layout(time_steps, time_steps * batch_size, batch_size, hidden_size)
-
-    def stride(self) -> int:
-        return state_stride(self.hidden_size)
-
-    def start_rows(self) -> int:
-        """Rows of the states that sequences start from in one direction: initial states, and if ragged reset states."""
-        return (1 if self.ragged is None else 2) * self.batch_size
-
-    def state_rows(self) -> int:
-        return self.rows + self.batch_size + self.start_rows()
+        return Layout.sized(time_steps, time_steps * batch_size, batch_size, hidden_size)
 
     def steps(self) -> slice:
         return slice(self.batch_size, self.batch_size + self.rows)
@@ -60,6 +60,28 @@ class Layout(NamedTuple):
         """The rows of one direction's initial states. In the other direction they come after the last steps."""
         first = self.rows + self.batch_size if reverse else 0
         return slice(first, first + self.batch_size)
+
+    def initial_rows(self, states: Tensor, directions: int, reverse: bool) -> Tensor:
+        """(layers, directions, B, stride) the initial states of all lanes. Not for a ragged batch.
+
+        Args:
+            states: (lanes, state rows, stride), the lanes of `directions` directions.
+            reverse: whether the first direction is the reverse one.
+        """
+        behind = self.rows + self.batch_size
+        return self._rows_of(states, directions, *((behind, 0) if reverse else (0, behind)))
+
+    def last_rows(self, states: Tensor, directions: int, reverse: bool) -> Tensor:
+        """(layers, directions, B, stride) the states of the last steps of all lanes; as in `initial_rows`."""
+        firsts = (self.batch_size, self.rows) if reverse else (self.rows, self.batch_size)
+        return self._rows_of(states, directions, *firsts)
+
+    def _rows_of(self, states: Tensor, directions: int, first: int, first_of_second: int) -> Tensor:
+        """B rows of each lane: from row `first` on, and in a second direction from row `first_of_second` on."""
+        stride, lane = states.stride(1), states.stride(0)
+        sizes = (states.shape[0] // directions, directions, self.batch_size, states.shape[2])
+        strides = (directions * lane, lane + (first_of_second - first) * stride, stride, 1)
+        return states.as_strided(sizes, strides, states.storage_offset() + first * stride)
 
     def previous(self, reverse: bool) -> slice:
         """The state rows that the steps start from, in the order of `steps`. Not for a ragged batch."""
@@ -163,4 +185,4 @@ class Layout(NamedTuple):
         """The layout of one window."""
         steps, rows = window
         ragged = None if self.ragged is None else self.ragged.window(steps, rows)
-        return Layout(steps.stop - steps.start, rows.stop - rows.start, self.batch_size, self.hidden_size, ragged)
+        return Layout.sized(steps.stop - steps.start, rows.stop - rows.start, self.batch_size, self.hidden_size, ragged)

@@ -200,7 +200,7 @@ def _of_lane(
         products.project(rows, weights.ih, gates[0])
         layout.add_preacts(gates[0], start, window, reverse)
         products.project(hidden_before, weights.hh, gates[0], add=True)
-        cell = cell_starts.new_empty(1, own.state_rows(), own.stride())
+        cell = cell_starts.new_empty(1, own.state_rows, own.stride)
         cell[0, own.initial(reverse)] = cell_starts[number]
         if own.ragged is not None:
             cell[0, own.resets(), :hidden_size] = 0 if start.c_reset is None else start.c_reset

@@ -3,9 +3,11 @@
 from torch import Tensor
 
 from ..stack import Stack
-from .launch import launch
+from .launch import prepared, run
 from .layout import Layout
 from .plan import RECOMPUTE_BLOCK, RECOMPUTE_WARPS, divide_up
+
+RECOMPUTE_OPTIONS: dict[str, object] = {"num_warps": RECOMPUTE_WARPS}
 
 
 def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -> None:
@@ -35,10 +37,10 @@ def recompute_gates(gates: Tensor, cell: Tensor, stack: Stack, layout: Layout) -
     }
     constants = {
         "HIDDEN": stack.hidden_size(),
-        "STATE_STRIDE": layout.stride(),
+        "STATE_STRIDE": layout.stride,
         "HAS_BIAS": stack.bias(),
         "RAGGED": ragged is not None,
         "BLOCK_BATCH": block_batch,
         "BLOCK_HIDDEN": block_hidden,
     }
-    launch(kernel, grid, gates.device, arguments, constants, {"num_warps": RECOMPUTE_WARPS})
+    run(prepared(kernel, grid, constants, RECOMPUTE_OPTIONS), gates.device, arguments)

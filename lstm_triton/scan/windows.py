@@ -42,7 +42,7 @@ def window_bounds(time_steps: int, at_once: int, first: int = 0) -> list[int]:
 
 def window_cells(like: Tensor, layout: Layout, lanes: int) -> Tensor:
     """Memory for the c at the start of each window: (lanes, LOW_MEMORY_WINDOWS, B, state_stride(H)) float32."""
-    return like.new_empty(lanes, LOW_MEMORY_WINDOWS, layout.batch_size, layout.stride(), dtype=torch.float32)
+    return like.new_empty(lanes, LOW_MEMORY_WINDOWS, layout.batch_size, layout.stride, dtype=torch.float32)
 
 
 def windows_of(layout: Layout, bounds: list[int]) -> list[Window]:

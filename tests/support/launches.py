@@ -5,11 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
-import torch
-
 from lstm_triton import target
-from lstm_triton.scan import backward, forward, launch
 from lstm_triton.scan.plan import Plan
 
 
@@ -42,16 +38,10 @@ class Launches(list[Launched]):
 @contextmanager
 def recorded_launches() -> Iterator[Launches]:
     """Yield what is launched inside the `with` block, noted before it runs; of scans with their plans."""
-    found, plans = Launches(), list[Plan]()
-
-    def recorded_scan(kernel: Any, plan: Plan, device: torch.device, **arguments: Any) -> None:
-        plans.append(plan)
-        launch.launch_scan(kernel, plan, device, **arguments)
+    found = Launches()
 
     def recorded(launched: target.KernelLaunch) -> None:
-        found.append(Launched(launched.name, dict(launched.arguments), plans.pop() if plans else None))
+        found.append(Launched(launched.name, launched.arguments, launched.prepared.plan))
 
-    with pytest.MonkeyPatch.context() as patch, target.watched_launches(before=recorded):
-        for scan in (forward, backward):
-            patch.setattr(scan, "launch_scan", recorded_scan)
+    with target.watched_launches(before=recorded):
         yield found

@@ -1,0 +1,114 @@
+"""A kernel with all that is the same in many launches, and the short way to launch it on a GPU.
+
+Triton's own way to a launch looks at every argument in Python, to find the compiled kernel. Here the compiled kernel of
+an earlier launch is taken, if the arguments differ in nothing that Triton compiles for: the dtypes of tensors, whether
+their addresses are multiples of 16, and whether integers fit into 32 bits. (The kernels are not compiled for values of
+integers: `do_not_specialize`.)
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from . import triton_package
+
+KNOWN_LAUNCHERS = ((3, 5), (3, 9))  # the oldest and the newest Triton whose compiled kernels take these arguments
+REMEMBERED = 64  # compiled kernels of a prepared kernel: for devices, and for unusual addresses
+_dtype, _address = attrgetter("dtype"), Tensor.data_ptr
+
+
+class _Compiled(NamedTuple):
+    """A compiled kernel, ready to be launched."""
+
+    caches: Any  # Triton's own for the device. Another object: somebody has emptied Triton's caches
+    run: Any
+    function: Any
+    packed_metadata: Any
+    kernel: Any  # Triton's object, kept alive: it owns the function
+
+
+class PreparedKernel:
+    """A kernel with its grid, the values of its compile-time arguments and its compiler's options.
+
+    Args:
+        kernel: a function under `triton.jit`. Its compile-time arguments are its last ones.
+        grid: the numbers of programs.
+        constants: the compile-time arguments, by name.
+        options: of Triton's compiler and launcher.
+        plan: what the constants were chosen by.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        constants: Mapping[str, object],
+        options: Mapping[str, object],
+        plan: Any = None,
+    ) -> None:
+        from triton import knobs
+        from triton.runtime import driver
+
+        self.kernel, self.grid, self.options, self.plan = kernel, grid, options, plan
+        names = kernel.arg_names
+        count = len(names) - len(constants)
+        self._names: list[str] = names[:count]
+        self._constants = [constants[name] for name in names[count:]]
+        self._pointers = [at for at, name in enumerate(self._names) if name.endswith("_ptr")]
+        self._tuples = [at for at, name in enumerate(self._names) if name.endswith("_ptrs")]
+        self._numbers = [at for at, name in enumerate(self._names) if not name.endswith(("_ptr", "_ptrs"))]
+        self._compiled: dict[Any, _Compiled] = {}
+        self._hooks, self._driver = knobs.runtime, driver
+
+    def values(self, arguments: Mapping[str, object]) -> list[Any]:
+        """All arguments in the order of the kernel's parameters, from those that are not compile-time arguments."""
+        return [*map(arguments.__getitem__, self._names), *self._constants]
+
+    def run_interpreted(self, values: Sequence[Any]) -> None:
+        self.kernel[self.grid](*values)
+
+    def run_on_gpu(self, device: int, values: Sequence[Any]) -> None:
+        """Launch on a GPU, which is PyTorch's current one."""
+        key = self._compiled_for(device, values)
+        found = self._compiled.get(key)
+        if found is None or found.caches is not self.kernel.device_caches[device] or self._is_watched():
+            self._remember(key, device, self.kernel[self.grid](*values, **self.options))
+            return
+        hooks = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
+        stream = self._driver.active.get_current_stream(device)
+        found.run(*(*self.grid, 1, 1)[:3], stream, found.function, found.packed_metadata, None, *hooks, *values)
+
+    def _compiled_for(self, device: int, values: Sequence[Any]) -> tuple[object, ...]:
+        """What Triton compiles for, of the arguments that are not compile-time arguments."""
+        tensors = [values[at] for at in self._pointers]
+        for at in self._tuples:
+            tensors += values[at]
+        numbers = [values[at] for at in self._numbers]
+        are_small = min(numbers) >= -(2**31) and max(numbers) < 2**31
+        misaligned = [place for place, address in enumerate(map(_address, tensors)) if address % 16]
+        return device, are_small, *misaligned, *map(_dtype, tensors)
+
+    def _is_watched(self) -> bool:
+        """Whether somebody has asked Triton to be called at launches, as profilers do."""
+        try:
+            calls = self._hooks.launch_enter_hook.calls or self._hooks.launch_exit_hook.calls
+        except AttributeError:  # a hook of somebody's own
+            return True
+        return bool(calls or self.kernel.pre_run_hooks)
+
+    def _remember(self, key: tuple[object, ...], device: int, kernel: Any) -> None:
+        if not _launcher_is_known():
+            return
+        if len(self._compiled) >= REMEMBERED:
+            self._compiled.clear()
+        caches = self.kernel.device_caches[device]
+        self._compiled[key] = _Compiled(caches, kernel.run, kernel.function, kernel.packed_metadata, kernel)
+
+
+@cache
+def _launcher_is_known() -> bool:
+    oldest, newest = KNOWN_LAUNCHERS
+    return not triton_package.older_than(oldest) and triton_package.older_than((newest[0], newest[1] + 1))
