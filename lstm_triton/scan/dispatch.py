@@ -13,7 +13,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from .. import flops, transforms
 from ..failure import explained
 
-TENSORS = (Tensor, torch.nn.Parameter)
+TENSORS = {Tensor, torch.nn.Parameter}
 PLAIN_TYPES = {type(None), bool, int, float, str}
 
 
@@ -27,7 +27,7 @@ def invoke(operator: Any, *arguments: Any) -> Any:
     Raises:
         KernelFailed: the GPU reports that a kernel failed.
     """
-    if _is_observed(arguments):
+    if is_observed(arguments):
         flops.counted()  # hands the formulas to the counters
         return operator(*arguments)
     try:
@@ -41,19 +41,26 @@ def invoke(operator: Any, *arguments: Any) -> Any:
         raise failed from error
 
 
-def _is_observed(arguments: tuple[Any, ...]) -> bool:
-    if torch.compiler.is_compiling() or transforms.active() or torch._C._len_torch_dispatch_stack() > 0:
+def is_observed(arguments: Sequence[Any]) -> bool:
+    """Whether something may observe an operator with these arguments, so that the dispatcher has to call it."""
+    if torch.compiler.is_compiling():
         return True
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    tensors: list[Tensor] = []
     for argument in arguments:
-        if type(argument) in PLAIN_TYPES:
-            continue
-        for each in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if type(each) in TENSORS:
-                if each.is_neg():
+        kind = type(argument)
+        if kind in TENSORS:
+            tensors += (argument,)
+        elif kind is list or kind is tuple:
+            for each in argument:
+                if type(each) in TENSORS:
+                    tensors += (each,)
+                elif type(each) not in PLAIN_TYPES:
                     return True
-            elif type(each) not in PLAIN_TYPES:
-                return True
-    return False
+        elif kind not in PLAIN_TYPES:
+            return True
+    return any(map(Tensor.is_neg, tensors))
 
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -73,12 +80,14 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
                     given.append(argument)
             others.append(argument)
         return function.apply(*others)
-    if transforms.active():
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return function.apply(*arguments)
     # What `function.apply` does next. Before that, it would look up the defaults in the signature of `forward`, which
     # has none, and this takes longer than all else that it does.
-    plain = unwrap_dead_wrappers(arguments)
-    return super(torch.autograd.Function, function).apply(*plain)  # type: ignore[misc]
+    tensors = [argument for argument in arguments if type(argument) not in PLAIN_TYPES]
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        arguments = unwrap_dead_wrappers(arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)  # type: ignore[misc]
 
 
 def named(operator: Any, arguments: Sequence[Any]) -> SimpleNamespace:

@@ -33,8 +33,8 @@ def of_lane(
         needed_weights, needed_start: true where a gradient is needed.
 
     Returns:
-        Gradients of the weights (of biases in float32), and of the states that sequences start from: `h`, `h_reset`,
-        `preact`, `preact_reset`.
+        Gradients of the weights, and of the states that sequences start from: `h`, `h_reset`, `preact`,
+        `preact_reset`. Those of the biases are one tensor, (4, H) in float32.
     """
     rows = grad_gates[layout.steps(), : 4 * layout.hidden_size]
     weight_ih = weight_hh = bias = None
@@ -45,7 +45,7 @@ def of_lane(
         assert hidden_before is not None
         weight_hh = products.gate_major(products.matmul(rows.t(), hidden_before))
     if needed_weights.bias_ih or needed_weights.bias_hh:
-        bias = products.gate_major(rows.sum(0, dtype=torch.float32).unsqueeze(1)).squeeze(1)
+        bias = rows.sum(0, dtype=torch.float32).view(-1, 4).t()
     # Selected among the sequences behind the products: 0 times a weight that is not finite would be a NaN.
     start = Start()
     if needed_start.h or needed_start.preact:
@@ -82,14 +82,17 @@ def add_absent_steps(grad_h_0: Tensor, grad_h_n: Tensor | None, layout: Layout) 
 
 def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
     """The gradients that are `needed`, if forward kept all cells and gates."""
-    stack, static, input = saved.stack(), saved.static, saved.inputs.input
-    layout = Layout.of(input, stack.hidden_size(), saved.fixed.ragged())
+    static, (input, _, weights) = saved.static, saved.inputs
+    layout = Layout.of(input, weights[0].shape[0] // 4, saved.fixed.ragged())
     grad_gates, grad_cell = invoke(
         scan_backward,
         grads.output,
         grads.h_n,
         grads.c_n,
-        *stack.arguments(),
+        weights,
+        static.directions,
+        static.bias,
+        static.reverse,
         saved.buffers.cell,
         saved.buffers.gates,
         saved.fixed.tables(),
@@ -98,10 +101,27 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
         static.dropout,
         saved.fixed.seed,
     )
+    with products.precision_of(input):
+        grad_input, grad_weights, grad_start = _from_gates(grad_gates, layout, saved, needed)
+    if grad_start.h is not None:
+        grad_start = grad_start._replace(h=add_absent_steps(grad_start.h, grads.h_n, layout))
+    if needed.start.c or needed.start.c_reset:
+        grad_cell = grad_cell[..., : layout.hidden_size].to(input.dtype)
+        grad_start = grad_start._replace(
+            c=grad_cell[:, : layout.batch_size] if needed.start.c else None,
+            c_reset=grad_cell[:, layout.batch_size :] if needed.start.c_reset else None,
+        )
+    return Inputs(grad_input, grad_start, grad_weights)
+
+
+def _from_gates(
+    grad_gates: Tensor, layout: Layout, saved: Saved, needed: Inputs
+) -> tuple[Tensor | None, list[Tensor | None], Start]:
+    """What follows from the gate gradients by matrix products: the gradients of the input, the weights and the h."""
+    stack, static, input = saved.stack(), saved.static, saved.inputs.input
     grad_input = None
     if needed.input:
-        first = stack.layer(0)
-        grad_input = products.input_gradient(grad_gates[first], stack.weights[first], layout)
+        grad_input = products.input_gradient(grad_gates, stack.weights[: stack.directions], layout)
         grad_input = layout.of_steps(grad_input).view(input.shape)
     needed_weights = Stack.of(needed.weights, static.directions, static.bias).weights
     grad_weights: list[Tensor | None] = []
@@ -118,22 +138,19 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
             needed_of_lane,
             needed.start,
         )
-        if found.bias_ih is not None and found.bias_ih is found.bias_hh:
-            found = found._replace(bias_hh=found.bias_hh.clone())  # two gradients must not share memory
-        grad_weights += weights.of_given([None if each is None else each.to(input.dtype) for each in found])
+        grad_weights += found[:2]
+        if static.bias:
+            bias = found.bias_ih if found.bias_hh is None else found.bias_hh
+            grad_weights += (None, None) if bias is None else _of_both_biases(bias, input.dtype)
         starts.append(start)
-    grad_start = stacked(starts)
-    if grad_start.h is not None:
-        grad_start = grad_start._replace(h=add_absent_steps(grad_start.h, grads.h_n, layout))
-    grad_cell = grad_cell[..., : stack.hidden_size()].to(input.dtype)
-    return Inputs(
-        grad_input,
-        grad_start._replace(
-            c=grad_cell[:, : layout.batch_size] if needed.start.c else None,
-            c_reset=grad_cell[:, layout.batch_size :] if needed.start.c_reset else None,
-        ),
-        grad_weights,
-    )
+    return grad_input, grad_weights, stacked(starts) if any(needed.start) else Start()
+
+
+def _of_both_biases(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The gradients of both biases, which are equal but share no element, from the gradient (4, H) of one."""
+    both = grad.new_empty((2, *grad.shape), dtype=dtype)
+    both.copy_(grad)
+    return both.view(2, -1).unbind()
 
 
 def stacked(starts: Sequence[Start]) -> Start:

@@ -216,7 +216,7 @@ def _of_lane(
             grad_gates[0], own, reverse, weights, [rows], hidden_before, every_weight, every_start
         )
         for sum_, each in zip(sums.given(), weights.of_given(found), strict=True):
-            sum_ += each
+            sum_ += each.reshape(sum_.shape)
         if grad_below is not None:
             rows_gates = grad_gates[0, own.steps(), : 4 * hidden_size]
             grad_below[window.rows] += own.of_steps(products.matmul(rows_gates, products.gate_minor(weights.ih)))

@@ -1,8 +1,9 @@
 """Matrix products outside the scans, in TF32 where cuDNN would use TF32; and conversion between the two gate orders."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from threading import local
 from typing import Any
 
 import torch
@@ -12,33 +13,27 @@ from .. import flops, target
 from ..autocast import without_autocast
 from ..settings import ForkLock
 from ..stack import LaneWeights
-from .dispatch import invoke
+from .dispatch import invoke, is_observed
 from .launch import allows_tf32
 from .layout import Layout
 
 
 def input_gradient(grad_gates: Tensor, weights: Sequence[LaneWeights], layout: Layout) -> Tensor:
     """(rows, I) the gradient of a layer's input, from the gate gradients and the weights of its lanes."""
-    products = [
-        matmul(lane[layout.steps(), : 4 * layout.hidden_size], gate_minor(own.ih))
-        for lane, own in zip(grad_gates, weights, strict=True)
-    ]
+    rows = layout.steps(), slice(4 * layout.hidden_size)
+    with precision_of(grad_gates):
+        products = [matmul(grad_gates[lane][rows], gate_minor(own.ih)) for lane, own in enumerate(weights)]
     return products[0] if len(products) == 1 else products[0] + products[1]
 
 
 def gate_minor(weight: Tensor) -> Tensor:
     """(4H, K) gate after gate -> (4H, K) gate-minor: the four gates of a unit are neighbours."""
-    return _regrouped(weight, (4, -1))
+    return weight.reshape(4, -1, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
 
 
 def gate_major(weight: Tensor) -> Tensor:
     """The inverse of gate_minor."""
-    return _regrouped(weight, (-1, 4))
-
-
-def _regrouped(weight: Tensor, groups: tuple[int, int]) -> Tensor:
-    result: Tensor = weight.unflatten(0, groups).transpose(0, 1).flatten(0, 1)
-    return result
+    return weight.reshape(-1, 4, weight.shape[1]).transpose(0, 1).reshape(weight.shape)
 
 
 def matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
@@ -46,6 +41,10 @@ def matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
 
     exact: never use TF32. For the product of a single step, which takes hardly any time.
     """
+    if left.dtype != torch.float32:
+        return left @ right
+    if not torch.compiler.is_dynamo_compiling() and _held.precision in (("ieee",) if exact else ("ieee", "tf32")):
+        return left @ right
     if target.current().may_take_tf32(left):
         product: Tensor = invoke(cuda_matmul, left, right, exact)
         return product
@@ -70,9 +69,9 @@ def _(left: Tensor, right: Tensor, exact: bool = False) -> int:
 
 def project(rows: Tensor, weight: Tensor, projected: Tensor, add: bool = False) -> None:
     """Write rows @ weight^T into `projected` (rows, 4H), or add it."""
-    setting: AbstractContextManager[None] = contextlib.nullcontext()
+    setting: AbstractContextManager[object] = nullcontext()
     if target.current().may_take_tf32(rows):
-        setting = matmul_precision("tf32" if allows_tf32() else "ieee")
+        setting = MatmulPrecision("tf32" if allows_tf32() else "ieee")
     elif rows.is_cpu:
         setting = _without_onednn()
     with without_autocast(rows.device), setting:
@@ -95,26 +94,59 @@ def _without_onednn() -> Iterator[None]:
 
 def batched_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
     """`matmul` on a GPU, for any batch of matrices."""
-    with matmul_precision("tf32" if allows_tf32() and not exact else "ieee"):
+    with MatmulPrecision("tf32" if allows_tf32() and not exact else "ieee"):
         return left @ right
 
 
+def precision_of(like: Tensor) -> AbstractContextManager[object]:
+    """A context in which the setting is changed once for all calls of `matmul` with tensors like this one."""
+    if like.dtype != torch.float32 or is_observed((like,)) or not target.current().may_take_tf32(like):
+        return nullcontext()
+    return MatmulPrecision("tf32" if allows_tf32() else "ieee")
+
+
+class _Held(local):
+    """What this thread has set PyTorch's precision of matrix products to, inside a `MatmulPrecision`."""
+
+    precision: str | None = None
+
+
+_held = _Held()
 _matmul_precision_lock = ForkLock()
 
 
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    settings = torch.backends.cuda.matmul
-    # A lock, since the setting belongs to the whole process and backward runs in one thread for each device.
-    with _matmul_precision_lock:
-        previous = settings.fp32_precision
-        if previous == precision or {previous, precision} <= {"none", "ieee"}:
-            yield
-            return
-        settings.fp32_precision = precision
-        try:
-            yield
-        finally:
-            settings.fp32_precision = "none"  # inherits torch.backends.fp32_precision, as `previous` may have
-            if settings.fp32_precision != previous:
-                settings.fp32_precision = previous
+class MatmulPrecision:
+    """A `with` block in which float32 matrix products on GPUs have a precision, "tf32" or "ieee".
+
+    One thread after the other: the setting belongs to the whole process, and backward runs in one thread for each
+    device. Blocks may be nested.
+    """
+
+    __slots__ = ("_changes", "_outer", "_precision", "_previous")
+
+    def __init__(self, precision: str) -> None:
+        self._precision = precision
+
+    def __enter__(self) -> None:
+        self._outer = _held.precision
+        if self._outer is None:
+            _matmul_precision_lock.__enter__()
+        self._previous: Any = _precision()
+        self._changes = self._previous != self._precision and not {self._previous, self._precision} <= {"none", "ieee"}
+        if self._changes:
+            _set_precision(self._precision)
+        _held.precision = self._precision
+
+    def __exit__(self, *_: object) -> None:
+        if self._changes:
+            _set_precision("none")  # inherits torch.backends.fp32_precision, as the previous value may have
+            if _precision() != self._previous:
+                _set_precision(self._previous)
+        _held.precision = self._outer
+        if self._outer is None:
+            _matmul_precision_lock.__exit__()
+
+
+# What torch.backends.cuda.matmul.fp32_precision reads and writes.
+_precision = partial(torch._C._get_fp32_precision_getter, "cuda", "matmul")
+_set_precision = partial(torch._C._set_fp32_precision_setter, "cuda", "matmul")

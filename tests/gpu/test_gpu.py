@@ -14,7 +14,7 @@ from lstm_triton.commands.check import tf32
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import dropout, planner, windows
 from lstm_triton.scan.plan import Kind, ScanShape
-from lstm_triton.scan.products import matmul_precision
+from lstm_triton.scan.products import MatmulPrecision
 from tests.support.cells import assert_cell_as_accurate, run_cell
 from tests.support.comparing import LoopLSTM, assert_as_accurate, assert_results_as_accurate, run, twins
 from tests.support.lanes import DTYPES, LaneCase, scan_layer
@@ -178,7 +178,7 @@ def test_trace(kind: str, dtype: torch.dtype, precision: str) -> None:
             percentages = gate[~gate.isnan()]
             assert percentages.numel() == inside.lengths.sum() * 96
             assert ((percentages >= 0) & (percentages <= 1)).all()
-    with matmul_precision(precision):  # of the gates that are compared with
+    with MatmulPrecision(precision):  # of the gates that are compared with
         assert_trace_as_accurate(inside, module, arguments)
     if dtype == torch.float32 and precision == "tf32":
         return  # what reaches the next layer may have been rounded elsewhere
@@ -466,11 +466,11 @@ def test_cell(sizes: tuple[int, int, int], dtype: torch.dtype, precision: str) -
     tensors = [
         torch.randn(batch_size, size, device=DEVICE).to(dtype) for size in (input_size, hidden_size, hidden_size)
     ]
-    with matmul_precision(precision), lstm_triton.backend("triton"):
+    with MatmulPrecision(precision), lstm_triton.backend("triton"):
         actual = run_cell(ours, *tensors)
         with torch.no_grad():
             h, c = ours(tensors[0], (tensors[1], tensors[2]))
-    with matmul_precision(precision):
+    with MatmulPrecision(precision):
         assert_cell_as_accurate(actual, stock, *tensors)
     torch.testing.assert_close((h, c), (actual["h_1"], actual["c_1"]))
 

@@ -17,7 +17,7 @@ from lstm_triton.commands.check import tf32
 from lstm_triton.reference import lstm_layer
 from lstm_triton.scan import cell, planner
 from lstm_triton.scan.plan import CellPlan
-from lstm_triton.scan.products import matmul_precision
+from lstm_triton.scan.products import MatmulPrecision
 from lstm_triton.scan.step import step
 from lstm_triton.target import Device
 from tests.support.cells import cell_arguments, cell_twins, check_cell, run_cell
@@ -119,7 +119,7 @@ def test_float32_is_as_precise_as_what_it_stands_in_for(monkeypatch: pytest.Monk
             with tf32(cudnn):
                 lstm_triton.LSTMCell(3, 5)(Z(2, 3))
                 lstm_triton.LSTM(3, 5)(Z(1, 2, 3))
-        with matmul_precision("tf32"):
+        with MatmulPrecision("tf32"):
             lstm_triton.LSTMCell(3, 5)(Z(2, 3))
     assert asked == [False, True, False, False, True]
 
