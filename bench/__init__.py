@@ -20,7 +20,7 @@ Around this way:
     contact    contact.py tries a new GPU. contact_cases.py has the layers, contact_worker.py checks them, and
                contact_report.py puts what was found into words. hang.py finds what a kernel waits for. handoff.py times
                a value on its way from one multiprocessor to another.
-    no GPU     resources.py and sass.py read what the kernels compile to. overhead.py counts what a call costs the host.
-               digest.py tells whether that has changed. pool.py has processes that compile.
-               cache.py and pretend.py compile for a GPU that is elsewhere. hits.py counts what was compiled.
+    no GPU     resources.py and sass.py read what the kernels compile to. digest.py tells whether that has changed.
+               overhead.py counts what a call costs the host; calls.py has these calls. cache.py and pretend.py compile
+               for a GPU that is elsewhere. pool.py has processes that compile. hits.py counts what was compiled.
 """

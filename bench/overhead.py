@@ -1,33 +1,41 @@
 """`python -m bench.overhead`: what a call costs the host, without a GPU.
 
-The calls have next to nothing to compute, so that all is overhead. For each call it tells:
+The calls (calls.py) have next to nothing to compute, so that all is overhead. For each call it tells:
 
-    operators     PyTorch's operators that launch something on a GPU
-    launches      launches of this library's kernels
-    functions     calls of functions of Python and C
-    microseconds  processor time of Python, of PyTorch's operators on tiny CPU tensors and of Triton's launches; the
-                  least of many calls
-    nn.LSTM       microseconds of such a call of nn.LSTM, without `torch._VF.lstm`
+    operators   PyTorch's operators that launch something on a GPU
+    launches    launches of this library's kernels
+    functions   calls of functions of Python and C
+    us          microseconds of processor time: Python, PyTorch's operators on tiny CPU tensors and Triton's launches;
+                the least of many calls
+    nn.LSTM     microseconds of such a call of nn.LSTM, without `torch._VF.lstm`
+    empty       microseconds of what stands for `torch._VF.lstm` in training: a torch.autograd.Function that computes
+                nothing. The column nn.LSTM contains them.
+
+No column has `torch._VF.lstm` itself: all in C++, it checks arguments, allocates, launches and builds a node of the
+graph. So in inference nn.LSTM costs more than its column says. In training *empty* is there in its place. A part of it
+is nn.LSTM's, too: going backward through a node, down to the gradients of the weights.
 
 This needs no GPU, as one is pretended: CPU tensors take the kernels' path with the plans of a GPU of sm_90. Nothing is
 compiled, and the driver, which would launch, is left out. With `--compilations H` it tells instead how many kernels a
-layer would compile for all batch sizes up to 256.
+layer would compile for all batch sizes up to 256. With `--fallback` nothing is pretended: it times whole calls on the
+CPU, this library's path without kernels and nn.LSTM in turns, and both compute.
+
+With `--json` it prints {"rows": [...]}. There the columns nn.LSTM and empty are `nn_lstm_us` and `empty_backward_us`
+(null where a call does not train), and operators and launches are counted by name.
 """
 
 import json
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
@@ -36,35 +44,8 @@ from lstm_triton.ending import program
 from lstm_triton.scan import backward, cell, forward
 from lstm_triton.target import Device, Gpus, KernelLaunch, recorded_launches, running_on, watched_launches
 
+from .calls import CALLS, FALLBACK_CALLS, CallCase, call_of, fallback_row, least_microseconds, stock_microseconds
 from .resources import DEVICES, DTYPES
-
-SIZE = 32  # I and H: small products, but more than one program
-
-
-@dataclass(frozen=True)
-class CallCase:
-    """A call of the module whose cost is counted."""
-
-    name: str
-    time_steps: int
-    batch_size: int
-    trains: bool = False
-    options: dict[str, Any] = field(default_factory=dict)  # of the module
-    states: bool = False  # whether initial states are given
-
-
-TWO_LAYERS_BOTH_DIRECTIONS = {"num_layers": 2, "bidirectional": True}
-CALLS = (
-    CallCase("one step", 1, 1),
-    CallCase("one step, with states", 1, 1, states=True),
-    CallCase("one step, 2 layers, both directions", 1, 1, options=TWO_LAYERS_BOTH_DIRECTIONS),
-    CallCase("one step, training", 1, 1, trains=True),
-    CallCase("inference", 16, 16),
-    CallCase("inference, with states", 16, 16, states=True),
-    CallCase("training", 16, 16, trains=True),
-    CallCase("inference, 2 layers, both directions", 16, 16, options=TWO_LAYERS_BOTH_DIRECTIONS),
-    CallCase("training, 2 layers, both directions", 16, 16, trains=True, options=TWO_LAYERS_BOTH_DIRECTIONS),
-)
 
 
 class Compilations:
@@ -164,38 +145,6 @@ class Operators(TorchDispatchMode):
         return results
 
 
-def call_of(case: CallCase, module_type: Callable[..., nn.RNNBase], dtype: torch.dtype) -> Callable[[], None]:
-    module = module_type(SIZE, SIZE, dtype=dtype, **case.options)
-    input = torch.randn(case.time_steps, case.batch_size, SIZE, dtype=dtype)
-    lanes = module.num_layers * (2 if module.bidirectional else 1)
-    hx = torch.zeros(2, lanes, case.batch_size, SIZE, dtype=dtype).unbind() if case.states else None
-    if not case.trains:
-        module.eval()
-
-        def infer() -> None:
-            with torch.no_grad():
-                module(input, hx)
-
-        return infer
-    grad = torch.ones(case.time_steps, case.batch_size, SIZE * lanes // module.num_layers, dtype=dtype)
-
-    def train() -> None:
-        output, _ = module(input, hx)
-        output.backward(grad)
-        module.zero_grad()
-
-    return train
-
-
-def least_microseconds(call: Callable[[], None], seconds: float) -> float:
-    least, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        start = time.thread_time()
-        call()
-        least = min(least, time.thread_time() - start)
-    return round(1e6 * least, 1)
-
-
 def functions(call: Callable[[], None]) -> int:
     """How many functions of Python and C are called in this thread."""
     count = 0
@@ -212,28 +161,6 @@ def functions(call: Callable[[], None]) -> int:
     return count
 
 
-def stock_microseconds(case: CallCase, dtype: torch.dtype, seconds: float) -> float | None:
-    """Microseconds of nn.LSTM without `torch._VF.lstm`. None for training, which needs this function's results."""
-    if case.trains:
-        return None
-    results: Any = None
-    function = torch._VF.lstm
-
-    def once(*arguments: Any) -> Any:
-        nonlocal results
-        results = function(*arguments)
-        return results
-
-    def skipped(*arguments: Any) -> Any:
-        return results
-
-    call = call_of(case, nn.LSTM, dtype)
-    with mock.patch.object(torch._VF, "lstm", once):
-        call()
-    with mock.patch.object(torch._VF, "lstm", skipped):
-        return least_microseconds(call, seconds)
-
-
 def row_of(case: CallCase, dtype: torch.dtype, seconds: float) -> dict[str, Any]:
     with pretended_gpu():
         call = call_of(case, lstm_triton.LSTM, dtype)
@@ -242,12 +169,12 @@ def row_of(case: CallCase, dtype: torch.dtype, seconds: float) -> dict[str, Any]
         with recorded_launches() as launches, Operators() as operators:
             call()
         return {
-            **asdict(case),
+            **case.row(),
             "operators": dict(operators.counted),
             "launches": dict(Counter(each.name for each in launches)),
             "functions": functions(call),
-            "microseconds": least_microseconds(call, seconds),
-            "nn.LSTM": stock_microseconds(case, dtype, seconds),
+            "us": least_microseconds([call], seconds)[0],
+            **stock_microseconds(case, dtype, seconds),
         }
 
 
@@ -294,14 +221,21 @@ def _inputs(size: int, batch_size: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [f"{'call':<40} {'operators':>9} {'launches':>8} {'functions':>9} {'us':>8} {'nn.LSTM':>8}"]
+    form = "{:<40} {:>9} {:>8} {:>9} {:>8} {:>8} {:>8}"
+    lines = [form.format("call", "operators", "launches", "functions", "us", "nn.LSTM", "empty")]
     for row in rows:
         counts = (sum(row[name].values()) for name in ("operators", "launches"))
-        stock = "-" if row["nn.LSTM"] is None else row["nn.LSTM"]
-        lines.append("{:<40} {:>9} {:>8} {:>9} {:>8} {:>8}".format(
-            row["name"], *counts, row["functions"], row["microseconds"], stock,
-        ))  # fmt: skip
+        empty = "-" if row["empty_backward_us"] is None else row["empty_backward_us"]
+        lines.append(form.format(row["call"], *counts, row["functions"], row["us"], row["nn_lstm_us"], empty))
         lines.append("    " + ", ".join(f"{count} {name}" for name, count in sorted(row["operators"].items())))
+    return "\n".join(lines)
+
+
+def _fallback_table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'call':<40} {'us':>8} {'nn.LSTM':>8} {'difference':>10}"]
+    for row in rows:
+        us, stock = row["us"], row["nn_lstm_us"]
+        lines.append(f"{row['call']:<40} {us:>8} {stock:>8} {us - stock:>10.1f}")
     return "\n".join(lines)
 
 
@@ -310,8 +244,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m bench.overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", default="float32", choices=sorted(DTYPES))
     parser.add_argument("--seconds", type=above_zero, default=1.0, help="how long to time each call")
-    parser.add_argument("--compilations", nargs="+", type=whole(), metavar="H", help="count compiled kernels instead")
-    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--compilations", nargs="+", type=whole(), metavar="H", help="count compiled kernels instead")
+    instead.add_argument("--fallback", action="store_true", help="time the path without kernels instead, on the CPU")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     chosen = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: interpreted kernels are launched in another way")
@@ -322,8 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = {hidden: compilations(hidden, dtype) for hidden in chosen.compilations}
         print(json.dumps(found) if chosen.json else "\n".join(f"H = {hidden}: {found[hidden]}" for hidden in found))
         return 0
-    rows = [row_of(case, dtype, chosen.seconds) for case in CALLS]
-    print(json.dumps(rows, indent=1) if chosen.json else _table(rows))
+    row, cases, table = (fallback_row, FALLBACK_CALLS, _fallback_table) if chosen.fallback else (row_of, CALLS, _table)
+    rows = [row(case, dtype, chosen.seconds) for case in cases]
+    print(json.dumps({"rows": rows}, indent=1) if chosen.json else table(rows))
     return 0
 
 

@@ -122,6 +122,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, arguments: l
     [
         ("overhead", ["--seconds", "nan"], "argument --seconds: must be a number above 0, got 'nan'"),
         ("overhead", ["--compilations", "0"], "argument --compilations: must be a whole number of at least 1, got '0'"),
+        ("overhead", ["--fallback", "--compilations", "64"], "--compilations: not allowed with argument --fallback"),
         ("resources", ["--hidden", "64", "-1"], "argument --hidden: must be a whole number of at least 1, got '-1'"),
         ("resources", ["--workers", "0"], "argument --workers: must be a whole number of at least 1, got '0'"),
         ("digest", ["--compare", "/nowhere"], "cannot read /nowhere: No such file"),

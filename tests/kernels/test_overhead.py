@@ -1,6 +1,7 @@
-"""What a call costs beside the kernels, on a pretended GPU (bench/overhead.py): launches, and compilations."""
+"""What a call costs beside the kernels (bench/overhead.py): launches and compilations on a pretended GPU, and times."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -9,9 +10,20 @@ from tests.support.processes import output_of_python
 
 pytest.importorskip("triton")
 
+Rows = dict[str, dict[str, Any]]  # by the name of the call
+
 
 def overhead(*arguments: str) -> Any:
     return json.loads(output_of_python("-m", "bench.overhead", "--json", *arguments))
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    return {row["call"]: row for row in overhead("--seconds", "0.001")["rows"]}
+
+
+def is_time(microseconds: float) -> bool:
+    return 0 < microseconds < math.inf
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -27,9 +39,8 @@ def test_one_compilation_for_each_plan(dtype: str) -> None:
     assert found["cell_forward"]["constants"] <= 4
 
 
-def test_what_a_call_launches() -> None:
+def test_what_a_call_launches(rows: Rows) -> None:
     """The kernels; and of PyTorch's operators as few as were once needed."""
-    rows = {row["name"]: row for row in overhead("--seconds", "0.001")}
     found = {name: (sum(row["operators"].values()), sum(row["launches"].values())) for name, row in rows.items()}
     assert found.pop("one step") == (0, 1)
     assert found.pop("one step, with states") == (0, 1)
@@ -41,8 +52,26 @@ def test_what_a_call_launches() -> None:
         "training": (17, 2),
         "inference, 2 layers, both directions": (22, 2),
         "training, 2 layers, both directions": (65, 4),
+        "training, 4 layers, both directions": (119, 8),
     }
     assert found.keys() == most.keys()
     for name, (operators, launches) in found.items():
         assert operators <= most[name][0], rows[name]["operators"]
         assert launches == most[name][1]
+
+
+def test_times_beside_those_of_nn_lstm(rows: Rows) -> None:
+    for row in rows.values():
+        assert row["functions"] > 0
+        assert is_time(row["us"])
+        assert is_time(row["nn_lstm_us"])
+        assert is_time(row["empty_backward_us"]) if row["trains"] else row["empty_backward_us"] is None
+
+
+def test_times_without_kernels() -> None:
+    """Whole calls on the CPU, of this library and of nn.LSTM."""
+    rows = {row["call"]: row for row in overhead("--fallback", "--seconds", "0.001")["rows"]}
+    assert rows.keys() == {"one step", "one step, with states", "inference", "training"}
+    for row in rows.values():
+        assert is_time(row["us"])
+        assert is_time(row["nn_lstm_us"])
