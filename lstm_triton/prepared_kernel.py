@@ -36,7 +36,7 @@ class PreparedKernel:
     Args:
         kernel: a function under `triton.jit`. Its compile-time arguments are its last ones.
         grid: the numbers of programs.
-        constants: the compile-time arguments, by name.
+        constants: the compile-time arguments, by name. The kernel may lack some.
         options: of Triton's compiler and launcher.
         plan: what the constants were chosen by.
     """
@@ -53,10 +53,8 @@ class PreparedKernel:
         from triton.runtime import driver
 
         self.kernel, self.grid, self.options, self.plan = kernel, grid, options, plan
-        names = kernel.arg_names
-        count = len(names) - len(constants)
-        self._names: list[str] = names[:count]
-        self._constants = [constants[name] for name in names[count:]]
+        self._names: list[str] = [name for name in kernel.arg_names if name not in constants]
+        self._constants = [constants[name] for name in kernel.arg_names[len(self._names) :]]
         self._pointers = [at for at, name in enumerate(self._names) if name.endswith("_ptr")]
         self._tuples = [at for at, name in enumerate(self._names) if name.endswith("_ptrs")]
         self._numbers = [at for at, name in enumerate(self._names) if not name.endswith(("_ptr", "_ptrs"))]
