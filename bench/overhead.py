@@ -82,6 +82,10 @@ class Driver:
         return GPUTarget("cuda", self.capability, 32)
 
 
+def _first_gpu() -> int:
+    return 0
+
+
 @contextmanager
 def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None) -> Iterator[Compilations]:
     """Let CPU tensors take the kernels' path up to the driver, with kernels that do nothing."""
@@ -115,7 +119,7 @@ def pretended_gpu(arch: str = "sm_90", compilations: Compilations | None = None)
             stack.enter_context(mock.patch.object(target, name, replacement))
 
         stack.enter_context(running_on(PretendedGpu()))
-        stack.enter_context(mock.patch.object(torch._C, "_cuda_getDevice", create=True, return_value=0))
+        stack.enter_context(mock.patch.object(torch._C, "_cuda_getDevice", _first_gpu, create=True))
         patch(triton.compiler, "compile", compilations)
         for kernel in (forward_scan, backward_scan, cell_forward, cell_backward, recompute_gates, dropout_scales):
             kernel.device_caches.clear()

@@ -28,7 +28,7 @@ def options_of(module: nn.RNNBase) -> dict[str, Any]:
         "training": module.training,
         "bidirectional": module.bidirectional,
         "proj_size": module.proj_size,
-        "memory": memory_of(module),
+        "memory": getattr(module, MEMORY_ATTRIBUTE, "full"),
     }
 
 
@@ -43,16 +43,19 @@ def weights_of(module: nn.RNNBase) -> list[Tensor]:
     names: list[str] = module._flat_weights_names
     listed: list[Any] = module._flat_weights
     seen: list[Any] = module._flat_weight_refs
-    compiling = torch.compiler.is_compiling()
-    if not compiling and len(listed) == len(seen) == len(names):
+    if not torch.compiler.is_dynamo_compiling():
         # The usual case, quickly: both places have the same parameters, and they are those of the last call.
-        attributes = vars(module)
-        parameters = attributes["_parameters"]
-        for name, weight, known in zip(names, listed, seen, strict=True):
-            if parameters.get(name) is not weight or known is None or known() is not weight or name in attributes:
-                break
-        else:
-            return listed
+        attributes = module.__dict__
+        parameters = map(attributes["_parameters"].get, names)
+        try:
+            for name, weight, known, parameter in zip(names, listed, seen, parameters, strict=True):
+                if parameter is not weight or known is None or known() is not weight or name in attributes:
+                    break
+            else:
+                return listed
+        except ValueError:  # there are not as many of each
+            pass
+    compiling = torch.compiler.is_compiling()
     named: list[Any] = [getattr(module, name, None) for name in names]
     for weight, known in zip(named, seen, strict=False):
         if weight is not None and known is not None and known() is not weight:

@@ -6,9 +6,9 @@ their addresses are multiples of 16, and whether integers fit into 32 bits. (The
 integers: `do_not_specialize`.)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from . import triton_package
 
 KNOWN_LAUNCHERS = ((3, 5), (3, 9))  # the oldest and the newest Triton whose compiled kernels take these arguments
 REMEMBERED = 64  # compiled kernels of a prepared kernel: for devices, and for unusual addresses
-_dtype, _address = attrgetter("dtype"), Tensor.data_ptr
+_dtype, _address, _modulo_16, _is_wide = attrgetter("dtype"), Tensor.data_ptr, (15).__and__, (2**31).__le__
 
 
 class _Compiled(NamedTuple):
@@ -55,9 +55,9 @@ class PreparedKernel:
         self.kernel, self.grid, self.options, self.plan = kernel, grid, options, plan
         self._names: list[str] = [name for name in kernel.arg_names if name not in constants]
         self._constants = [constants[name] for name in kernel.arg_names[len(self._names) :]]
-        self._pointers = [at for at, name in enumerate(self._names) if name.endswith("_ptr")]
+        self._pointers = _getter([at for at, name in enumerate(self._names) if name.endswith("_ptr")])
         self._tuples = [at for at, name in enumerate(self._names) if name.endswith("_ptrs")]
-        self._numbers = [at for at, name in enumerate(self._names) if not name.endswith(("_ptr", "_ptrs"))]
+        self._numbers = _getter([at for at, name in enumerate(self._names) if not name.endswith(("_ptr", "_ptrs"))])
         self._compiled: dict[Any, _Compiled] = {}
         self._hooks, self._driver = knobs.runtime, driver
 
@@ -70,32 +70,23 @@ class PreparedKernel:
 
     def run_on_gpu(self, device: int, values: Sequence[Any]) -> None:
         """Launch on a GPU, which is PyTorch's current one."""
-        key = self._compiled_for(device, values)
-        found = self._compiled.get(key)
-        if found is None or found.caches is not self.kernel.device_caches[device] or self._is_watched():
-            self._remember(key, device, self.kernel[self.grid](*values, **self.options))
-            return
-        hooks = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
-        stream = self._driver.active.get_current_stream(device)
-        found.run(*(*self.grid, 1, 1)[:3], stream, found.function, found.packed_metadata, None, *hooks, *values)
-
-    def _compiled_for(self, device: int, values: Sequence[Any]) -> tuple[object, ...]:
-        """What Triton compiles for, of the arguments that are not compile-time arguments."""
-        tensors = [values[at] for at in self._pointers]
+        # What Triton compiles for, of the arguments that are not compile-time arguments.
+        tensors = self._pointers(values)
         for at in self._tuples:
             tensors += values[at]
-        numbers = [values[at] for at in self._numbers]
-        are_small = min(numbers) >= -(2**31) and max(numbers) < 2**31
-        misaligned = [place for place, address in enumerate(map(_address, tensors)) if address % 16]
-        return device, are_small, *misaligned, *map(_dtype, tensors)
-
-    def _is_watched(self) -> bool:
-        """Whether somebody has asked Triton to be called at launches, as profilers do."""
+        addresses, dtypes = map(_address, tensors), map(_dtype, tensors)
+        key = (device, *map(_is_wide, self._numbers(values)), *map(_modulo_16, addresses), *dtypes)
+        found = self._compiled.get(key)
         try:
-            calls = self._hooks.launch_enter_hook.calls or self._hooks.launch_exit_hook.calls
+            hooks = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
+            is_watched = hooks[0].calls or hooks[1].calls or self.kernel.pre_run_hooks
         except AttributeError:  # a hook of somebody's own
-            return True
-        return bool(calls or self.kernel.pre_run_hooks)
+            is_watched = True
+        if found is None or found.caches is not self.kernel.device_caches[device] or is_watched:
+            self._remember(key, device, self.kernel[self.grid](*values, **self.options))
+            return
+        stream = self._driver.active.get_current_stream(device)
+        found.run(*(*self.grid, 1, 1)[:3], stream, found.function, found.packed_metadata, None, *hooks, *values)
 
     def _remember(self, key: tuple[object, ...], device: int, kernel: Any) -> None:
         if not _launcher_is_known():
@@ -104,6 +95,11 @@ class PreparedKernel:
             self._compiled.clear()
         caches = self.kernel.device_caches[device]
         self._compiled[key] = _Compiled(caches, kernel.run, kernel.function, kernel.packed_metadata, kernel)
+
+
+def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes the elements at these places, as a tuple."""
+    return itemgetter(*places) if len(places) > 1 else lambda values: tuple([values[at] for at in places])
 
 
 @cache

@@ -161,8 +161,12 @@ class Setting(ModuleType, Generic[Value]):
     def now(self) -> Value:
         """What the innermost open block of this thread or task says."""
         if _open_blocks > 0:
-            name = self._name
-            for blocks in (_blocks(), _of_all_threads):
+            name, told = self._name, _thread.told
+            if told is None:
+                own = _blocks()
+            else:  # the usual case of `_blocks`, quickly
+                told.blocks = own = _own.get()
+            for blocks in (own, _of_all_threads):
                 for entered in reversed(blocks):
                     if entered.name == name and not entered.ended:
                         return entered.value  # type: ignore[no-any-return]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -52,12 +52,19 @@ class Device:
 INTERPRETER = Device("interpreter", "interpreter", 16, 64 * 1024)  # to the planner, a CPU is a small GPU
 
 
-class KernelLaunch(NamedTuple):
-    """One launch of a kernel."""
+class KernelLaunch:
+    """One launch of a kernel.
 
-    prepared: PreparedKernel
-    device: torch.device
-    values: list[Any]  # of all parameters of the kernel, in their order
+    Attributes:
+        prepared: the kernel, its grid, its compile-time arguments and its options.
+        device: where its tensors are.
+        values: of all parameters of the kernel, in their order.
+    """
+
+    __slots__ = ("device", "prepared", "values")
+
+    def __init__(self, prepared: PreparedKernel, device: torch.device, values: list[Any]) -> None:
+        self.prepared, self.device, self.values = prepared, device, values
 
     @property
     def kernel(self) -> Any:
@@ -181,8 +188,8 @@ def layers(device: torch.device, dtype: torch.dtype, hidden_size: int) -> refusa
     return refusal.Layers(current(), device, dtype, hidden_size)
 
 
-def run(launch: KernelLaunch) -> None:
-    """Run a kernel on the current target: every launch of this library goes through here.
+def run(launch: KernelLaunch, on: Target | None = None) -> None:
+    """Run a kernel on a target; None: on the current one. Every launch of this library goes through here.
 
     Raises:
         LaunchRefused: Triton cannot compile the kernel on this machine, or the driver does not launch it.
@@ -190,7 +197,7 @@ def run(launch: KernelLaunch) -> None:
     for watch in _before:
         watch(launch)
     try:
-        current().run(launch)
+        (on or current()).run(launch)
     except Exception as error:
         instead = refusal.refused(error)
         if instead is None:

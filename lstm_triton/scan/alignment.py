@@ -39,15 +39,24 @@ def transposed(weights: Iterable[Tensor], stride: int) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def with_aligned_rows(input: Tensor) -> tuple[Tensor, int]:
-    """The input with contiguous rows, and the unit of its strides in elements, 16 or 1.
+def with_aligned_rows(input: Tensor) -> tuple[Tensor, int, list[int]]:
+    """The input with contiguous rows, the unit of its strides in elements, and its strides but the last in this unit.
 
-    The unit is 16 if the length of a row is a multiple of 16. Rows then begin at aligned addresses.
+    The unit is that of `unit_of_rows`.
     """
     unit = 16 if input.shape[-1] % 16 == 0 else 1
     *strides, last = input.stride()
-    if last != 1 or (unit > 1 and [stride for stride in strides if stride % unit]):
-        input = input.contiguous()
-    if unit > 1 and input.data_ptr() % 16:  # a copy of a view costs less than a kernel compiled for its address
-        input = input.clone()
-    return input, unit
+    is_aligned = last == 1 and (unit == 1 or input.data_ptr() % 16 == 0)
+    for axis, stride in enumerate(strides):
+        if stride % unit:
+            is_aligned = False
+        strides[axis] = stride // unit
+    if is_aligned:
+        return input, unit, strides
+    # A copy of a view costs less than a kernel compiled for its address.
+    return with_aligned_rows(input.clone(memory_format=torch.contiguous_format))
+
+
+def unit_of_rows(size: int) -> int:
+    """The unit of strides between rows of this size: 16 elements if the rows can be aligned, otherwise 1."""
+    return 16 if size % 16 == 0 else 1

@@ -6,23 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import flops
-from ..stack import LaneWeights, Stack, Start
+from .. import flops, target
+from ..prepared_kernel import PreparedKernel
+from ..stack import Stack, States
 from ..target import Device
 from . import planner
-from .alignment import with_aligned_rows
-from .dispatch import named
+from .alignment import unit_of_rows, with_aligned_rows
+from .dispatch import directly, named
 from .launch import prepared, run
 from .plan import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan, divide_up
 
 BACKWARD_OPTIONS: dict[str, object] = {"num_warps": CELL_BACKWARD_WARPS, "enable_fp_fusion": True}
 
 
-def plan_of_cell(input: Tensor, hidden_size: int, precision_of: str) -> CellPlan:
-    """The plan of a step for an input (B, I). `precision_of`: as in `cell_forward`."""
+def plan_of_cell(input: Tensor, hidden_size: int, precision_of: str, input_size: int | None = None) -> CellPlan:
+    """The plan of a step.
+
+    Args:
+        input: (B, I).
+        precision_of: as in `cell_forward`.
+        input_size: another I.
+    """
     return planner.plan_cell(
         batch_size=input.shape[0],
-        input_size=input.shape[1],
+        input_size=input.shape[1] if input_size is None else input_size,
         hidden_size=hidden_size,
         dtype=input.dtype,
         device=Device.of(input.device),
@@ -61,9 +68,20 @@ def cell_forward(
     """
     hidden_size = weight_hh.shape[1]
     hidden, cell, gates = _results(input, hidden_size, keep_gates)
-    plan = plan_of_cell(input, hidden_size, precision_of)
-    weights = LaneWeights(weight_ih, weight_hh, bias_ih, bias_hh)
-    _launch_step(plan, input, Start(h_0, c_0), weights, hidden, cell, gates if keep_gates else None)
+    weights = [weight_ih, weight_hh]
+    if bias_ih is not None and bias_hh is not None:
+        weights += bias_ih, bias_hh
+    kernel = _kernel(
+        plan_of_cell(input, hidden_size, precision_of),
+        INPUT=input.shape[1],
+        INPUT_STRIDE_UNIT=unit_of_rows(input.shape[1]),
+        HIDDEN=hidden_size,
+        HAS_STATE=h_0 is not None,
+        HAS_BIAS=bias_ih is not None,
+        HAS_OUTPUT=False,
+        KEEP_GATES=keep_gates,
+    )
+    _launch(kernel, input, h_0, c_0, weights, hidden, cell, gates=gates if keep_gates else None)
     return hidden, cell, gates
 
 
@@ -94,23 +112,82 @@ def single_step(
         output: (B, directions * H).
         h_n, c_n: (lanes, B, H).
     """
-    stack = Stack.of(weights, directions, bias)
-    output, h_n, c_n = _results_of_stack(input, stack)
-    hidden_size, below = stack.hidden_size(), input
-    for lane, own in enumerate(stack.weights):
-        at = lane % directions
-        if lane > 0 and at == 0:  # a new layer: it reads the output of the layer before
-            below, output = output, torch.empty_like(output)
-        _launch_step(
-            plan_of_cell(below, hidden_size, "rnn"),
-            below,
-            Start(h_0, c_0).of(lane),
-            own,
-            h_n[lane],
-            c_n[lane],
-            output=output[:, at * hidden_size : (at + 1) * hidden_size],
+    return StackStep.of(input, weights, directions, bias, h_0 is not None).run(input, h_0, c_0, weights)
+
+
+class StackStep:
+    """One step of a stack of layers, prepared for its sizes: the kernel of each lane."""
+
+    def __init__(
+        self, kernels: Sequence[PreparedKernel], directions: int, bias: bool, batch_size: int, hidden_size: int
+    ) -> None:
+        self.kernels, self.directions, self.hidden_size = kernels, directions, hidden_size
+        self.weights_of_lane = 4 if bias else 2
+        self.output_sizes = (batch_size, directions * hidden_size)
+        self.state_sizes = (len(kernels), batch_size, hidden_size)
+
+    @staticmethod
+    def of(input: Tensor, weights: Sequence[Tensor], directions: int, bias: bool, has_state: bool) -> "StackStep":
+        """For an input (B, I) and weights of these sizes, in this dtype, on this device and on the current target."""
+        kernels, hidden_size = [], weights[0].shape[0] // 4
+        for weight_ih in weights[:: 4 if bias else 2]:
+            input_size = weight_ih.shape[1]
+            kernel = _kernel(
+                plan_of_cell(input, hidden_size, "rnn", input_size),
+                INPUT=input_size,
+                INPUT_STRIDE_UNIT=unit_of_rows(input_size),
+                HIDDEN=hidden_size,
+                HAS_STATE=has_state,
+                HAS_BIAS=bias,
+                HAS_OUTPUT=True,
+                KEEP_GATES=False,
+            )
+            kernels.append(kernel)
+        return StackStep(kernels, directions, bias, input.shape[0], hidden_size)
+
+    def call(
+        self, input: Tensor, time_axis: int, hx: States | None, weights: Sequence[Tensor], on: target.Target
+    ) -> tuple[Tensor, States]:
+        """What a layer returns for an input (1, B, I) or (B, 1, I), where nothing observes operators."""
+        h_0, c_0 = (None, None) if hx is None else hx
+        row = input.select(time_axis, 0)
+        output, h_n, c_n = directly("lstm_triton::single_step", self.run, row, h_0, c_0, weights, on)
+        return output.unsqueeze(time_axis), (h_n, c_n)
+
+    def run(
+        self,
+        input: Tensor,
+        h_0: Tensor | None,
+        c_0: Tensor | None,
+        weights: Sequence[Tensor],
+        on: target.Target | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `single_step`. `on`: the target, if it is known already."""
+        h_n, c_n = input.new_empty(self.state_sizes), input.new_empty(self.state_sizes)
+        output = input.new_empty(self.output_sizes)
+        kernels, hidden_size, size = self.kernels, self.hidden_size, self.weights_of_lane
+        stride = self.output_sizes[1]
+        if self.state_sizes[0] == 1:
+            _launch(kernels[0], input, h_0, c_0, weights, h_n, c_n, output=output, output_stride=stride, on=on)
+            return output, h_n, c_n
+        nothing = [None] * self.state_sizes[0]
+        lanes = zip(
+            kernels,
+            h_n.unbind(),
+            c_n.unbind(),
+            nothing if h_0 is None else h_0.unbind(),
+            nothing if c_0 is None else c_0.unbind(),
+            strict=True,
         )
-    return output, h_n, c_n
+        below = input
+        for lane, (kernel, h_1, c_1, h, c) in enumerate(lanes):
+            at = lane % self.directions
+            if lane > 0 and at == 0:  # a new layer: it reads the output of the layer before
+                below, output = output, input.new_empty(self.output_sizes)
+            own = output[:, at * hidden_size : (at + 1) * hidden_size] if at > 0 else output
+            own_weights = weights[lane * size : (lane + 1) * size]
+            _launch(kernel, below, h, c, own_weights, h_1, c_1, output=own, output_stride=stride, on=on)
+        return output, h_n, c_n
 
 
 @single_step.register_fake
@@ -132,50 +209,53 @@ def _results_of_stack(input: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Tens
     return output, input.new_empty(states), input.new_empty(states)
 
 
-def _launch_step(
-    plan: CellPlan,
-    input: Tensor,
-    start: Start,
-    weights: LaneWeights,
-    h_1: Tensor,
-    c_1: Tensor,
-    gates: Tensor | None = None,
-    output: Tensor | None = None,
-) -> None:
-    """Launch one step. It writes h_1 and c_1, and if they are given, `gates`, and h once more into `output`."""
+def _kernel(plan: CellPlan, **constants: object) -> PreparedKernel:
+    """The kernel of a step. `constants`: the compile-time arguments that are not the plan's."""
     from ..kernels.cell import cell_forward
 
-    weight_ih, weight_hh, bias_ih, bias_hh = (None if each is None else each.contiguous() for each in weights[:4])
-    assert weight_hh is not None
-    input, stride_unit = with_aligned_rows(input)
+    constants = {**constants, **cell_constants_of(plan)}
+    return prepared(cell_forward, (plan.programs,), constants, cell_compiler_options(plan))
+
+
+def _launch(
+    kernel: PreparedKernel,
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weights: Sequence[Tensor],
+    h_1: Tensor,
+    c_1: Tensor,
+    *,
+    gates: Tensor | None = None,
+    output: Tensor | None = None,
+    output_stride: int = 0,
+    on: target.Target | None = None,
+) -> None:
+    """Launch one step. It writes h_1 and c_1, and what its kernel is for: `gates`, and h once more into `output`."""
+    tensors = weights if h is None or c is None else (*weights, h, c)
+    if not all(map(Tensor.is_contiguous, tensors)):
+        weights = [weight.contiguous() for weight in weights]
+        h, c = (None if state is None else state.contiguous() for state in (h, c))
+    input, _, (stride,) = with_aligned_rows(input)
+    weight_ih, weight_hh, *biases = weights
+    bias_ih, bias_hh = biases or (weight_hh, weight_hh)
     arguments = {
         "input_ptr": input,
-        "input_stride": input.stride(0) // stride_unit,
-        "hidden_ptr": input if start.h is None else start.h.contiguous(),
-        "cell_ptr": input if start.c is None else start.c.contiguous(),
+        "input_stride": stride,
+        "hidden_ptr": input if h is None else h,
+        "cell_ptr": input if c is None else c,
         "weight_ih_ptr": weight_ih,
         "weight_hh_ptr": weight_hh,
-        "bias_ih_ptr": weight_hh if bias_ih is None else bias_ih,
-        "bias_hh_ptr": weight_hh if bias_hh is None else bias_hh,
+        "bias_ih_ptr": bias_ih,
+        "bias_hh_ptr": bias_hh,
         "hidden_next_ptr": h_1,
         "cell_next_ptr": c_1,
         "output_ptr": h_1 if output is None else output,
-        "output_stride": 0 if output is None else output.stride(0),
+        "output_stride": output_stride,
         "gates_ptr": h_1 if gates is None else gates,
         "batch_size": input.shape[0],
     }
-    constants = {
-        "INPUT": input.shape[1],
-        "INPUT_STRIDE_UNIT": stride_unit,
-        "HIDDEN": weight_hh.shape[1],
-        "HAS_STATE": start.h is not None,
-        "HAS_BIAS": bias_ih is not None,
-        "HAS_OUTPUT": output is not None,
-        "KEEP_GATES": gates is not None,
-        **cell_constants_of(plan),
-    }
-    kernel = prepared(cell_forward, (plan.programs,), constants, cell_compiler_options(plan))
-    run(kernel, input.device, arguments)
+    run(kernel, input.device, arguments, on)
 
 
 @torch.library.custom_op("lstm_triton::cell_backward", mutates_args=())

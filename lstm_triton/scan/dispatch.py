@@ -1,7 +1,7 @@
 """Call this library's operators without PyTorch's dispatcher, where nothing observes operators."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from .. import flops, transforms
+from .. import flops
 from ..failure import explained
 
 TENSORS = {Tensor, torch.nn.Parameter}
@@ -30,11 +30,16 @@ def invoke(operator: Any, *arguments: Any) -> Any:
     if is_observed(arguments):
         flops.counted()  # hands the formulas to the counters
         return operator(*arguments)
+    return directly(operator._qualname, operator._init_fn, *arguments)
+
+
+def directly(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the function of an operator, where nothing observes the operator. A profiler is told the operator's name."""
     try:
-        if torch._C._autograd._profiler_enabled():  # a profiler shows the name, as the dispatcher would tell it
-            with torch.profiler.record_function(operator._qualname):
-                return operator._init_fn(*arguments)
-        return operator._init_fn(*arguments)
+        if torch._C._autograd._profiler_enabled():
+            with torch.profiler.record_function(name):
+                return function(*arguments)
+        return function(*arguments)
     except RuntimeError as error:
         if (failed := explained(error)) is None:
             raise

@@ -177,7 +177,7 @@ def _run(
     keep_gates = buffers.gates.shape[0] > 0
     windows, kept_steps = windows_of(layout, schedule.bounds), low_memory_steps(layout.time_steps)
     below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
-    aligned_input, stride_unit = with_aligned_rows(below) if plan.fuse_input else (None, 1)
+    aligned_input, stride_unit, strides = with_aligned_rows(below) if plan.fuse_input else (None, 1, below.stride())
     for launch in schedule.parts:
         part_plan, first = launch.plan, launch.first - schedule.planned.first
         part = slice(first, first + part_plan.lanes)
@@ -216,8 +216,8 @@ def _run(
             arguments = {
                 "gates_ptr": gates if gates.shape[0] > 0 else hidden,
                 "input_ptr": input,
-                "input_stride_step": input.stride(0) // stride_unit,
-                "input_stride_batch": input.stride(-2) // stride_unit,
+                "input_stride_step": strides[0],  # not read, if the input is not fused
+                "input_stride_batch": strides[-1],
                 "weight_ih_ptrs": weights_ih,
                 "weight_hh_ptrs": weights_hh,
                 "bias_ih_ptrs": biases_ih or weights_hh,

@@ -132,10 +132,16 @@ def _prepared(
     return PreparedKernel(kernel, grid, dict(constants), dict(options))
 
 
-def run(prepared: PreparedKernel, device: torch.device, arguments: Mapping[str, object]) -> None:
-    """Launch a kernel on the current target (target.py). Every kernel of this library is launched here.
+def run(
+    prepared: PreparedKernel,
+    device: torch.device,
+    arguments: Mapping[str, object],
+    on: target.Target | None = None,
+) -> None:
+    """Launch a kernel. Every kernel of this library is launched here.
 
     Args:
         arguments: of the kernel, by name, without its compile-time arguments.
+        on: the target; None: the current one (target.py).
     """
-    target.run(KernelLaunch(prepared, device, prepared.values(arguments)))
+    target.run(KernelLaunch(prepared, device, prepared.values(arguments)), on)

@@ -1,0 +1,139 @@
+"""Calls of an LSTM that were checked before.
+
+To check the arguments of a call and to choose its path takes the host longer than a small layer takes the GPU. Both
+depend on options, sizes, dtypes, devices and settings, and on no value of a tensor. A *key* has all of them. What was
+decided for a key is remembered, and holds for every later call with an equal key.
+
+Nothing has to be thrown away when a module or a setting changes, since the changed call has another key. A key is made
+anew in each call, and nothing is remembered of a tensor but its dtype, device, layout, shape and `requires_grad`.
+"""
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import refusal, target
+from .call import Call
+from .preference import current_backend
+from .stack import States
+
+if TYPE_CHECKING:
+    from .scan.cell import StackStep
+
+REMEMBERED = 1024  # keys, about 2 KB each. When there are more, all are forgotten
+PLAIN = {Tensor, torch.nn.Parameter}
+# The types of options: one key must not stand for 1, 1.0 and True.
+OPTIONS = {
+    (int, bool, bool, dropout, bool, bool, int, bool, str, backend)
+    for dropout in (float, int)
+    for backend in (type(None), str)
+}
+Key = tuple[Any, ...]
+
+_facts = attrgetter("dtype", "device", "layout", "shape", "requires_grad")
+known: dict[Key | None, "PreparedCall"] = {}
+
+
+class PreparedCall(NamedTuple):
+    """What was decided for a key.
+
+    Attributes:
+        path: "triton" or "aten".
+        decided: the checked call. Its tensors are left out.
+        batch_axis: of an input without a batch: where its batch dimension is added.
+        time_axis: of an input with a batch.
+        step: what computes a single step without gradients by the kernels; None: the call is another one.
+        on: the target of `step`.
+    """
+
+    path: str
+    decided: tuple[Any, ...]
+    batch_axis: int | None
+    time_axis: int
+    step: "StackStep | None"
+    on: target.Target
+
+    def call(self, input: Tensor, hx: States | None, weights: Sequence[Tensor]) -> Call:
+        """The checked call of these tensors."""
+        if self.batch_axis is not None:
+            input = input.unsqueeze(self.batch_axis)
+            hx = None if hx is None else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        return Call(input, None, hx, list(weights), *self.decided)
+
+
+TENSORS = 4  # fields of `Call` that are left out: the first ones
+
+
+def key_of(input: Any, hx: Any, weights: Sequence[Any], options: tuple[object, ...]) -> Key | None:
+    """The key of a call; None: the call has to be checked, or something looks at each of its operations.
+
+    Args:
+        options: num_layers, bias, batch_first, dropout, training, bidirectional, proj_size, return_cells, memory and
+            backend, as `lstm` takes them.
+    """
+    if hx is None:
+        tensors = (input, *weights)
+    elif type(hx) is tuple and len(hx) == 2:
+        tensors = (input, *hx, *weights)
+    else:
+        return None
+    kinds = (*map(type, options),)
+    if kinds not in OPTIONS or not PLAIN.issuperset(map(type, tensors)) or any(map(Tensor.is_neg, tensors)):
+        return None
+    if (
+        refusal.state
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    return (
+        *map(_facts, tensors),
+        hx is None,
+        options,
+        kinds,
+        current_backend(),
+        target.current(),
+        torch.is_grad_enabled(),
+        _autocast(input.device.type) if torch._C._is_any_autocast_enabled() else None,
+        torch._C._get_fp32_precision_getter("cuda", "rnn"),
+        torch._C._get_cudnn_enabled(),
+    )
+
+
+def _autocast(device: str) -> tuple[object, ...]:
+    return () if device == "meta" else (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+
+
+def remember(key: Key, call: Call, path: str, input: Tensor) -> None:
+    """Remember what was decided for a key."""
+    batch_axis = None if input.dim() == 3 else 0 if call.batch_first else 1
+    step = _step_of(call) if path == "triton" and batch_axis is None else None
+    if len(known) >= REMEMBERED:
+        known.clear()
+    known[key] = PreparedCall(path, call[TENSORS:], batch_axis, int(call.batch_first), step, target.current())
+
+
+def forget() -> None:
+    """Forget everything, as if no call had been made."""
+    known.clear()
+
+
+def _step_of(call: Call) -> "StackStep | None":
+    """What computes a call of a single step without gradients."""
+    from .scan.cell import StackStep
+    from .scan.schedule import is_single_step
+
+    has_dropout = call.training and call.dropout > 0 and call.num_layers > 1
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors())
+    if trains or call.projected() or call.return_cells or call.autocast_dtype() is not None:
+        return None
+    if not is_single_step(call.time_steps, not call.dense(), has_dropout, fuse_input=True):
+        return None
+    row = call.data.select(1 if call.batch_first else 0, 0)
+    return StackStep.of(row, call.weights, call.directions, call.bias, call.states is not None)
