@@ -124,16 +124,14 @@ class Stack(NamedTuple):
         """The lanes of a layer."""
         return slice(number * self.directions, (number + 1) * self.directions)
 
-    def by_direction(self) -> list[tuple[slice, bool]]:
-        """For each direction its lanes, and whether it walks from the last step to the first."""
-        return [
-            (slice(first, None, self.directions), self.is_reverse(first))
-            for first in range(min(self.directions, self.lanes()))
-        ]
-
     def part(self, lanes: slice) -> "Stack":
         """The stack of some of the lanes."""
         return Stack(self.weights[lanes], self.directions, self.is_reverse(lanes.start))
+
+
+def by_direction(directions: int, reverse: bool) -> list[tuple[slice, bool]]:
+    """For each direction its lanes, and whether it walks from the last step to the first, as the first may do."""
+    return [(slice(first, None, directions), reverse != (first == 1)) for first in range(directions)]
 
 
 class Lane(Protocol):

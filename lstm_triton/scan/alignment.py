@@ -1,28 +1,33 @@
 """Tensors as the kernels read them: rows contiguous, padded, and at aligned addresses."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def aligned(weights: Iterable[Tensor], stride: int) -> tuple[Tensor, ...]:
+def contiguous(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if all(map(Tensor.is_contiguous, weights)):
+        return tuple(weights)
+    return tuple([weight.contiguous() for weight in weights])
+
+
+def aligned(weights: Sequence[Tensor], stride: int) -> tuple[Tensor, ...]:
     """Weights with contiguous rows, padded to `stride` elements, at aligned addresses. Copies are made only if needed.
 
     The kernels then load weights in pieces as wide as those of states. With narrower loads weights could not stay in
     registers (kernels/fragments.py).
     """
-    found = []
-    for weight in weights:
+    found = list(contiguous(weights))
+    for at, weight in enumerate(found):
         if weight.shape[1] < stride:
-            weight = torch.nn.functional.pad(weight, (0, stride - weight.shape[1]))
-        if not weight.is_contiguous() or weight.data_ptr() % 16:
-            weight = weight.clone(memory_format=torch.contiguous_format)
-        found.append(weight)
+            found[at] = torch.nn.functional.pad(weight, (0, stride - weight.shape[1]))
+        elif weight.data_ptr() % 16:
+            found[at] = weight.clone()
     return tuple(found)
 
 
-def transposed(weights: Iterable[Tensor], stride: int) -> tuple[Tensor, ...]:
+def transposed(weights: Sequence[Tensor], stride: int) -> tuple[Tensor, ...]:
     """Weights (4H, H) as rows of units whose columns are gate-minor, padded: (stride, 4 * stride) copies.
 
     The backward scan multiplies with columns of a weight. In the copies the columns are rows, which are read in pieces

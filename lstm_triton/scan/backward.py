@@ -12,10 +12,9 @@ from ..stack import Stack
 from . import buffers, products
 from .alignment import transposed
 from .dispatch import named
-from .dropout import Dropout
-from .launch import lookups, prepared_scan, run, shape_of
+from .launch import lookups, run
 from .layout import Layout, Window
-from .schedule import backward_schedules
+from .prepared import PreparedSchedule, Sizes, backward_scan_of
 
 
 @torch.library.custom_op("lstm_triton::scan_backward", mutates_args=())
@@ -51,80 +50,77 @@ def scan_backward(
         grad_cell: (lanes, B, state_stride(H)) float32, the gradient of c_0. Ragged: (lanes, 2B, state_stride(H)), the
             gradients of c_0 and of c_reset.
     """
-    from ..kernels.backward import backward_scan
+    ragged, hidden_size = Ragged.of(tables), weights[0].shape[0] // 4
+    size = 4 if bias else 2  # weights of a lane
+    lanes, rows = len(weights) // size, gates.shape[1]
+    time_steps = rows // batch_size if ragged is None else ragged.time_steps()
+    layout = Layout.sized(time_steps, rows, batch_size, hidden_size, ragged)
+    sizes = Sizes(
+        *(time_steps, batch_size, weights[0].shape[1], hidden_size, lanes, directions),
+        *(bias, reverse, ragged is not None, gates.dtype, gates.device),
+    )
+    window = Window(slice(0, time_steps), slice(0, rows))
+    shape = (time_steps, batch_size) if ragged is None else (rows,)
 
-    stack, drop = Stack.of(weights, directions, bias, reverse), Dropout(dropout, seed)
-    hidden_size, ragged = stack.hidden_size(), Ragged.of(tables)
-    time_steps = gates.shape[1] // batch_size if ragged is None else ragged.time_steps()
-    layout = Layout.sized(time_steps, gates.shape[1], batch_size, hidden_size, ragged)
-    window = Window(slice(0, time_steps), slice(0, layout.rows))
-    shape = (time_steps, batch_size) if ragged is None else (layout.rows,)
-
-    grad_gates = buffers.sentinels((stack.lanes(), layout.state_rows, 4 * layout.stride), gates)
+    grad_gates = buffers.sentinels((lanes, layout.state_rows, 4 * layout.stride), gates)
     if ragged is None:
         # No gradient comes from behind the last step.
-        layout.initial_rows(grad_gates, min(directions, stack.lanes()), not reverse).zero_()
+        layout.initial_rows(grad_gates, min(directions, lanes), not reverse).zero_()
     else:
-        grad_gates[:, : layout.batch_size].zero_()
+        grad_gates[:, :batch_size].zero_()
         grad_gates[:, layout.steps().stop :].zero_()
         grad_gates[:, layout.steps()].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
-    grad_cell = cell.new_zeros((stack.lanes(), layout.start_rows, layout.stride))
+    grad_cell = cell.new_zeros((lanes, layout.start_rows, layout.stride))
     if grad_c_n is not None:
         grad_cell[:, :batch_size, :hidden_size] = grad_c_n
-    grad_h_n = gates.new_zeros((stack.lanes(), batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
+    grad_h_n = gates.new_zeros((lanes, batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
     grad_cells = None if grad_cells is None else grad_cells.contiguous()
 
-    first = shape_of("backward", stack, gates, batch_size)
-    for schedule in reversed(backward_schedules(first, stack.num_layers(), directions, time_steps)):
-        launch, plan, lanes = schedule.planned, schedule.planned.plan, schedule.lanes
-        part = stack if plan.lanes == stack.lanes() else stack.part(lanes)
-        layer = (launch.lanes.stop - 1) // directions
-        if layer < stack.num_layers() - 1:
-            above = stack.layer(layer + 1)
-            grad_output = products.input_gradient(grad_gates[above], stack.weights[above], layout).view(*shape, -1)
+    for schedule in backward_scan_of(sizes, dropout > 0, grad_cells is not None):
+        plan, own, dropped = schedule.plan, schedule.lanes, schedule.dropped
+        above = (own.stop - 1) // directions + 1  # the layer that reads what these lanes compute
+        if above < lanes // directions:
+            of_layer = slice(above * directions, (above + 1) * directions)
+            through = weights[of_layer.start * size : of_layer.stop * size : size]
+            grad_output = products.input_gradient(grad_gates[of_layer], through, layout).view(*shape, -1)
         elif grad_output is None:
             grad_output = gates.new_zeros(directions * hidden_size).expand(*shape, -1)
         elif grad_output.stride(-1) != 1:
             grad_output = grad_output.contiguous()
-        dropped = drop.lanes(launch, stack)
-        first_output = launch.first % directions * hidden_size if not plan.chained else 0
-        is_whole = plan.lanes == stack.lanes()
-        weights_hh = transposed([each.hh for each in part.weights], layout.stride)
+        strides = grad_output.stride()
+        first_output = own.start % directions * hidden_size if not plan.chained else 0
+        of_lanes = weights[own.start * size : own.stop * size]
+        weights_hh = transposed(of_lanes[1::size], layout.stride)
         weights_ih = weights_hh
         if plan.chained:  # the first lane has no lane below in this launch, so its weight is not read
-            weights_ih = (*weights_hh[:1], *transposed([each.ih for each in part.weights[1:]], layout.stride))
-        prepared = prepared_scan(
-            backward_scan,
-            plan,
-            HIDDEN=hidden_size,
-            STATE_STRIDE=layout.stride,
-            GRAD_CELLS=grad_cells is not None,
-            DROPOUT=dropped > 0,
-            RAGGED=ragged is not None,
-        )
+            weights_ih = (*weights_hh[:1], *transposed(of_lanes[size::size], layout.stride))
+
+        def of(tensor: Tensor, schedule: PreparedSchedule = schedule) -> Tensor:
+            return tensor if schedule.is_whole else tensor[schedule.lanes]
+
         arguments = {
             "grad_output_ptr": grad_output[..., first_output:] if first_output else grad_output,
-            "grad_output_stride_step": grad_output.stride(0),
-            "grad_output_stride_batch": grad_output.stride(-2),
+            "grad_output_stride_step": strides[0],
+            "grad_output_stride_batch": strides[-2],
             "grad_output_stride_lane": hidden_size,
-            "grad_hidden_ptr": grad_h_n if is_whole else grad_h_n[lanes],
-            "grad_cells_ptr": grad_h_n if grad_cells is None else grad_cells[lanes],
-            "grad_cell_ptr": grad_cell if is_whole else grad_cell[lanes],
-            "gates_ptr": gates if is_whole else gates[lanes],
-            "cell_ptr": cell if is_whole else cell[lanes],
+            "grad_hidden_ptr": of(grad_h_n),
+            "grad_cells_ptr": grad_h_n if grad_cells is None else of(grad_cells),
+            "grad_cell_ptr": of(grad_cell),
+            "gates_ptr": of(gates),
+            "cell_ptr": of(cell),
             "weight_ih_ptrs": weights_ih,
             "weight_hh_ptrs": weights_hh,
-            "grad_gates_ptr": grad_gates if is_whole else grad_gates[lanes],
+            "grad_gates_ptr": of(grad_gates),
             "before_successors_ptr": gates if ragged is None else ragged.successors(reverse=True),
             **lookups(layout, plan, window, gates),
             "seed_ptr": seed if dropped else gates,
             "dropout": dropout,
             "dropped_lanes": dropped,
-            "first_lane": launch.first,
-            "reverse": int(part.reverse),
+            "first_lane": own.start,
+            "reverse": int(schedule.reverse),
             "hold": plan.hold,
         }
-        run(prepared, gates.device, arguments)
+        run(schedule.parts[0].kernel, gates.device, arguments)
     return grad_gates, grad_cell
 
 

@@ -1,11 +1,12 @@
 """The buffers that a forward scan writes, and what they hold before the scan runs."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..stack import Stack, Start
+from ..stack import Start, by_direction
 from .layout import Layout
 
 
@@ -42,20 +43,24 @@ class Buffers(NamedTuple):
     def of(self, lanes: slice) -> "Buffers":
         return Buffers(*(buffer[lanes] for buffer in self))
 
-    def write(self, start: Start, layout: Layout, stack: Stack) -> None:
-        """Write the states that sequences start from, and zeros where there is no step."""
-        if layout.ragged is None:
-            directions = min(stack.directions, stack.lanes())
-            every_cell = self.cell.shape[1] == layout.state_rows
-            cell = layout.initial_rows(self.cell, directions, stack.reverse) if every_cell else self.cell
-            _fill(cell, start.c)
-            _fill(layout.initial_rows(self.hidden, directions, stack.reverse), start.h)
-        else:
-            self._write_ragged(start, layout, stack)
+    def write(self, start: Start, layout: Layout, directions: int, reverse: bool) -> None:
+        """Write the states that sequences start from, and zeros where there is no step.
 
-    def _write_ragged(self, start: Start, layout: Layout, stack: Stack) -> None:
+        Args:
+            start: of these lanes.
+            directions: of these lanes.
+            reverse: whether the first lane walks from the last step to the first.
+        """
+        if layout.ragged is None:
+            every_cell = self.cell.shape[1] == layout.state_rows
+            _fill(layout.initial_rows(self.cell, directions, reverse) if every_cell else self.cell, start.c)
+            _fill(layout.initial_rows(self.hidden, directions, reverse), start.h)
+        else:
+            self._write_ragged(start, layout, by_direction(directions, reverse))
+
+    def _write_ragged(self, start: Start, layout: Layout, directions: Sequence[tuple[slice, bool]]) -> None:
         assert layout.ragged is not None
-        for lanes, reverse in stack.by_direction():
+        for lanes, reverse in directions:
             hidden, cell, own = self.hidden[lanes], self.cell[lanes], start.of(lanes)
             initial = layout.initial(reverse) if cell.shape[1] == layout.state_rows else slice(layout.batch_size)
             _fill(cell[:, initial], own.c)
@@ -69,19 +74,18 @@ class Buffers(NamedTuple):
         self.hidden_dropped[:, layout.steps()].masked_fill_(no_step, 0)
         self.hidden_dropped[:, : layout.batch_size].zero_()
 
-    def read_ends(self, h_n: Tensor, c_n: Tensor, layout: Layout, stack: Stack) -> None:
-        """Write the final states into h_n and c_n (lanes, B, H)."""
+    def read_ends(self, h_n: Tensor, c_n: Tensor, layout: Layout, directions: int, reverse: bool) -> None:
+        """Write the final states into h_n and c_n (lanes, B, H). `directions`, `reverse`: as in `write`."""
         size, every_cell = layout.hidden_size, self.cell.shape[1] == layout.state_rows
         if layout.ragged is None:
-            directions = min(stack.directions, stack.lanes())
-            last = layout.last_rows(self.hidden, directions, stack.reverse)
-            h_n.view(*last.shape[:3], size).copy_(last[..., :size])
+            last = layout.last_rows(self.hidden, directions, reverse)
+            h_n.view((*last.shape[:3], size)).copy_(last if size == layout.stride else last[..., :size])
             if every_cell:
-                last = layout.last_rows(self.cell, directions, stack.reverse)
-                c_n.view(*last.shape[:3], size).copy_(last[..., :size])
+                last = layout.last_rows(self.cell, directions, reverse)
+                c_n.view((*last.shape[:3], size)).copy_(last if size == layout.stride else last[..., :size])
         else:
-            for lanes, reverse in stack.by_direction():
-                last_row = layout.last(reverse)
+            for lanes, reverse_in_time in by_direction(directions, reverse):
+                last_row = layout.last(reverse_in_time)
                 h_n[lanes] = self.hidden[lanes, last_row, :size]
                 if every_cell:
                     c_n[lanes] = self.cell[lanes, last_row, :size]
@@ -92,7 +96,7 @@ class Buffers(NamedTuple):
 def sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An exchange buffer in which nothing has been published (kernels/exchange.py)."""
     buffer = like.new_empty(shape)
-    if buffer.numel() > 0:
+    if 0 not in shape:
         buffer.view(torch.int32 if like.dtype.itemsize == 4 else torch.int16).fill_(-1)
     return buffer
 

@@ -1,7 +1,6 @@
 """The forward scan of a stack of layers as a PyTorch operator: it asks the planner, makes buffers and launches."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +10,13 @@ from .. import flops
 from ..ragged import Ragged
 from ..stack import Stack, Start
 from . import products
-from .alignment import aligned, with_aligned_rows
+from .alignment import aligned, contiguous, with_aligned_rows
 from .buffers import Buffers
 from .dispatch import named
 from .dropout import Dropout
-from .launch import input_constants_of, lookups, prepared_scan, run, shape_of
+from .launch import lookups, run
 from .layout import Layout
-from .schedule import Schedule, forward_schedules
+from .prepared import Forward, PreparedSchedule, Sizes, forward_scan_of
 from .windows import low_memory_steps, window_cells, windows_of
 
 
@@ -66,56 +65,67 @@ def scan_forward(
 
         A tensor that is not kept is empty.
     """
-    stack, drop = Stack.of(weights, directions, bias, reverse), Dropout(dropout, seed)
+    ragged, hidden_size = Ragged.of(tables), weights[0].shape[0] // 4
+    layout = Layout.of(input, hidden_size, ragged)
+    size = 4 if bias else 2  # weights of a lane
+    lanes = len(weights) // size
+    sizes = Sizes(
+        *(layout.time_steps, layout.batch_size, input.shape[-1], hidden_size, lanes, directions),
+        *(bias, reverse, ragged is not None, input.dtype, input.device),
+    )
+    # `preact` can be added only to input projections in memory.
+    fuse_input = preact_0 is None and preact_reset is None
+    schedules = forward_scan_of(sizes, Forward(keep_cells, keep_gates, low_memory, fuse_input, dropout > 0))
     start = Start(h_0, c_0, h_reset, c_reset, preact_0, preact_reset)
-    lanes, hidden_size = stack.lanes(), stack.hidden_size()
-    layout = Layout.of(input, hidden_size, Ragged.of(tables))
-    new_buffers = partial(Buffers.new, layout, input, keep_cells, keep_gates)
-    kept = new_buffers(lanes if keep_cells or low_memory else 0, dropout > 0 and not low_memory)
+    kept_lanes = lanes if keep_cells or low_memory else 0
+    kept = Buffers.new(layout, input, keep_cells, keep_gates, kept_lanes, dropout > 0 and not low_memory)
     if low_memory:
         kept = kept._replace(cell=window_cells(input, layout, lanes))
-    sizes = (lanes, layout.batch_size, hidden_size)
-    h_n, c_n = input.new_empty(sizes), input.new_empty(sizes)
-    below = input if layout.ragged is None else input.contiguous()
+    of_states = (lanes, layout.batch_size, hidden_size)
+    h_n, c_n = input.new_empty(of_states), input.new_empty(of_states)
+    below = input if ragged is None else input.contiguous()
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
     last_hidden: list[Tensor] = []  # of the last layer, (state rows, stride)
-    schedules = forward_schedules(
-        shape_of("forward", stack, input, layout.batch_size),
-        stack.num_layers(),
-        directions,
-        layout.time_steps,
-        keep_gates=keep_gates,
-        low_memory=low_memory,
-        # `preact` can be added only to input projections in memory.
-        fuse_input=start.preact is None and start.preact_reset is None,
-    )
     for schedule in schedules:
-        launch, own_lanes = schedule.planned, schedule.lanes
-        is_whole = launch.plan.lanes == lanes
-        part, own = (stack, start) if is_whole else (stack.part(own_lanes), start.of(own_lanes))
-        dropped = drop.lanes(launch, stack)
+        own, plan, dropped = schedule.lanes, schedule.plan, schedule.dropped
         if keep_cells:
-            buffers = kept if is_whole else kept.of(own_lanes)
+            buffers = kept if schedule.is_whole else kept.of(own)
         else:
-            buffers = new_buffers(launch.plan.lanes, dropped > 0, kept.hidden[own_lanes] if low_memory else None)
-        buffers.write(own, layout, part)
-        _run(schedule, part, buffers, layout, below, own, drop, dropped, kept.cell[own_lanes] if low_memory else None)
-        buffers.read_ends(*((h_n, c_n) if is_whole else (h_n[own_lanes], c_n[own_lanes])), layout, part)
-        if not (keep_cells or low_memory):
+            hidden = kept.hidden[own] if low_memory else None
+            buffers = Buffers.new(layout, input, False, keep_gates, plan.lanes, dropped > 0, hidden)
+        own_start = start if schedule.is_whole else start.of(own)
+        own_directions = min(directions, plan.lanes)
+        buffers.write(own_start, layout, own_directions, schedule.reverse)
+        _run(
+            schedule,
+            weights
+            if schedule.is_whole
+            else weights[own.start * len(weights) // lanes : own.stop * len(weights) // lanes],
+            sizes,
+            buffers,
+            layout,
+            below,
+            own_start,
+            Dropout(dropout, seed),
+            kept.cell[own] if low_memory else None,
+        )
+        ends = (h_n, c_n) if schedule.is_whole else (h_n[own], c_n[own])
+        buffers.read_ends(*ends, layout, own_directions, schedule.reverse)
+        if kept_lanes == 0:
             last_hidden = [*last_hidden, *buffers.hidden.unbind()][-directions:]
-        if launch.lanes.stop == lanes:
+        if own.stop == lanes:
             break
-        for at in range(launch.plan.lanes):
+        for at in range(plan.lanes):
             if len(outputs) == directions:
                 outputs = []
             source = buffers.hidden_dropped if at < dropped else buffers.hidden
             outputs.append(source[at, layout.steps(), :hidden_size])
         if len(outputs) == directions:
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
-    if keep_cells or low_memory:
+    if kept_lanes > 0:
         return *kept, h_n, c_n
     # If the last layer shares a buffer with layers below, it is copied: a view would keep these layers in memory.
-    hidden = buffers.hidden if launch.plan.lanes == directions else torch.stack(last_hidden)
+    hidden = buffers.hidden if plan.lanes == directions else torch.stack(last_hidden)
     return hidden, kept.hidden_dropped, kept.cell, kept.gates, h_n, c_n
 
 
@@ -152,67 +162,53 @@ def _(*arguments: Any) -> int:
 
 
 def _run(
-    schedule: Schedule,
-    stack: Stack,
+    schedule: PreparedSchedule,
+    weights: Sequence[Tensor],
+    sizes: Sizes,
     buffers: Buffers,
     layout: Layout,
     below: Tensor,
     start: Start,
     dropout: Dropout,
-    dropped: int,
     cell_starts: Tensor | None,
 ) -> None:
-    """Run the scan of a schedule's lanes, window after window of time. `stack` has the weights of these lanes.
+    """Run the scan of a schedule's lanes, window after window of time.
 
     Args:
+        weights: of these lanes, as in `scan_forward`.
         below: what the first lane reads, (T, B, I) or (rows, I).
         start: the states that these lanes start from.
-        dropped: how many of the lanes have dropout. They come first.
         cell_starts: (lanes, LOW_MEMORY_WINDOWS, B, state_stride(H)); the c at the start of each window is written here.
             None: it is not needed.
     """
-    from ..kernels.forward import forward_scan
-
-    plan = schedule.planned.plan
+    plan, dropped, size = schedule.plan, schedule.dropped, 4 if sizes.bias else 2
     keep_gates = buffers.gates.shape[0] > 0
     windows, kept_steps = windows_of(layout, schedule.bounds), low_memory_steps(layout.time_steps)
     below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
-    aligned_input, stride_unit, strides = with_aligned_rows(below) if plan.fuse_input else (None, 1, below.stride())
-    for launch in schedule.parts:
-        part_plan, first = launch.plan, launch.first - schedule.planned.first
-        part = slice(first, first + part_plan.lanes)
-        is_whole = part_plan.lanes == stack.lanes()
-        part_stack, hidden = (stack, buffers.hidden) if is_whole else (stack.part(part), buffers.hidden[part])
+    aligned_input, _, strides = with_aligned_rows(below) if plan.fuse_input else (None, 1, below.stride())
+    for part in schedule.parts:
+        is_whole, of_part = len(schedule.parts) == 1, part.lanes
+        hidden = buffers.hidden if is_whole else buffers.hidden[of_part]
+        cell = buffers.cell if is_whole else buffers.cell[of_part]
+        own = weights if is_whole else weights[of_part.start * size : of_part.stop * size]
         input = hidden if aligned_input is None else aligned_input
-        weights = part_stack.weights
-        weights_ih = aligned([each.ih for each in weights], layout.stride if part_plan.chained else 0)
-        weights_hh = aligned([each.hh for each in weights], layout.stride)
-        biases_ih, biases_hh = part_stack.biases()
-        prepared = prepared_scan(
-            forward_scan,
-            part_plan,
-            HIDDEN=stack.hidden_size(),
-            STATE_STRIDE=layout.stride,
-            HAS_BIAS=stack.bias(),
-            KEEP_CELLS=buffers.cell.shape[1] == layout.state_rows,
-            KEEP_GATES=keep_gates,
-            DROPOUT=dropped > 0,
-            RAGGED=layout.ragged is not None,
-            **input_constants_of(plan, input.shape[-1], stride_unit),
-        )
-        for window in reversed(windows) if part_stack.reverse else windows:
-            begins = window.steps.stop if part_stack.reverse else window.steps.start
+        weights_ih = aligned(own[::size], layout.stride if plan.chained else 0)
+        weights_hh = aligned(own[1::size], layout.stride)
+        biases_ih, biases_hh = (weights_hh, weights_hh) if size == 2 else (contiguous(own[at::4]) for at in (2, 3))
+        for window in reversed(windows) if part.reverse else windows:
+            begins = window.steps.stop if part.reverse else window.steps.start
             if cell_starts is not None and (begins % kept_steps == 0 or begins == layout.time_steps):
                 number = window.steps.start // kept_steps
-                cell_starts[part, number] = buffers.cell[part, : layout.batch_size]
+                cell_starts[of_part, number] = cell[:, : layout.batch_size]
             rows = window.rows.stop - window.rows.start
-            gates = buffers.gates if is_whole else buffers.gates[part]
+            gates = buffers.gates if is_whole else buffers.gates[of_part]
             if not plan.fuse_input:
                 if not keep_gates:
-                    gates = below.new_empty((part_plan.projected_lanes, rows, 4 * stack.hidden_size()))
-                for at in range(part_plan.projected_lanes):
-                    products.project(below_rows[window.rows], weights[at].ih, gates[at])
-                    layout.add_preacts(gates[at], start.of(part.start + at), window, part_stack.is_reverse(at))
+                    gates = below.new_empty((part.plan.projected_lanes, rows, 4 * sizes.hidden_size))
+                for at in range(part.plan.projected_lanes):
+                    products.project(below_rows[window.rows], own[at * size], gates[at])
+                    lane, reverse = of_part.start + at, sizes.is_reverse(part.first + at)
+                    layout.add_preacts(gates[at], start.of(lane), window, reverse)
             arguments = {
                 "gates_ptr": gates if gates.shape[0] > 0 else hidden,
                 "input_ptr": input,
@@ -220,20 +216,20 @@ def _run(
                 "input_stride_batch": strides[-1],
                 "weight_ih_ptrs": weights_ih,
                 "weight_hh_ptrs": weights_hh,
-                "bias_ih_ptrs": biases_ih or weights_hh,
-                "bias_hh_ptrs": biases_hh or weights_hh,
+                "bias_ih_ptrs": biases_ih,
+                "bias_hh_ptrs": biases_hh,
                 "hidden_ptr": hidden,
-                "hidden_dropped_ptr": buffers.hidden_dropped[part] if dropped else hidden,
-                "cell_ptr": buffers.cell if is_whole else buffers.cell[part],
-                **lookups(layout, part_plan, window, hidden),
+                "hidden_dropped_ptr": buffers.hidden_dropped[of_part] if dropped else hidden,
+                "cell_ptr": cell,
+                **lookups(layout, part.plan, window, hidden),
                 "seed_ptr": dropout.seed if dropped else hidden,
                 "dropout": dropout.probability,
-                "dropped_lanes": dropped - part.start,
-                "first_lane": launch.first,
+                "dropped_lanes": dropped - of_part.start,
+                "first_lane": part.first,
                 "state_rows": layout.state_rows,
                 "gate_rows": rows,
                 "first_step": window.steps.start,
-                "reverse": int(part_stack.reverse),
-                "hold": part_plan.hold,
+                "reverse": int(part.reverse),
+                "hold": part.plan.hold,
             }
-            run(prepared, input.device, arguments)
+            run(part.kernel, input.device, arguments)

@@ -121,7 +121,9 @@ def _from_gates(
     stack, static, input = saved.stack(), saved.static, saved.inputs.input
     grad_input = None
     if needed.input:
-        grad_input = products.input_gradient(grad_gates, stack.weights[: stack.directions], layout)
+        grad_input = products.input_gradient(
+            grad_gates, [each.ih for each in stack.weights[: stack.directions]], layout
+        )
         grad_input = layout.of_steps(grad_input).view(input.shape)
     needed_weights = Stack.of(needed.weights, static.directions, static.bias).weights
     grad_weights: list[Tensor | None] = []

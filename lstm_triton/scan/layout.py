@@ -62,26 +62,26 @@ class Layout(NamedTuple):
         return slice(first, first + self.batch_size)
 
     def initial_rows(self, states: Tensor, directions: int, reverse: bool) -> Tensor:
-        """(layers, directions, B, stride) the initial states of all lanes. Not for a ragged batch.
+        """(layers, directions, B, width) the initial states of all lanes. Not for a ragged batch.
 
         Args:
-            states: (lanes, state rows, stride), the lanes of `directions` directions.
+            states: (lanes, state rows, width), contiguous: the lanes of `directions` directions.
             reverse: whether the first direction is the reverse one.
         """
         behind = self.rows + self.batch_size
         return self._rows_of(states, directions, *((behind, 0) if reverse else (0, behind)))
 
     def last_rows(self, states: Tensor, directions: int, reverse: bool) -> Tensor:
-        """(layers, directions, B, stride) the states of the last steps of all lanes; as in `initial_rows`."""
+        """(layers, directions, B, width) the states of the last steps of all lanes; as in `initial_rows`."""
         firsts = (self.batch_size, self.rows) if reverse else (self.rows, self.batch_size)
         return self._rows_of(states, directions, *firsts)
 
     def _rows_of(self, states: Tensor, directions: int, first: int, first_of_second: int) -> Tensor:
         """B rows of each lane: from row `first` on, and in a second direction from row `first_of_second` on."""
-        stride, lane = states.stride(1), states.stride(0)
-        sizes = (states.shape[0] // directions, directions, self.batch_size, states.shape[2])
-        strides = (directions * lane, lane + (first_of_second - first) * stride, stride, 1)
-        return states.as_strided(sizes, strides, states.storage_offset() + first * stride)
+        lanes, rows, width = states.shape
+        sizes = (lanes // directions, directions, self.batch_size, width)
+        strides = (directions * rows * width, (rows + first_of_second - first) * width, width, 1)
+        return states.as_strided(sizes, strides, states.storage_offset() + first * width)
 
     def previous(self, reverse: bool) -> slice:
         """The state rows that the steps start from, in the order of `steps`. Not for a ragged batch."""

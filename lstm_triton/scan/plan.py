@@ -247,7 +247,7 @@ def state_stride(hidden_size: int) -> int:
     Rows then begin at multiples of 32 bytes or more, so that loads are wide. No two rows share a 32-bit word, so no two
     programs write parts of one word.
     """
-    return round_up(hidden_size, 16)
+    return (hidden_size + 15) // 16 * 16
 
 
 def chunk_columns(depth: int, largest: int) -> int:

@@ -47,7 +47,7 @@ def plan(shape: ScanShape) -> Plan:
     Raises:
         ValueError: no plan fits the device.
     """
-    return _plan(shape, _forced.get(shape.kind))
+    return _plan(shape, forced_plans[shape.kind])
 
 
 def candidates(shape: ScanShape) -> list[Plan]:
@@ -89,7 +89,7 @@ def launches(first: ScanShape, num_layers: int, directions: int) -> tuple[Launch
     Raises:
         ValueError: no plan fits the device.
     """
-    return _launches(first, num_layers, directions, _forced.get(first.kind))
+    return _launches(first, num_layers, directions, forced_plans[first.kind])
 
 
 @lru_cache(maxsize=PLANNED_CALLS)  # every call of a layer needs it
@@ -233,21 +233,17 @@ def _table(device: Device) -> dict[str, Plan]:
         return {}
 
 
-_forced: dict[Kind, Plan] = {}
+forced_plans: dict[Kind, Plan | None] = {"forward": None, "backward": None}
 
 
 @contextmanager
 def forced(chosen: Plan, kind: Kind = "forward") -> Iterator[None]:
     """Run every scan of this kind with this plan inside the `with` block. For tests and for tuning."""
-    previous = _forced.get(kind)
-    _forced[kind] = chosen
+    previous, forced_plans[kind] = forced_plans[kind], chosen
     try:
         yield
     finally:
-        if previous is None:
-            del _forced[kind]
-        else:
-            _forced[kind] = previous
+        forced_plans[kind] = previous
 
 
 # --- One step of a cell ---

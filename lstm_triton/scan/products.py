@@ -12,17 +12,16 @@ from torch import Tensor
 from .. import flops, target
 from ..autocast import without_autocast
 from ..settings import ForkLock
-from ..stack import LaneWeights
 from .dispatch import invoke, is_observed
 from .launch import allows_tf32
 from .layout import Layout
 
 
-def input_gradient(grad_gates: Tensor, weights: Sequence[LaneWeights], layout: Layout) -> Tensor:
-    """(rows, I) the gradient of a layer's input, from the gate gradients and the weights of its lanes."""
+def input_gradient(grad_gates: Tensor, weights_ih: Sequence[Tensor], layout: Layout) -> Tensor:
+    """(rows, I) the gradient of a layer's input, from the gate gradients and the input weights of its lanes."""
     rows = layout.steps(), slice(4 * layout.hidden_size)
     with precision_of(grad_gates):
-        products = [matmul(grad_gates[lane][rows], gate_minor(own.ih)) for lane, own in enumerate(weights)]
+        products = [matmul(grad_gates[lane][rows], gate_minor(weight)) for lane, weight in enumerate(weights_ih)]
     return products[0] if len(products) == 1 else products[0] + products[1]
 
 

@@ -1,0 +1,191 @@
+"""Scans prepared for their sizes: what is launched, in which order, and by which kernels.
+
+A scan of the same sizes is prepared once. What is prepared holds no tensor.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import target
+from ..prepared_kernel import PreparedKernel
+from . import launch, planner
+from .alignment import unit_of_rows
+from .plan import Kind, Plan, ScanShape, state_stride
+from .schedule import Schedule, backward_schedules, forward_schedules
+
+PREPARED_SCANS = 1024  # as many as the planner remembers calls
+
+
+class Sizes(NamedTuple):
+    """The sizes of a stack and its batch."""
+
+    time_steps: int
+    batch_size: int
+    input_size: int
+    hidden_size: int
+    lanes: int
+    directions: int
+    bias: bool
+    reverse: bool
+    is_ragged: bool
+    dtype: torch.dtype
+    device: torch.device
+
+    def first_shape(self, kind: Kind, allow_tf32: bool) -> ScanShape:
+        """The shape of one lane of the first layer."""
+        described = target.Device.of(self.device)
+        sizes = (self.batch_size, self.input_size, self.hidden_size)
+        return ScanShape(kind, *sizes, self.dtype, described, allow_tf32)
+
+    def is_reverse(self, lane: int) -> bool:
+        return self.reverse != (lane % self.directions == 1)
+
+    def dropped(self, lanes: range) -> int:
+        """How many lanes of a launch belong to layers below the last one. They come first."""
+        return max(0, min(len(lanes), self.lanes - self.directions - lanes.start))
+
+
+class Part(NamedTuple):
+    """What is launched for a window of time.
+
+    Attributes:
+        lanes: among the lanes of its schedule.
+        first: the number of its first lane in the stack.
+        reverse: whether its first lane walks from the last step to the first.
+    """
+
+    kernel: PreparedKernel
+    plan: Plan
+    lanes: slice
+    first: int
+    reverse: bool
+
+
+class PreparedSchedule(NamedTuple):
+    """A schedule with its kernels.
+
+    Attributes:
+        lanes: of the stack.
+        is_whole: whether these are all lanes of the stack.
+        reverse: whether its first lane walks from the last step to the first.
+        dropped: how many of these lanes have dropout. They come first.
+    """
+
+    plan: Plan
+    lanes: slice
+    is_whole: bool
+    reverse: bool
+    dropped: int
+    bounds: list[int]
+    parts: tuple[Part, ...]
+
+
+class Forward(NamedTuple):
+    """What a forward scan is asked for, besides its results."""
+
+    keep_cells: bool
+    keep_gates: bool
+    low_memory: bool
+    fuse_input: bool
+    dropout: bool
+
+
+Options = Callable[[Plan], dict[str, object]]
+
+
+def forward_scan_of(sizes: Sizes, asked: Forward) -> tuple[PreparedSchedule, ...]:
+    """The launches of a forward scan, from the first layer to the last."""
+    on: Any = target.current()
+    return _forward(sizes, asked, on, launch.allows_tf32(), planner.forced_plans["forward"], launch.launch_options)
+
+
+def backward_scan_of(sizes: Sizes, dropout: bool, grad_cells: bool) -> tuple[PreparedSchedule, ...]:
+    """The launches of a backward scan, from the last layer to the first."""
+    on: Any = target.current()
+    of_planner = launch.allows_tf32(), planner.forced_plans["backward"], launch.launch_options
+    return _backward(sizes, dropout, grad_cells, on, *of_planner)
+
+
+@lru_cache(maxsize=PREPARED_SCANS)
+def _forward(
+    sizes: Sizes, asked: Forward, on: target.Target, allow_tf32: bool, forced: Plan | None, options: Options
+) -> tuple[PreparedSchedule, ...]:
+    """`on`, `forced` and `options` are for the key. The planner and the launch find them themselves."""
+    from ..kernels.forward import forward_scan
+
+    schedules = forward_schedules(
+        sizes.first_shape("forward", allow_tf32),
+        sizes.lanes // sizes.directions,
+        sizes.directions,
+        sizes.time_steps,
+        keep_gates=asked.keep_gates,
+        low_memory=asked.low_memory,
+        fuse_input=asked.fuse_input,
+    )
+
+    def kernel(schedule: Schedule, plan: Plan, dropped: int) -> PreparedKernel:
+        is_first = schedule.planned.first < sizes.directions
+        input_size = sizes.input_size if is_first else sizes.directions * sizes.hidden_size
+        return launch.prepared_scan(
+            forward_scan,
+            plan,
+            HIDDEN=sizes.hidden_size,
+            STATE_STRIDE=state_stride(sizes.hidden_size),
+            HAS_BIAS=sizes.bias,
+            KEEP_CELLS=asked.keep_cells,
+            KEEP_GATES=asked.keep_gates,
+            DROPOUT=dropped > 0,
+            RAGGED=sizes.is_ragged,
+            **launch.input_constants_of(plan, input_size, unit_of_rows(input_size)),
+        )
+
+    return tuple([_prepared(sizes, schedule, asked.dropout, kernel) for schedule in schedules])
+
+
+@lru_cache(maxsize=PREPARED_SCANS)
+def _backward(
+    sizes: Sizes,
+    dropout: bool,
+    grad_cells: bool,
+    on: target.Target,
+    allow_tf32: bool,
+    forced: Plan | None,
+    options: Options,
+) -> tuple[PreparedSchedule, ...]:
+    """`on`, `forced` and `options`: as in `_forward`."""
+    from ..kernels.backward import backward_scan
+
+    first = sizes.first_shape("backward", allow_tf32)
+    schedules = backward_schedules(first, sizes.lanes // sizes.directions, sizes.directions, sizes.time_steps)
+
+    def kernel(_: Schedule, plan: Plan, dropped: int) -> PreparedKernel:
+        return launch.prepared_scan(
+            backward_scan,
+            plan,
+            HIDDEN=sizes.hidden_size,
+            STATE_STRIDE=state_stride(sizes.hidden_size),
+            GRAD_CELLS=grad_cells,
+            DROPOUT=dropped > 0,
+            RAGGED=sizes.is_ragged,
+        )
+
+    return tuple([_prepared(sizes, schedule, dropout, kernel) for schedule in reversed(schedules)])
+
+
+def _prepared(
+    sizes: Sizes, schedule: Schedule, dropout: bool, kernel: Callable[[Schedule, Plan, int], PreparedKernel]
+) -> PreparedSchedule:
+    planned, lanes = schedule.planned, schedule.lanes
+    dropped = sizes.dropped(planned.lanes) if dropout else 0
+    parts = []
+    for each in schedule.parts:
+        own = slice(each.first - planned.first, each.first - planned.first + each.plan.lanes)
+        parts.append(
+            Part(kernel(schedule, each.plan, dropped), each.plan, own, each.first, sizes.is_reverse(each.first))
+        )
+    is_whole = planned.plan.lanes == sizes.lanes
+    reverse = sizes.is_reverse(planned.first)
+    return PreparedSchedule(planned.plan, lanes, is_whole, reverse, dropped, schedule.bounds, tuple(parts))
