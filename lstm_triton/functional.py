@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import prepared_call, refusal
 from .call import Call, Memory, Sequences, in_order
 from .checks import check_arguments
+from .prepared_call import PreparedCall
 from .refusal import LaunchRefused
 from .routing import choose, fall_back, take_up
 from .stack import Lane, Options, Results, ScanLayers, States, layers_of
@@ -135,14 +136,8 @@ def lstm(
         options: Any = (num_layers, bias, batch_first, dropout, training, bidirectional, proj_size)
         key = prepared_call.key_of(input, hx, weights, (*options, return_cells, memory, backend))
         known = prepared_call.known.get(key)
-        if known is not None and known.step is None:
-            output, states, cells = run(known.call(input, hx, weights), input, known.path, requested=backend)  # type: ignore[arg-type]
-            return (output, states, cells) if return_cells else (output, states)
-        if known is not None and known.step is not None:
-            try:
-                return known.step.call(input, known.time_axis, hx, weights, known.on)  # type: ignore[arg-type]
-            except LaunchRefused:  # below, PyTorch's own function computes the call
-                pass
+        if known is not None:
+            return _run_prepared(known, input, hx, weights, backend)  # type: ignore[arg-type]
     call = check_arguments(
         input,
         hx,
@@ -161,10 +156,27 @@ def lstm(
         memory=memory,
     )
     path = choose(backend, call).path
-    output, states, cells = run(call, input, path, requested=backend)
-    if key is not None:
-        prepared_call.remember(key, call, path, input)  # type: ignore[arg-type]
-    return (output, states, cells) if return_cells else (output, states)
+    if key is None:
+        output, states, cells = run(call, input, path, requested=backend)
+        return (output, states, cells) if return_cells else (output, states)
+    prepared = prepared_call.prepare(call, path, input)  # type: ignore[arg-type]
+    results = _run_prepared(prepared, input, hx, weights, backend)  # type: ignore[arg-type]
+    prepared_call.remember(key, prepared)
+    return results
+
+
+def _run_prepared(
+    prepared: PreparedCall, input: Tensor, hx: States | None, weights: Sequence[Tensor], requested: str | None
+) -> tuple[Any, ...]:
+    """What `lstm` returns for a call that is checked."""
+    if prepared.step is not None:
+        try:
+            return prepared.step.call(input, prepared.time_axis, hx, weights, prepared.on)
+        except LaunchRefused:  # `run` falls back
+            pass
+    call = prepared.call(input, hx, weights)
+    output, states, cells = run(call, input, prepared.path, requested=requested)
+    return (output, states, cells) if call.return_cells else (output, states)
 
 
 def run(

@@ -75,6 +75,8 @@ def key_of(input: Any, hx: Any, weights: Sequence[Any], options: tuple[object, .
         options: num_layers, bias, batch_first, dropout, training, bidirectional, proj_size, return_cells, memory and
             backend, as `lstm` takes them.
     """
+    if type(weights) not in (list, tuple):
+        return None
     if hx is None:
         tensors = (input, *weights)
     elif type(hx) is tuple and len(hx) == 2:
@@ -110,13 +112,17 @@ def _autocast(device: str) -> tuple[object, ...]:
     return () if device == "meta" else (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
 
 
-def remember(key: Key, call: Call, path: str, input: Tensor) -> None:
-    """Remember what was decided for a key."""
+def prepare(call: Call, path: str, input: Tensor) -> PreparedCall:
+    """What holds for all calls with the key of this call."""
     batch_axis = None if input.dim() == 3 else 0 if call.batch_first else 1
     step = _step_of(call) if path == "triton" and batch_axis is None else None
+    return PreparedCall(path, call[TENSORS:], batch_axis, int(call.batch_first), step, target.current())
+
+
+def remember(key: Key, prepared: PreparedCall) -> None:
     if len(known) >= REMEMBERED:
         known.clear()
-    known[key] = PreparedCall(path, call[TENSORS:], batch_axis, int(call.batch_first), step, target.current())
+    known[key] = prepared
 
 
 def forget() -> None:
