@@ -77,9 +77,10 @@ class Call(NamedTuple):
 
     def prepared(self) -> tuple[Tensor, Start, Stack, Ragged | None]:
         """Input (T, B, I) or (rows, I), start, stack and tables for `ScanLayers`, in the dtype of autocast."""
-        input, weights, ragged = self.data, self.weights, self.ragged()
-        start = Start(*(self.ordered_states() or (None, None)), *(self.reset_state or (None, None)))
-        dtype = self.autocast_dtype()
+        input, weights, ragged = self.data, self.weights, None if self.dense() else self.ragged()
+        states = self.states if self.sorted_indices is None else self.ordered_states()
+        start = Start(*(states or (None, None)), *(self.reset_state or (None, None)))
+        dtype = self.autocast_dtype() if torch._C._is_any_autocast_enabled() else None
         if dtype is not None:
             input, weights = input.to(dtype), [weight.to(dtype) for weight in weights]
             start = start.map(lambda state: state.to(dtype))
@@ -87,7 +88,7 @@ class Call(NamedTuple):
             input = input.transpose(0, 1)
         if ragged is not None and self.batch_sizes is None:
             input = input.reshape(-1, input.shape[2])
-        return input, start, Stack.of(weights, self.directions, self.bias, projected=self.projected()), ragged
+        return input, start, Stack.of(weights, self.directions, self.bias, False, self.projected()), ragged
 
 
 class CellCall(NamedTuple):

@@ -175,15 +175,20 @@ def _run_prepared(
         except LaunchRefused:  # `run` falls back
             pass
     call = prepared.call(input, hx, weights)
-    output, states, cells = run(call, input, prepared.path, requested=requested)
+    output, states, cells = run(call, input, prepared.path, requested=requested, layers=prepared.layers)
     return (output, states, cells) if call.return_cells else (output, states)
 
 
 def run(
-    call: Call, input: Sequences, path: str, lane: Lane | None = None, requested: str | None = None
+    call: Call,
+    input: Sequences,
+    path: str,
+    lane: Lane | None = None,
+    requested: str | None = None,
+    layers: ScanLayers | None = None,
 ) -> tuple[Sequences, States, Tensor | None]:
     """Run a checked call. Output, (h_n, c_n) and cells are laid out as the caller's input is; see `compute`."""
-    output, h_n, c_n, cells = compute(call, path, lane, requested)
+    output, h_n, c_n, cells = compute(call, path, lane, requested, layers)
     if isinstance(input, PackedSequence):
         packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
         return packed, in_order((h_n, c_n), input.unsorted_indices), cells
@@ -194,7 +199,13 @@ def run(
     return output, (h_n, c_n), cells
 
 
-def compute(call: Call, path: str, lane: Lane | None = None, requested: str | None = None) -> Results:
+def compute(
+    call: Call,
+    path: str,
+    lane: Lane | None = None,
+    requested: str | None = None,
+    layers: ScanLayers | None = None,
+) -> Results:
     """Compute all layers of a call on its path. The states are in the order of the data's sequences.
 
     With a `lane`, this `lane` computes all layers, lane after lane. Cells are None unless they are asked for. If the
@@ -202,11 +213,12 @@ def compute(call: Call, path: str, lane: Lane | None = None, requested: str | No
 
     Args:
         requested: the backend that the call itself names; None: it names none.
+        layers: what computes the layers by the kernels, if it is known already.
     """
     if path == "aten" or lane is not None or torch.compiler.is_dynamo_compiling():
         return _computed(call, path, lane)
     try:
-        results = _computed(call, path, lane)
+        results = _computed(call, path, lane, layers)
     except LaunchRefused as error:
         fall_back(error, call, requested)
         return _computed(call, "aten", lane)
@@ -215,11 +227,13 @@ def compute(call: Call, path: str, lane: Lane | None = None, requested: str | No
     return results
 
 
-def _computed(call: Call, path: str, lane: Lane | None) -> Results:
-    if path == "triton" and lane is None:
+def _computed(call: Call, path: str, lane: Lane | None, layers: ScanLayers | None = None) -> Results:
+    if layers is not None:
+        pass
+    elif path == "triton" and lane is None:
         from . import scan
 
-        layers: ScanLayers = scan.scan_projected_layers if call.projected() else scan.scan_layers
+        layers = scan.scan_projected_layers if call.projected() else scan.scan_layers
     else:
         from .aten.layers import lane_of, whole_stack
 

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from . import refusal, target
 from .call import Call
 from .preference import current_backend
-from .stack import States
+from .stack import ScanLayers, States
 
 if TYPE_CHECKING:
     from .scan.cell import StackStep
@@ -46,6 +46,7 @@ class PreparedCall(NamedTuple):
         decided: the checked call. Its tensors are left out.
         batch_axis: of an input without a batch: where its batch dimension is added.
         time_axis: of an input with a batch.
+        layers: what computes the layers by the kernels; None: it depends on more.
         step: what computes a single step without gradients by the kernels; None: the call is another one.
         on: the target of `step`.
     """
@@ -54,6 +55,7 @@ class PreparedCall(NamedTuple):
     decided: tuple[Any, ...]
     batch_axis: int | None
     time_axis: int
+    layers: ScanLayers | None
     step: "StackStep | None"
     on: target.Target
 
@@ -115,8 +117,14 @@ def _autocast(device: str) -> tuple[object, ...]:
 def prepare(call: Call, path: str, input: Tensor) -> PreparedCall:
     """What holds for all calls with the key of this call."""
     batch_axis = None if input.dim() == 3 else 0 if call.batch_first else 1
-    step = _step_of(call) if path == "triton" and batch_axis is None else None
-    return PreparedCall(path, call[TENSORS:], batch_axis, int(call.batch_first), step, target.current())
+    layers = step = None
+    if path == "triton" and not call.projected():
+        from .scan.layers import infer, train
+
+        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors())
+        layers = train if trains else infer
+        step = None if trains or batch_axis is not None else _step_of(call)
+    return PreparedCall(path, call[TENSORS:], batch_axis, int(call.batch_first), layers, step, target.current())
 
 
 def remember(key: Key, prepared: PreparedCall) -> None:
@@ -136,8 +144,7 @@ def _step_of(call: Call) -> "StackStep | None":
     from .scan.schedule import is_single_step
 
     has_dropout = call.training and call.dropout > 0 and call.num_layers > 1
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors())
-    if trains or call.projected() or call.return_cells or call.autocast_dtype() is not None:
+    if call.return_cells or call.autocast_dtype() is not None:
         return None
     if not is_single_step(call.time_steps, not call.dense(), has_dropout, fuse_input=True):
         return None

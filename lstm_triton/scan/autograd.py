@@ -15,10 +15,11 @@ from .dispatch import invoke
 from .formula import fall_back_to_formula, gradients_by_formula, second_gradients, stack_by_formula
 from .forward import scan_forward
 from .layout import Layout
-from .saved import Fixed, Grads, Inputs, Saved, Static, stack_of
+from .saved import BUFFERS, FIXED, Fixed, Grads, Inputs, Saved, Static
 
 RESULTS = len(Grads._fields)  # output, h_n, c_n, cells; the buffers come after them
-FIRST_INPUT = len(Static._fields) + len(Fixed._fields)  # where `Inputs` begin among the arguments of `LSTMScan`
+FIRST_FIXED = len(Static._fields)  # where `Fixed` begins among the arguments of `LSTMScan`
+FIRST_INPUT = FIRST_FIXED + len(Fixed._fields)  # where `Inputs` begins
 
 
 class LSTMScan(torch.autograd.Function):
@@ -28,15 +29,18 @@ class LSTMScan(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        static, fixed, inputs = _parts(arguments)
-        stack, start, input = stack_of(static, inputs), inputs.start, inputs.input
+        static, fixed = Static(*arguments[:FIRST_FIXED]), Fixed(*arguments[FIRST_FIXED:FIRST_INPUT])
+        input, start, weights = Inputs.of(arguments[FIRST_INPUT:])
         keep = not static.low_memory
         *kept, h_n, c_n = invoke(
             scan_forward,
             input,
             start.h,
             start.c,
-            *stack.arguments(),
+            weights,
+            static.directions,
+            static.bias,
+            static.reverse,
             keep,
             keep,
             fixed.tables(),
@@ -48,8 +52,8 @@ class LSTMScan(torch.autograd.Function):
             start.preact_reset,
             static.low_memory,
         )
-        buffers, layout = Buffers(*kept), Layout.of(input, stack.hidden_size(), fixed.ragged())
-        output = layout.output(buffers.hidden, stack.directions, input.shape[:-1], static.shared_output)
+        buffers, layout = Buffers(*kept), Layout.of(input, h_n.shape[-1], fixed.ragged())
+        output = layout.output(buffers.hidden, static.directions, input.shape[:-1], static.shared_output)
         cells = buffers.hidden.new_empty(0)
         if static.return_cells:
             cells = layout.cells(buffers.cell, input.dtype, input.shape[:-1])
@@ -57,28 +61,21 @@ class LSTMScan(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        static, fixed, tensors = _parts(inputs)
-        buffers = Buffers(*output[RESULTS:])
-        ctx.static = tuple(static)
-        ctx.mark_non_differentiable(*(buffers if static.return_cells else output[RESULTS - 1 :]))
+        static, buffers = inputs[:FIRST_FIXED], output[RESULTS:]
+        ctx.static = static
+        ctx.mark_non_differentiable(*(buffers if Static(*static).return_cells else output[RESULTS - 1 :]))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*Saved(static, fixed, buffers, tensors).tensors())
+        ctx.save_for_backward(*inputs[FIRST_FIXED:], *buffers)  # `Saved`
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         saved = Saved.of(ctx.static, ctx.saved_tensors)
-        results = Grads(*grads[:RESULTS])
-        if not saved.static.return_cells:
-            results = results._replace(cells=None)
+        output, h_n, c_n, cells, *_ = grads
+        results = (output, h_n, c_n, cells if saved.static.return_cells else None)
         # Autocast may be on where backward is called. The layer did not ask for it.
         with without_autocast(saved.inputs.input.device):
             found = mapped(partial(_backward, saved, ctx.needs_input_grad[FIRST_INPUT:]), *results)
         return *(None,) * FIRST_INPUT, *found
-
-
-def _parts(arguments: tuple[Any, ...]) -> tuple[Static, Fixed, Inputs]:
-    static = Static(*arguments[: len(Static._fields)])
-    return static, Fixed(*arguments[len(Static._fields) : FIRST_INPUT]), Inputs.of(arguments[FIRST_INPUT:])
 
 
 def _gradients(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
@@ -124,8 +121,7 @@ class LSTMScanGradients(torch.autograd.Function):
             found = mapped(
                 partial(second_gradients, partial(_formula, saved), arguments, ctx.needed, grads), *grads_of_gradients
             )
-        unreached = (None,) * (len(ctx.saved_tensors) - RESULTS - len(arguments))
-        return None, None, *found[:RESULTS], *unreached, *found[RESULTS:]
+        return None, None, *found[:RESULTS], *(None,) * FIXED, *found[RESULTS:], *(None,) * BUFFERS
 
 
 def _formula(saved: Saved, *arguments: Any) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..stack import LaneWeights, Stack, Start
+from ..stack import LaneWeights, Start
 from . import products
 from .backward import scan_backward
 from .dispatch import invoke
@@ -118,24 +118,23 @@ def _from_gates(
     grad_gates: Tensor, layout: Layout, saved: Saved, needed: Inputs
 ) -> tuple[Tensor | None, list[Tensor | None], Start]:
     """What follows from the gate gradients by matrix products: the gradients of the input, the weights and the h."""
-    stack, static, input = saved.stack(), saved.static, saved.inputs.input
+    static, (input, _, weights) = saved.static, saved.inputs
+    directions, size = static.directions, 4 if static.bias else 2
     grad_input = None
     if needed.input:
-        grad_input = products.input_gradient(
-            grad_gates, [each.ih for each in stack.weights[: stack.directions]], layout
-        )
+        grad_input = products.input_gradient(grad_gates, weights[: directions * size : size], layout)
         grad_input = layout.of_steps(grad_input).view(input.shape)
-    needed_weights = Stack.of(needed.weights, static.directions, static.bias).weights
     grad_weights: list[Tensor | None] = []
     starts: list[Start] = []
-    for lane, (weights, needed_of_lane) in enumerate(zip(stack.weights, needed_weights, strict=True)):
-        reverse = stack.is_reverse(lane)
+    for lane, gates_of_lane in enumerate(grad_gates.unbind()):
+        reverse = static.reverse != (lane % directions == 1)
+        needed_of_lane = LaneWeights(*needed.weights[lane * size : (lane + 1) * size])
         found, start = of_lane(
-            grad_gates[lane],
+            gates_of_lane,
             layout,
             reverse,
-            weights,
-            _read_by(lane // stack.directions, saved, stack, layout) if needed_of_lane.ih else (),
+            LaneWeights(*weights[lane * size : (lane + 1) * size]),
+            _read_by(lane // directions, saved, layout) if needed_of_lane.ih else (),
             layout.hidden_before(saved.buffers.hidden[lane], reverse) if needed_of_lane.hh else None,
             needed_of_lane,
             needed.start,
@@ -144,8 +143,8 @@ def _from_gates(
         if static.bias:
             bias = found.bias_ih if found.bias_hh is None else found.bias_hh
             grad_weights += (None, None) if bias is None else _of_both_biases(bias, input.dtype)
-        starts.append(start)
-    return grad_input, grad_weights, stacked(starts) if any(needed.start) else Start()
+        starts += (start,)
+    return grad_input, grad_weights, stacked(starts) if True in needed.start else Start()
 
 
 def _of_both_biases(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -160,9 +159,11 @@ def stacked(starts: Sequence[Start]) -> Start:
     return Start(*(None if states[0] is None else torch.stack(states) for states in zip(*starts, strict=True)))
 
 
-def _read_by(layer: int, saved: Saved, stack: Stack, layout: Layout) -> Sequence[Tensor]:
+def _read_by(layer: int, saved: Saved, layout: Layout) -> Sequence[Tensor]:
     """What a layer read: (rows, K) tensors, whose columns stand side by side."""
     if layer > 0:
         buffer = saved.buffers.hidden_dropped if saved.static.dropout > 0 else saved.buffers.hidden
-        return buffer[stack.layer(layer - 1), layout.steps(), : layout.hidden_size].unbind()
+        directions = saved.static.directions
+        lanes = slice((layer - 1) * directions, layer * directions)
+        return buffer[lanes, layout.steps(), : layout.hidden_size].unbind()
     return (layout.input_rows(saved.inputs.input),)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import transforms
-from ..ragged import Ragged, tables_of
+from ..ragged import Ragged
 from ..stack import LaneResults, LaneWeights, Options, Stack, Start
 from .autograd import LSTMScan
 from .cell import single_step
@@ -33,23 +33,47 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
     Higher derivatives and forward-mode derivatives come from the step-by-step formula (formula.py), in the dtype of the
     tensors.
     """
-    arguments = stack.arguments()
-    weights = arguments[0]
+    by_formula = transforms.in_forward_mode()
+    if not (by_formula or (torch.is_grad_enabled() and (transforms.active() or requires_grad(input, start, stack)))):
+        return infer(input, start, stack, options)
+    if not by_formula:
+        return train(input, start, stack, options)
+    static, fixed = _of_options(input, stack, options)
+    inputs = Inputs(input, start, stack.arguments()[0])
+    return stack_by_formula(inputs, static, fixed)[: 4 if options.return_cells else 3]
+
+
+def requires_grad(input: Tensor, start: Start, stack: Stack) -> bool:
+    """Whether a gradient of one of these tensors is needed."""
+    return True in [each.requires_grad for each in (input, *start, *stack.arguments()[0]) if each is not None]
+
+
+def _of_options(input: Tensor, stack: Stack, options: Options) -> tuple[Static, Fixed]:
     ragged, return_cells = options.ragged, options.return_cells
-    dropout = float(options.dropout) if stack.num_layers() > 1 else 0.0  # an int would be another type to a kernel
+    lanes, directions = len(stack.weights), stack.directions
+    dropout = float(options.dropout) if lanes > directions else 0.0  # an int would be another type to a kernel
     seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
-    tables, inputs, by_formula = tables_of(ragged), Inputs(input, start, weights), transforms.in_forward_mode()
-    if by_formula or (torch.is_grad_enabled() and (transforms.active() or _any_requires_grad(inputs))):
-        low_memory = options.low_memory and not return_cells
-        # With low_memory, a single lane keeps little more than its h: a copy of the output would double it.
-        shared_output = options.shared_output or (low_memory and stack.lanes() == 1)
-        static = Static(stack.directions, stack.bias(), stack.reverse, dropout, low_memory, return_cells, shared_output)
-        fixed, count = Fixed(seed, *tables), 4 if return_cells else 3
-        if by_formula:
-            return stack_by_formula(inputs, static, fixed)[:count]
-        return tuple(apply(LSTMScan, *static, *fixed, *inputs.flat())[:count])
+    low_memory = options.low_memory and not return_cells
+    # With low_memory, a single lane keeps little more than its h: a copy of the output would double it.
+    shared_output = options.shared_output or (low_memory and lanes == 1)
+    static = Static(directions, stack.bias(), stack.reverse, dropout, low_memory, return_cells, shared_output)
+    return static, Fixed(seed) if ragged is None else Fixed(seed, *ragged)
+
+
+def train(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
+    """`scan_layers` where a gradient is needed, and none in forward mode."""
+    static, fixed = _of_options(input, stack, options)
+    results = apply(LSTMScan, *static, *fixed, input, *start, *stack.arguments()[0])
+    return tuple(results[: 4 if static.return_cells else 3])
+
+
+def infer(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
+    """`scan_layers` where no gradient is needed."""
+    static, fixed = _of_options(input, stack, options)
+    ragged, return_cells, dropout = options.ragged, options.return_cells, static.dropout
+    weights, directions, bias, reverse = stack.arguments()
     if is_single_step(input.shape[0], ragged is not None, dropout > 0, fuse_input=start.preact is None):
-        output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, stack.directions, stack.bias())
+        output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, directions, bias)
         results = (output.unsqueeze(0), h_n, c_n)
         return (*results, c_n.unsqueeze(1).clone()) if return_cells else results
     hidden, _, cell, _, h_n, c_n = invoke(
@@ -57,24 +81,23 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
         input,
         start.h,
         start.c,
-        *arguments,
+        weights,
+        directions,
+        bias,
+        reverse,
         return_cells,
         False,
-        tables,
+        fixed.tables(),
         start.h_reset,
         start.c_reset,
         dropout,
-        seed,
+        fixed.seed,
         start.preact,
         start.preact_reset,
     )
-    layout, shape = Layout.of(input, stack.hidden_size(), ragged), input.shape[:-1]
-    results = (layout.output(hidden, stack.directions, shape, shared=True), h_n, c_n)
+    layout, shape = Layout.of(input, h_n.shape[-1], ragged), input.shape[:-1]
+    results = (layout.output(hidden, directions, shape, shared=True), h_n, c_n)
     return (*results, layout.cells(cell, input.dtype, shape)) if return_cells else results
-
-
-def _any_requires_grad(inputs: Inputs) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in inputs.flat())
 
 
 def scan_projected_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import flops, target
 from ..autocast import without_autocast
 from ..settings import ForkLock
-from .dispatch import invoke, is_observed
+from .dispatch import invoke
 from .launch import allows_tf32
 from .layout import Layout
 
@@ -99,7 +99,9 @@ def batched_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
 
 def precision_of(like: Tensor) -> AbstractContextManager[object]:
     """A context in which the setting is changed once for all calls of `matmul` with tensors like this one."""
-    if like.dtype != torch.float32 or is_observed((like,)) or not target.current().may_take_tf32(like):
+    if like.dtype != torch.float32 or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return nullcontext()
+    if not target.current().may_take_tf32(like):
         return nullcontext()
     return MatmulPrecision("tf32" if allows_tf32() else "ieee")
 

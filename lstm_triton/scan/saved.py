@@ -1,7 +1,7 @@
 """What the scans get, and what forward saves for backward: every tensor has a name.
 
 A `torch.autograd.Function` takes and saves a flat list of tensors. The records of this file are the parts of this list,
-in its order. `Static`, `Fixed` and `Inputs` are the arguments of `LSTMScan`. `Fixed`, `Buffers` and `Inputs` are saved.
+in its order. `Static`, `Fixed` and `Inputs` are the arguments of `LSTMScan`. `Fixed`, `Inputs` and `Buffers` are saved.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ class Fixed(NamedTuple):
 
     def tables(self) -> tuple[Tensor, ...]:
         """The tables as operators take them; empty if the batch is not ragged."""
-        return tuple(table for table in self[1:] if table is not None)
+        return () if self.before is None else self[1:]  # type: ignore[return-value]
 
     def ragged(self) -> Ragged | None:
         return Ragged.of(self.tables())
@@ -52,11 +52,13 @@ class Inputs(NamedTuple):
 
     @staticmethod
     def of(flat: Sequence[Any]) -> "Inputs":
-        count = 1 + len(Start._fields)
-        return Inputs(flat[0], Start(*flat[1:count]), flat[count:])
+        return Inputs(flat[0], Start(*flat[1:FIRST_WEIGHT]), flat[FIRST_WEIGHT:])
 
     def flat(self) -> tuple[Any, ...]:
         return self.input, *self.start, *self.weights
+
+
+FIRST_WEIGHT = 1 + len(Start._fields)
 
 
 class Grads(NamedTuple):
@@ -73,19 +75,22 @@ class Saved(NamedTuple):
 
     static: Static
     fixed: Fixed
-    buffers: Buffers
     inputs: Inputs
+    buffers: Buffers
 
     @staticmethod
     def of(static: Sequence[Any], tensors: Sequence[Any]) -> "Saved":
-        fixed, end = len(Fixed._fields), len(Fixed._fields) + len(Buffers._fields)
-        return Saved(Static(*static), Fixed(*tensors[:fixed]), Buffers(*tensors[fixed:end]), Inputs.of(tensors[end:]))
+        inputs = Inputs.of(tensors[FIXED:-BUFFERS])
+        return Saved(Static(*static), Fixed(*tensors[:FIXED]), inputs, Buffers(*tensors[-BUFFERS:]))
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return *self.fixed, *self.buffers, *self.inputs.flat()
+        return *self.fixed, *self.inputs.flat(), *self.buffers
 
     def stack(self) -> Stack:
         return stack_of(self.static, self.inputs)
+
+
+FIXED, BUFFERS = len(Fixed._fields), len(Buffers._fields)
 
 
 def stack_of(static: Static, inputs: Inputs) -> Stack:
