@@ -26,4 +26,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A context in which autocast is off. It does nothing if autocast is off already."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _NOTHING
+
+
+_NOTHING = nullcontext()

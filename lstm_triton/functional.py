@@ -169,26 +169,21 @@ def _run_prepared(
     prepared: PreparedCall, input: Tensor, hx: States | None, weights: Sequence[Tensor], requested: str | None
 ) -> tuple[Any, ...]:
     """What `lstm` returns for a call that is checked."""
-    if prepared.step is not None:
+    if prepared.run is not None:
         try:
-            return prepared.step.call(input, prepared.time_axis, hx, weights, prepared.on)
-        except LaunchRefused:  # `run` falls back
+            return prepared.run(input, hx, weights)
+        except LaunchRefused:  # below, PyTorch's own function computes the call
             pass
     call = prepared.call(input, hx, weights)
-    output, states, cells = run(call, input, prepared.path, requested=requested, layers=prepared.layers)
+    output, states, cells = run(call, input, prepared.path, requested=requested)
     return (output, states, cells) if call.return_cells else (output, states)
 
 
 def run(
-    call: Call,
-    input: Sequences,
-    path: str,
-    lane: Lane | None = None,
-    requested: str | None = None,
-    layers: ScanLayers | None = None,
+    call: Call, input: Sequences, path: str, lane: Lane | None = None, requested: str | None = None
 ) -> tuple[Sequences, States, Tensor | None]:
     """Run a checked call. Output, (h_n, c_n) and cells are laid out as the caller's input is; see `compute`."""
-    output, h_n, c_n, cells = compute(call, path, lane, requested, layers)
+    output, h_n, c_n, cells = compute(call, path, lane, requested)
     if isinstance(input, PackedSequence):
         packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
         return packed, in_order((h_n, c_n), input.unsorted_indices), cells
@@ -199,13 +194,7 @@ def run(
     return output, (h_n, c_n), cells
 
 
-def compute(
-    call: Call,
-    path: str,
-    lane: Lane | None = None,
-    requested: str | None = None,
-    layers: ScanLayers | None = None,
-) -> Results:
+def compute(call: Call, path: str, lane: Lane | None = None, requested: str | None = None) -> Results:
     """Compute all layers of a call on its path. The states are in the order of the data's sequences.
 
     With a `lane`, this `lane` computes all layers, lane after lane. Cells are None unless they are asked for. If the
@@ -213,12 +202,11 @@ def compute(
 
     Args:
         requested: the backend that the call itself names; None: it names none.
-        layers: what computes the layers by the kernels, if it is known already.
     """
     if path == "aten" or lane is not None or torch.compiler.is_dynamo_compiling():
         return _computed(call, path, lane)
     try:
-        results = _computed(call, path, lane, layers)
+        results = _computed(call, path, lane)
     except LaunchRefused as error:
         fall_back(error, call, requested)
         return _computed(call, "aten", lane)
@@ -227,13 +215,11 @@ def compute(
     return results
 
 
-def _computed(call: Call, path: str, lane: Lane | None, layers: ScanLayers | None = None) -> Results:
-    if layers is not None:
-        pass
-    elif path == "triton" and lane is None:
+def _computed(call: Call, path: str, lane: Lane | None) -> Results:
+    if path == "triton" and lane is None:
         from . import scan
 
-        layers = scan.scan_projected_layers if call.projected() else scan.scan_layers
+        layers: ScanLayers = scan.scan_projected_layers if call.projected() else scan.scan_layers
     else:
         from .aten.layers import lane_of, whole_stack
 

@@ -8,9 +8,10 @@ Nothing has to be thrown away when a module or a setting changes, since the chan
 anew in each call, and nothing is remembered of a tensor but its dtype, device, layout, shape and `requires_grad`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,7 @@ from torch.autograd import forward_ad
 from . import refusal, target
 from .call import Call
 from .preference import current_backend
-from .stack import ScanLayers, States
-
-if TYPE_CHECKING:
-    from .scan.cell import StackStep
+from .stack import Options, States
 
 REMEMBERED = 1024  # keys, about 2 KB each. When there are more, all are forgotten
 PLAIN = {Tensor, torch.nn.Parameter}
@@ -45,19 +43,13 @@ class PreparedCall(NamedTuple):
         path: "triton" or "aten".
         decided: the checked call. Its tensors are left out.
         batch_axis: of an input without a batch: where its batch dimension is added.
-        time_axis: of an input with a batch.
-        layers: what computes the layers by the kernels; None: it depends on more.
-        step: what computes a single step without gradients by the kernels; None: the call is another one.
-        on: the target of `step`.
+        run: what computes the call by the kernels, from input, hx and weights. None: `functional.run` does it.
     """
 
     path: str
     decided: tuple[Any, ...]
     batch_axis: int | None
-    time_axis: int
-    layers: ScanLayers | None
-    step: "StackStep | None"
-    on: target.Target
+    run: Callable[[Tensor, States | None, Sequence[Tensor]], tuple[Any, ...]] | None
 
     def call(self, input: Tensor, hx: States | None, weights: Sequence[Tensor]) -> Call:
         """The checked call of these tensors."""
@@ -117,14 +109,8 @@ def _autocast(device: str) -> tuple[object, ...]:
 def prepare(call: Call, path: str, input: Tensor) -> PreparedCall:
     """What holds for all calls with the key of this call."""
     batch_axis = None if input.dim() == 3 else 0 if call.batch_first else 1
-    layers = step = None
-    if path == "triton" and not call.projected():
-        from .scan.layers import infer, train
-
-        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors())
-        layers = train if trains else infer
-        step = None if trains or batch_axis is not None else _step_of(call)
-    return PreparedCall(path, call[TENSORS:], batch_axis, int(call.batch_first), layers, step, target.current())
+    is_plain = path == "triton" and batch_axis is None and not call.projected() and call.autocast_dtype() is None
+    return PreparedCall(path, call[TENSORS:], batch_axis, _by_kernels(call) if is_plain else None)
 
 
 def remember(key: Key, prepared: PreparedCall) -> None:
@@ -138,15 +124,19 @@ def forget() -> None:
     known.clear()
 
 
-def _step_of(call: Call) -> "StackStep | None":
-    """What computes a call of a single step without gradients."""
+def _by_kernels(call: Call) -> Callable[..., Any]:
+    """What computes a call of layers without projections."""
     from .scan.cell import StackStep
+    from .scan.layers import PreparedLayers, static_of
     from .scan.schedule import is_single_step
 
-    has_dropout = call.training and call.dropout > 0 and call.num_layers > 1
-    if call.return_cells or call.autocast_dtype() is not None:
-        return None
-    if not is_single_step(call.time_steps, not call.dense(), has_dropout, fuse_input=True):
-        return None
-    row = call.data.select(1 if call.batch_first else 0, 0)
-    return StackStep.of(row, call.weights, call.directions, call.bias, call.states is not None)
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors())
+    options = Options(None, call.dropout if call.training else 0.0, call.low_memory, call.return_cells)
+    static = static_of(options, call.num_layers * call.directions, call.directions, call.bias)
+    has_dropout = static.dropout > 0
+    if trains or call.return_cells or not is_single_step(call.time_steps, False, has_dropout, fuse_input=True):
+        return PreparedLayers(static, trains, call.batch_first).call
+    time_axis = 1 if call.batch_first else 0
+    row = call.data.select(time_axis, 0)
+    step = StackStep.of(row, call.weights, call.directions, call.bias, call.states is not None)
+    return partial(step.call, time_axis, target.current())

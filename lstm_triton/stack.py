@@ -60,6 +60,9 @@ class Start(NamedTuple):
         return Start(*[None if each is None else each[lanes] for each in self])
 
 
+NO_STATES = Start()
+
+
 class Stack(NamedTuple):
     """A stack of layers.
 

@@ -12,19 +12,24 @@ def contiguous(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple([weight.contiguous() for weight in weights])
 
 
-def aligned(weights: Sequence[Tensor], stride: int) -> tuple[Tensor, ...]:
-    """Weights with contiguous rows, padded to `stride` elements, at aligned addresses. Copies are made only if needed.
+def aligned(weights: Sequence[Tensor], stride: int) -> Sequence[Tensor]:
+    """Contiguous weights with rows padded to `stride` elements, at aligned addresses. Copies are made only if needed.
 
     The kernels then load weights in pieces as wide as those of states. With narrower loads weights could not stay in
     registers (kernels/fragments.py).
     """
-    found = list(contiguous(weights))
-    for at, weight in enumerate(found):
+    if weights[0].shape[1] >= stride and not any(map(_modulo_16, map(Tensor.data_ptr, weights))):
+        return weights
+    found = []
+    for weight in weights:
         if weight.shape[1] < stride:
-            found[at] = torch.nn.functional.pad(weight, (0, stride - weight.shape[1]))
-        elif weight.data_ptr() % 16:
-            found[at] = weight.clone()
+            found.append(torch.nn.functional.pad(weight, (0, stride - weight.shape[1])))
+        else:
+            found.append(weight.clone() if weight.data_ptr() % 16 else weight)
     return tuple(found)
+
+
+_modulo_16 = (15).__and__
 
 
 def transposed(weights: Sequence[Tensor], stride: int) -> tuple[Tensor, ...]:

@@ -14,7 +14,7 @@ from .buffers import Buffers
 from .dispatch import invoke
 from .formula import fall_back_to_formula, gradients_by_formula, second_gradients, stack_by_formula
 from .forward import scan_forward
-from .layout import Layout
+from .layout import Layout, output_of
 from .saved import BUFFERS, FIXED, Fixed, Grads, Inputs, Saved, Static
 
 RESULTS = len(Grads._fields)  # output, h_n, c_n, cells; the buffers come after them
@@ -52,11 +52,11 @@ class LSTMScan(torch.autograd.Function):
             start.preact_reset,
             static.low_memory,
         )
-        buffers, layout = Buffers(*kept), Layout.of(input, h_n.shape[-1], fixed.ragged())
-        output = layout.output(buffers.hidden, static.directions, input.shape[:-1], static.shared_output)
+        buffers, shape = Buffers(*kept), input.shape[:-1]
+        output = output_of(buffers.hidden, h_n, static.directions, shape, static.shared_output)
         cells = buffers.hidden.new_empty(0)
         if static.return_cells:
-            cells = layout.cells(buffers.cell, input.dtype, input.shape[:-1])
+            cells = Layout.of(input, h_n.shape[-1], fixed.ragged()).cells(buffers.cell, input.dtype, shape)
         return output, h_n, c_n, cells, *buffers
 
     @staticmethod

@@ -14,7 +14,9 @@ from .alignment import transposed
 from .dispatch import named
 from .launch import lookups, run
 from .layout import Layout, Window
-from .prepared import PreparedSchedule, Sizes, backward_scan_of
+from .prepared import Sizes, backward_scan_of
+
+OF_LANES = ("grad_hidden_ptr", "grad_cells_ptr", "grad_cell_ptr", "gates_ptr", "cell_ptr", "grad_gates_ptr")
 
 
 @torch.library.custom_op("lstm_triton::scan_backward", mutates_args=())
@@ -54,11 +56,12 @@ def scan_backward(
     size = 4 if bias else 2  # weights of a lane
     lanes, rows = len(weights) // size, gates.shape[1]
     time_steps = rows // batch_size if ragged is None else ragged.time_steps()
-    layout = Layout.sized(time_steps, rows, batch_size, hidden_size, ragged)
     sizes = Sizes(
         *(time_steps, batch_size, weights[0].shape[1], hidden_size, lanes, directions),
         *(bias, reverse, ragged is not None, gates.dtype, gates.device),
     )
+    prepared = backward_scan_of(sizes, dropout > 0, grad_cells is not None)
+    layout = prepared.layout or Layout.sized(time_steps, rows, batch_size, hidden_size, ragged)
     window = Window(slice(0, time_steps), slice(0, rows))
     shape = (time_steps, batch_size) if ragged is None else (rows,)
 
@@ -76,7 +79,7 @@ def scan_backward(
     grad_h_n = gates.new_zeros((lanes, batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
     grad_cells = None if grad_cells is None else grad_cells.contiguous()
 
-    for schedule in backward_scan_of(sizes, dropout > 0, grad_cells is not None):
+    for schedule in prepared.schedules:
         plan, own, dropped = schedule.plan, schedule.lanes, schedule.dropped
         above = (own.stop - 1) // directions + 1  # the layer that reads what these lanes compute
         if above < lanes // directions:
@@ -94,23 +97,17 @@ def scan_backward(
         weights_ih = weights_hh
         if plan.chained:  # the first lane has no lane below in this launch, so its weight is not read
             weights_ih = (*weights_hh[:1], *transposed(of_lanes[size::size], layout.stride))
-
-        def of(tensor: Tensor, schedule: PreparedSchedule = schedule) -> Tensor:
-            return tensor if schedule.is_whole else tensor[schedule.lanes]
-
+        of_launch = (grad_h_n, grad_h_n if grad_cells is None else grad_cells, grad_cell, gates, cell, grad_gates)
+        if not schedule.is_whole:
+            of_launch = tuple([tensor[own] for tensor in of_launch])  # type: ignore[assignment]
         arguments = {
             "grad_output_ptr": grad_output[..., first_output:] if first_output else grad_output,
             "grad_output_stride_step": strides[0],
             "grad_output_stride_batch": strides[-2],
             "grad_output_stride_lane": hidden_size,
-            "grad_hidden_ptr": of(grad_h_n),
-            "grad_cells_ptr": grad_h_n if grad_cells is None else of(grad_cells),
-            "grad_cell_ptr": of(grad_cell),
-            "gates_ptr": of(gates),
-            "cell_ptr": of(cell),
+            **dict(zip(OF_LANES, of_launch, strict=True)),
             "weight_ih_ptrs": weights_ih,
             "weight_hh_ptrs": weights_hh,
-            "grad_gates_ptr": of(grad_gates),
             "before_successors_ptr": gates if ragged is None else ragged.successors(reverse=True),
             **lookups(layout, plan, window, gates),
             "seed_ptr": seed if dropped else gates,
@@ -120,7 +117,7 @@ def scan_backward(
             "reverse": int(schedule.reverse),
             "hold": plan.hold,
         }
-        run(schedule.parts[0].kernel, gates.device, arguments)
+        run(schedule.parts[0].kernel, gates.device, arguments, prepared.on)
     return grad_gates, grad_cell
 
 

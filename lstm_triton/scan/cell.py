@@ -146,9 +146,9 @@ class StackStep:
         return StackStep(kernels, directions, bias, input.shape[0], hidden_size)
 
     def call(
-        self, input: Tensor, time_axis: int, hx: States | None, weights: Sequence[Tensor], on: target.Target
+        self, time_axis: int, on: target.Target, input: Tensor, hx: States | None, weights: Sequence[Tensor]
     ) -> tuple[Tensor, States]:
-        """What a layer returns for an input (1, B, I) or (B, 1, I), where nothing observes operators."""
+        """What `functional.lstm` returns for an input (1, B, I) or (B, 1, I), where nothing observes operators."""
         h_0, c_0 = (None, None) if hx is None else hx
         row = input.select(time_axis, 0)
         output, h_n, c_n = directly("lstm_triton::single_step", self.run, row, h_0, c_0, weights, on)

@@ -6,14 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import flops
+from .. import flops, target
 from ..ragged import Ragged
 from ..stack import Stack, Start
 from . import products
 from .alignment import aligned, contiguous, with_aligned_rows
 from .buffers import Buffers
 from .dispatch import named
-from .dropout import Dropout
 from .launch import lookups, run
 from .layout import Layout
 from .prepared import Forward, PreparedSchedule, Sizes, forward_scan_of
@@ -66,27 +65,28 @@ def scan_forward(
         A tensor that is not kept is empty.
     """
     ragged, hidden_size = Ragged.of(tables), weights[0].shape[0] // 4
-    layout = Layout.of(input, hidden_size, ragged)
+    time_steps, batch_size = input.shape[:2] if ragged is None else (ragged.time_steps(), ragged.batch_size())
     size = 4 if bias else 2  # weights of a lane
     lanes = len(weights) // size
     sizes = Sizes(
-        *(layout.time_steps, layout.batch_size, input.shape[-1], hidden_size, lanes, directions),
+        *(time_steps, batch_size, input.shape[-1], hidden_size, lanes, directions),
         *(bias, reverse, ragged is not None, input.dtype, input.device),
     )
     # `preact` can be added only to input projections in memory.
     fuse_input = preact_0 is None and preact_reset is None
-    schedules = forward_scan_of(sizes, Forward(keep_cells, keep_gates, low_memory, fuse_input, dropout > 0))
+    prepared = forward_scan_of(sizes, Forward(keep_cells, keep_gates, low_memory, fuse_input, dropout > 0))
+    layout = prepared.layout or Layout.of(input, hidden_size, ragged)
     start = Start(h_0, c_0, h_reset, c_reset, preact_0, preact_reset)
     kept_lanes = lanes if keep_cells or low_memory else 0
     kept = Buffers.new(layout, input, keep_cells, keep_gates, kept_lanes, dropout > 0 and not low_memory)
     if low_memory:
         kept = kept._replace(cell=window_cells(input, layout, lanes))
-    of_states = (lanes, layout.batch_size, hidden_size)
+    of_states = (lanes, batch_size, hidden_size)
     h_n, c_n = input.new_empty(of_states), input.new_empty(of_states)
     below = input if ragged is None else input.contiguous()
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
     last_hidden: list[Tensor] = []  # of the last layer, (state rows, stride)
-    for schedule in schedules:
+    for schedule in prepared.schedules:
         own, plan, dropped = schedule.lanes, schedule.plan, schedule.dropped
         if keep_cells:
             buffers = kept if schedule.is_whole else kept.of(own)
@@ -106,7 +106,8 @@ def scan_forward(
             layout,
             below,
             own_start,
-            Dropout(dropout, seed),
+            (dropout, seed),
+            prepared.on,
             kept.cell[own] if low_memory else None,
         )
         ends = (h_n, c_n) if schedule.is_whole else (h_n[own], c_n[own])
@@ -169,7 +170,8 @@ def _run(
     layout: Layout,
     below: Tensor,
     start: Start,
-    dropout: Dropout,
+    dropout: tuple[float, Tensor | None],
+    on: target.Target,
     cell_starts: Tensor | None,
 ) -> None:
     """Run the scan of a schedule's lanes, window after window of time.
@@ -178,14 +180,16 @@ def _run(
         weights: of these lanes, as in `scan_forward`.
         below: what the first lane reads, (T, B, I) or (rows, I).
         start: the states that these lanes start from.
+        dropout: probability and seed.
         cell_starts: (lanes, LOW_MEMORY_WINDOWS, B, state_stride(H)); the c at the start of each window is written here.
             None: it is not needed.
     """
     plan, dropped, size = schedule.plan, schedule.dropped, 4 if sizes.bias else 2
     keep_gates = buffers.gates.shape[0] > 0
-    windows, kept_steps = windows_of(layout, schedule.bounds), low_memory_steps(layout.time_steps)
+    windows = schedule.windows or windows_of(layout, schedule.bounds)
     below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
     aligned_input, _, strides = with_aligned_rows(below) if plan.fuse_input else (None, 1, below.stride())
+    weights = contiguous(weights)
     for part in schedule.parts:
         is_whole, of_part = len(schedule.parts) == 1, part.lanes
         hidden = buffers.hidden if is_whole else buffers.hidden[of_part]
@@ -194,12 +198,13 @@ def _run(
         input = hidden if aligned_input is None else aligned_input
         weights_ih = aligned(own[::size], layout.stride if plan.chained else 0)
         weights_hh = aligned(own[1::size], layout.stride)
-        biases_ih, biases_hh = (weights_hh, weights_hh) if size == 2 else (contiguous(own[at::4]) for at in (2, 3))
+        biases_ih, biases_hh = (own[2::4], own[3::4]) if size == 4 else (weights_hh, weights_hh)
         for window in reversed(windows) if part.reverse else windows:
             begins = window.steps.stop if part.reverse else window.steps.start
-            if cell_starts is not None and (begins % kept_steps == 0 or begins == layout.time_steps):
-                number = window.steps.start // kept_steps
-                cell_starts[of_part, number] = cell[:, : layout.batch_size]
+            if cell_starts is not None:
+                kept_steps = low_memory_steps(layout.time_steps)
+                if begins % kept_steps == 0 or begins == layout.time_steps:
+                    cell_starts[of_part, window.steps.start // kept_steps] = cell[:, : layout.batch_size]
             rows = window.rows.stop - window.rows.start
             gates = buffers.gates if is_whole else buffers.gates[of_part]
             if not plan.fuse_input:
@@ -222,8 +227,8 @@ def _run(
                 "hidden_dropped_ptr": buffers.hidden_dropped[of_part] if dropped else hidden,
                 "cell_ptr": cell,
                 **lookups(layout, part.plan, window, hidden),
-                "seed_ptr": dropout.seed if dropped else hidden,
-                "dropout": dropout.probability,
+                "seed_ptr": dropout[1] if dropped else hidden,
+                "dropout": dropout[0],
                 "dropped_lanes": dropped - of_part.start,
                 "first_lane": part.first,
                 "state_rows": layout.state_rows,
@@ -232,4 +237,4 @@ def _run(
                 "reverse": int(part.reverse),
                 "hold": part.plan.hold,
             }
-            run(part.kernel, input.device, arguments)
+            run(part.kernel, input.device, arguments, on)

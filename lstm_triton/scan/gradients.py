@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..stack import LaneWeights, Start
+from ..stack import NO_STATES, LaneWeights, Start
 from . import products
 from .backward import scan_backward
 from .dispatch import invoke
@@ -47,7 +47,7 @@ def of_lane(
     if needed_weights.bias_ih or needed_weights.bias_hh:
         bias = rows.sum(0, dtype=torch.float32).view(-1, 4).t()
     # Selected among the sequences behind the products: 0 times a weight that is not finite would be a NaN.
-    start = Start()
+    start = NO_STATES
     if needed_start.h or needed_start.preact:
         gates = layout.first_step_gates(grad_gates, reverse)
         if needed_start.h:
@@ -144,7 +144,7 @@ def _from_gates(
             bias = found.bias_ih if found.bias_hh is None else found.bias_hh
             grad_weights += (None, None) if bias is None else _of_both_biases(bias, input.dtype)
         starts += (start,)
-    return grad_input, grad_weights, stacked(starts) if True in needed.start else Start()
+    return grad_input, grad_weights, stacked(starts) if True in needed.start else NO_STATES
 
 
 def _of_both_biases(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ from ..reference import Gates
 from ..stack import Inside, LaneWeights, Stack, Start
 from .forward import scan_forward
 from .layers import end_without_steps, folded, projected, projected_steps
-from .layout import Layout
+from .layout import Layout, output_of
 
 
 def scan_lane_inside(
@@ -30,7 +30,7 @@ def scan_lane_inside(
         preact_reset=own.preact_reset,
     )
     layout, shape = Layout.of(input, stack.hidden_size(), ragged), input.shape[:-1]
-    output, h = layout.output(hidden, 1, shape, shared=True), h_n[0]
+    output, h = output_of(hidden, h_n, 1, shape, shared=True), h_n[0]
     if weights.hr is not None:
         output = projected_steps(output, weights, ragged)
         h = end_without_steps(projected(h, weights), start.h, ragged)

@@ -1,18 +1,21 @@
 """Entry points of the path through the kernels: a stack of layers, without and with projections."""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from .. import transforms
 from ..ragged import Ragged
-from ..stack import LaneResults, LaneWeights, Options, Stack, Start
+from ..stack import NO_STATES, LaneResults, LaneWeights, Options, Stack, Start, States
 from .autograd import LSTMScan
 from .cell import single_step
 from .dispatch import apply, invoke
 from .formula import stack_by_formula
 from .forward import scan_forward
 from .gradients import stacked
-from .layout import Layout
+from .layout import Layout, output_of
 from .saved import Fixed, Inputs, Static
 from .schedule import is_single_step
 
@@ -33,49 +36,55 @@ def scan_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> 
     Higher derivatives and forward-mode derivatives come from the step-by-step formula (formula.py), in the dtype of the
     tensors.
     """
-    by_formula = transforms.in_forward_mode()
-    if not (by_formula or (torch.is_grad_enabled() and (transforms.active() or requires_grad(input, start, stack)))):
-        return infer(input, start, stack, options)
-    if not by_formula:
-        return train(input, start, stack, options)
-    static, fixed = _of_options(input, stack, options)
+    static = static_of(options, stack.lanes(), stack.directions, stack.bias(), stack.reverse)
+    seed = seed_of(static, input)
+    fixed = Fixed(seed) if options.ragged is None else Fixed(seed, *options.ragged)
     inputs = Inputs(input, start, stack.arguments()[0])
-    return stack_by_formula(inputs, static, fixed)[: 4 if options.return_cells else 3]
+    if transforms.in_forward_mode():
+        return stack_by_formula(inputs, static, fixed)[: 4 if static.return_cells else 3]
+    if torch.is_grad_enabled() and (transforms.active() or requires_grad(inputs)):
+        return train(inputs, static, fixed)
+    return infer(inputs, static, fixed)
 
 
-def requires_grad(input: Tensor, start: Start, stack: Stack) -> bool:
+def static_of(options: Options, lanes: int, directions: int, bias: bool, reverse: bool = False) -> Static:
+    low_memory = options.low_memory and not options.return_cells
+    return Static(
+        directions,
+        bias,
+        reverse,
+        float(options.dropout) if lanes > directions else 0.0,  # an int would be another type to a kernel
+        low_memory,
+        options.return_cells,
+        # With low_memory, a single lane keeps little more than its h: a copy of the output would double it.
+        options.shared_output or (low_memory and lanes == 1),
+    )
+
+
+def seed_of(static: Static, input: Tensor) -> Tensor | None:
+    """A new seed of dropout; None: there is no dropout."""
+    return torch.randint(2**63 - 1, (1,), device=input.device) if static.dropout > 0 else None
+
+
+def requires_grad(inputs: Inputs) -> bool:
     """Whether a gradient of one of these tensors is needed."""
-    return True in [each.requires_grad for each in (input, *start, *stack.arguments()[0]) if each is not None]
+    return True in [tensor.requires_grad for tensor in inputs.flat() if tensor is not None]
 
 
-def _of_options(input: Tensor, stack: Stack, options: Options) -> tuple[Static, Fixed]:
-    ragged, return_cells = options.ragged, options.return_cells
-    lanes, directions = len(stack.weights), stack.directions
-    dropout = float(options.dropout) if lanes > directions else 0.0  # an int would be another type to a kernel
-    seed = torch.randint(2**63 - 1, (1,), device=input.device) if dropout > 0 else None
-    low_memory = options.low_memory and not return_cells
-    # With low_memory, a single lane keeps little more than its h: a copy of the output would double it.
-    shared_output = options.shared_output or (low_memory and lanes == 1)
-    static = Static(directions, stack.bias(), stack.reverse, dropout, low_memory, return_cells, shared_output)
-    return static, Fixed(seed) if ragged is None else Fixed(seed, *ragged)
-
-
-def train(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
+def train(inputs: Inputs, static: Static, fixed: Fixed) -> LaneResults:
     """`scan_layers` where a gradient is needed, and none in forward mode."""
-    static, fixed = _of_options(input, stack, options)
-    results = apply(LSTMScan, *static, *fixed, input, *start, *stack.arguments()[0])
+    results = apply(LSTMScan, *static, *fixed, inputs.input, *inputs.start, *inputs.weights)
     return tuple(results[: 4 if static.return_cells else 3])
 
 
-def infer(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:
+def infer(inputs: Inputs, static: Static, fixed: Fixed) -> LaneResults:
     """`scan_layers` where no gradient is needed."""
-    static, fixed = _of_options(input, stack, options)
-    ragged, return_cells, dropout = options.ragged, options.return_cells, static.dropout
-    weights, directions, bias, reverse = stack.arguments()
-    if is_single_step(input.shape[0], ragged is not None, dropout > 0, fuse_input=start.preact is None):
-        output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, directions, bias)
+    input, start, weights = inputs
+    directions, is_ragged = static.directions, fixed.before is not None
+    if is_single_step(input.shape[0], is_ragged, static.dropout > 0, fuse_input=start.preact is None):
+        output, h_n, c_n = invoke(single_step, input[0], start.h, start.c, weights, directions, static.bias)
         results = (output.unsqueeze(0), h_n, c_n)
-        return (*results, c_n.unsqueeze(1).clone()) if return_cells else results
+        return (*results, c_n.unsqueeze(1).clone()) if static.return_cells else results
     hidden, _, cell, _, h_n, c_n = invoke(
         scan_forward,
         input,
@@ -83,21 +92,49 @@ def infer(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneRe
         start.c,
         weights,
         directions,
-        bias,
-        reverse,
-        return_cells,
+        static.bias,
+        static.reverse,
+        static.return_cells,
         False,
         fixed.tables(),
         start.h_reset,
         start.c_reset,
-        dropout,
+        static.dropout,
         fixed.seed,
         start.preact,
         start.preact_reset,
     )
-    layout, shape = Layout.of(input, h_n.shape[-1], ragged), input.shape[:-1]
-    results = (layout.output(hidden, directions, shape, shared=True), h_n, c_n)
-    return (*results, layout.cells(cell, input.dtype, shape)) if return_cells else results
+    shape = input.shape[:-1]
+    results = (output_of(hidden, h_n, directions, shape, shared=True), h_n, c_n)
+    if not static.return_cells:
+        return results
+    return *results, Layout.of(input, h_n.shape[-1], fixed.ragged()).cells(cell, input.dtype, shape)
+
+
+class PreparedLayers(NamedTuple):
+    """Layers without projections, prepared for dense batches, where nothing observes operators.
+
+    Attributes:
+        trains: whether a gradient is needed.
+    """
+
+    static: Static
+    trains: bool
+    batch_first: bool
+
+    def call(self, input: Tensor, hx: States | None, weights: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What `functional.lstm` returns for an input (T, B, I), or (B, T, I) with `batch_first`."""
+        if self.batch_first:
+            input = input.transpose(0, 1)
+        inputs = Inputs(input, NO_STATES if hx is None else Start(*hx), weights)
+        fixed = NOTHING_FIXED if self.static.dropout == 0 else Fixed(seed_of(self.static, input))
+        output, h_n, c_n, *cells = (train if self.trains else infer)(inputs, self.static, fixed)
+        if self.batch_first:
+            output, cells = output.transpose(0, 1), [each.transpose(1, 2) for each in cells]
+        return output, (h_n, c_n), *cells
+
+
+NOTHING_FIXED = Fixed()
 
 
 def scan_projected_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:

@@ -161,19 +161,6 @@ class Layout(NamedTuple):
             is_reset = self.ragged.is_reset(reverse)[window.rows].view(-1, self.batch_size, 1)
             projected.view(*is_reset.shape[:2], -1).add_(torch.where(is_reset, start.preact_reset, 0))
 
-    def output(self, hidden: Tensor, directions: int, shape: torch.Size, shared: bool) -> Tensor:
-        """The outputs of the last layer, (*shape, directions * H), out of the state rows of h.
-
-        `shared`: may share the memory of `hidden`, as one lane does whose rows are not padded. It shares its version
-        counter, too. So backward notices if somebody has changed it in place.
-        """
-        if directions == 2:
-            lanes = hidden[-2:, self.steps(), : self.hidden_size].view(2, *shape, self.hidden_size)
-            return torch.cat(lanes.unbind(), dim=-1)
-        lane = hidden[-1, self.steps(), : self.hidden_size].view(*shape, self.hidden_size)
-        # Detached, it is no view: an autograd.Function forbids to change a view in place.
-        return lane.contiguous().detach() if shared else lane.clone(memory_format=torch.contiguous_format)
-
     def cells(self, cell: Tensor, dtype: torch.dtype, shape: torch.Size) -> Tensor:
         """(lanes, *shape, H) a copy of every c_t, out of the state rows of c; 0 where there is no step."""
         cells = cell[:, self.steps(), : self.hidden_size]
@@ -186,3 +173,22 @@ class Layout(NamedTuple):
         steps, rows = window
         ragged = None if self.ragged is None else self.ragged.window(steps, rows)
         return Layout.sized(steps.stop - steps.start, rows.stop - rows.start, self.batch_size, self.hidden_size, ragged)
+
+
+def output_of(hidden: Tensor, h_n: Tensor, directions: int, shape: torch.Size, shared: bool) -> Tensor:
+    """The outputs of the last layer, (*shape, directions * H), out of the state rows of h.
+
+    Args:
+        hidden: (lanes, state rows, state_stride(H)).
+        h_n: (lanes, B, H).
+        shape: (T, B), ragged (rows,).
+        shared: may share the memory of `hidden`, as one lane does whose rows are not padded. It shares its version
+            counter, too. So backward notices if somebody has changed it in place.
+    """
+    _, batch_size, size = h_n.shape
+    steps = slice(batch_size, batch_size + shape.numel())
+    if directions == 2:
+        return torch.cat([hidden[lane, steps, :size].view(*shape, size) for lane in (-2, -1)], dim=-1)
+    lane = hidden[-1, steps, :size].view(*shape, size)
+    # Detached, it is no view: an autograd.Function forbids to change a view in place.
+    return lane.contiguous().detach() if shared else lane.clone(memory_format=torch.contiguous_format)

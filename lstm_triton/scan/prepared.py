@@ -13,8 +13,10 @@ from .. import target
 from ..prepared_kernel import PreparedKernel
 from . import launch, planner
 from .alignment import unit_of_rows
+from .layout import Layout, Window
 from .plan import Kind, Plan, ScanShape, state_stride
 from .schedule import Schedule, backward_schedules, forward_schedules
+from .windows import windows_of
 
 PREPARED_SCANS = 1024  # as many as the planner remembers calls
 
@@ -39,6 +41,12 @@ class Sizes(NamedTuple):
         described = target.Device.of(self.device)
         sizes = (self.batch_size, self.input_size, self.hidden_size)
         return ScanShape(kind, *sizes, self.dtype, described, allow_tf32)
+
+    def layout(self) -> Layout | None:
+        """None for a ragged batch."""
+        if self.is_ragged:
+            return None
+        return Layout.sized(self.time_steps, self.time_steps * self.batch_size, self.batch_size, self.hidden_size)
 
     def is_reverse(self, lane: int) -> bool:
         return self.reverse != (lane % self.directions == 1)
@@ -72,6 +80,8 @@ class PreparedSchedule(NamedTuple):
         is_whole: whether these are all lanes of the stack.
         reverse: whether its first lane walks from the last step to the first.
         dropped: how many of these lanes have dropout. They come first.
+        bounds: of windows of time, in steps.
+        windows: the same with their rows; None for a ragged batch, whose rows are not known beforehand.
     """
 
     plan: Plan
@@ -80,7 +90,22 @@ class PreparedSchedule(NamedTuple):
     reverse: bool
     dropped: int
     bounds: list[int]
+    windows: list[Window] | None
     parts: tuple[Part, ...]
+
+
+class PreparedScan(NamedTuple):
+    """A scan prepared for its sizes.
+
+    Attributes:
+        layout: None for a ragged batch, whose layout has tensors.
+        on: the target.
+        schedules: in the order of their launches.
+    """
+
+    layout: Layout | None
+    on: target.Target
+    schedules: tuple[PreparedSchedule, ...]
 
 
 class Forward(NamedTuple):
@@ -96,14 +121,14 @@ class Forward(NamedTuple):
 Options = Callable[[Plan], dict[str, object]]
 
 
-def forward_scan_of(sizes: Sizes, asked: Forward) -> tuple[PreparedSchedule, ...]:
-    """The launches of a forward scan, from the first layer to the last."""
+def forward_scan_of(sizes: Sizes, asked: Forward) -> PreparedScan:
+    """A forward scan. It runs from the first layer to the last."""
     on: Any = target.current()
     return _forward(sizes, asked, on, launch.allows_tf32(), planner.forced_plans["forward"], launch.launch_options)
 
 
-def backward_scan_of(sizes: Sizes, dropout: bool, grad_cells: bool) -> tuple[PreparedSchedule, ...]:
-    """The launches of a backward scan, from the last layer to the first."""
+def backward_scan_of(sizes: Sizes, dropout: bool, grad_cells: bool) -> PreparedScan:
+    """A backward scan. It runs from the last layer to the first."""
     on: Any = target.current()
     of_planner = launch.allows_tf32(), planner.forced_plans["backward"], launch.launch_options
     return _backward(sizes, dropout, grad_cells, on, *of_planner)
@@ -112,7 +137,7 @@ def backward_scan_of(sizes: Sizes, dropout: bool, grad_cells: bool) -> tuple[Pre
 @lru_cache(maxsize=PREPARED_SCANS)
 def _forward(
     sizes: Sizes, asked: Forward, on: target.Target, allow_tf32: bool, forced: Plan | None, options: Options
-) -> tuple[PreparedSchedule, ...]:
+) -> PreparedScan:
     """`on`, `forced` and `options` are for the key. The planner and the launch find them themselves."""
     from ..kernels.forward import forward_scan
 
@@ -142,7 +167,8 @@ def _forward(
             **launch.input_constants_of(plan, input_size, unit_of_rows(input_size)),
         )
 
-    return tuple([_prepared(sizes, schedule, asked.dropout, kernel) for schedule in schedules])
+    found = tuple([_prepared(sizes, schedule, asked.dropout, kernel) for schedule in schedules])
+    return PreparedScan(sizes.layout(), on, found)
 
 
 @lru_cache(maxsize=PREPARED_SCANS)
@@ -154,7 +180,7 @@ def _backward(
     allow_tf32: bool,
     forced: Plan | None,
     options: Options,
-) -> tuple[PreparedSchedule, ...]:
+) -> PreparedScan:
     """`on`, `forced` and `options`: as in `_forward`."""
     from ..kernels.backward import backward_scan
 
@@ -172,7 +198,8 @@ def _backward(
             RAGGED=sizes.is_ragged,
         )
 
-    return tuple([_prepared(sizes, schedule, dropout, kernel) for schedule in reversed(schedules)])
+    found = tuple([_prepared(sizes, schedule, dropout, kernel) for schedule in reversed(schedules)])
+    return PreparedScan(sizes.layout(), on, found)
 
 
 def _prepared(
@@ -188,4 +215,6 @@ def _prepared(
         )
     is_whole = planned.plan.lanes == sizes.lanes
     reverse = sizes.is_reverse(planned.first)
-    return PreparedSchedule(planned.plan, lanes, is_whole, reverse, dropped, schedule.bounds, tuple(parts))
+    layout, bounds = sizes.layout(), schedule.bounds
+    windows = None if layout is None else windows_of(layout, bounds)
+    return PreparedSchedule(planned.plan, lanes, is_whole, reverse, dropped, bounds, windows, tuple(parts))
