@@ -202,6 +202,12 @@ def _backward(
     return PreparedScan(sizes.layout(), on, found)
 
 
+def forget() -> None:
+    """Forget everything, as if no scan had been prepared."""
+    _forward.cache_clear()
+    _backward.cache_clear()
+
+
 def _prepared(
     sizes: Sizes, schedule: Schedule, dropout: bool, kernel: Callable[[Schedule, Plan, int], PreparedKernel]
 ) -> PreparedSchedule:

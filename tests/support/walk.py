@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import lstm_triton
-from lstm_triton import interpreter
+from lstm_triton import interpreter, prepared_call
+from lstm_triton.scan import prepared as scan_prepared
 from tests.support import ways
 from tests.support.comparing import LoopLSTM, assert_same
 from tests.support.ways import GIVING_WEIGHTS, Arguments, Made, Tensors, direction, plain
@@ -24,7 +25,10 @@ Answer = dict[str, Tensor | None] | str  # results and gradients by name, or the
 Undo = Callable[[], object]
 Mutation = Callable[["Walk"], Undo | None]  # what it returns undoes it after some calls
 ATTRIBUTES = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
-FORGETTERS: list[Callable[[], object]] = []  # functions that clear what calls leave to later calls
+FORGETTERS: list[Callable[[], object]] = [  # functions that clear what calls leave to later calls
+    prepared_call.forget,
+    scan_prepared.forget,
+]
 SHOWN = 12  # calls in the message of a failure
 
 
