@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import prepared_call, refusal
 from .call import Call, Memory, Sequences, in_order
 from .checks import check_arguments
-from .prepared_call import PreparedCall
+from .failure import explained
 from .refusal import LaunchRefused
 from .routing import choose, fall_back, take_up
 from .stack import Lane, Options, Results, ScanLayers, States, layers_of
@@ -131,52 +131,52 @@ def lstm(
     >>> torch.equal(output[1, 1], h_n[0, 1]), output[2:, 1].count_nonzero().item()
     (True, 0)
     """
-    key = None
+    key = prepared = None
     if lengths is None and resets is None and reset_state is None and not torch.compiler.is_dynamo_compiling():
         options: Any = (num_layers, bias, batch_first, dropout, training, bidirectional, proj_size)
         key = prepared_call.key_of(input, hx, weights, (*options, return_cells, memory, backend))
-        known = prepared_call.known.get(key)
-        if known is not None:
-            return _run_prepared(known, input, hx, weights, backend)  # type: ignore[arg-type]
-    call = check_arguments(
-        input,
-        hx,
-        weights,
-        num_layers=num_layers,
-        bias=bias,
-        batch_first=batch_first,
-        dropout=dropout,
-        training=training,
-        bidirectional=bidirectional,
-        proj_size=proj_size,
-        lengths=lengths,
-        resets=resets,
-        reset_state=reset_state,
-        return_cells=return_cells,
-        memory=memory,
-    )
-    path = choose(backend, call).path
-    if key is None:
-        output, states, cells = run(call, input, path, requested=backend)
-        return (output, states, cells) if return_cells else (output, states)
-    prepared = prepared_call.prepare(call, path, input)  # type: ignore[arg-type]
-    results = _run_prepared(prepared, input, hx, weights, backend)  # type: ignore[arg-type]
-    prepared_call.remember(key, prepared)
-    return results
-
-
-def _run_prepared(
-    prepared: PreparedCall, input: Tensor, hx: States | None, weights: Sequence[Tensor], requested: str | None
-) -> tuple[Any, ...]:
-    """What `lstm` returns for a call that is checked."""
+        prepared = prepared_call.known.get(key)
+    is_new = prepared is None
+    if prepared is None:
+        call = check_arguments(
+            input,
+            hx,
+            weights,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            training=training,
+            bidirectional=bidirectional,
+            proj_size=proj_size,
+            lengths=lengths,
+            resets=resets,
+            reset_state=reset_state,
+            return_cells=return_cells,
+            memory=memory,
+        )
+        path = choose(backend, call).path
+        if key is None:
+            output, states, cells = run(call, input, path, requested=backend)
+            return (output, states, cells) if return_cells else (output, states)
+        prepared = prepared_call.prepare(call, path, input)  # type: ignore[arg-type]
+    results = None
     if prepared.run is not None:
         try:
-            return prepared.run(input, hx, weights)
-        except LaunchRefused:  # below, PyTorch's own function computes the call
-            pass
-    call = prepared.call(input, hx, weights)
-    output, states, cells = run(call, input, prepared.path, requested=requested)
-    return (output, states, cells) if call.return_cells else (output, states)
+            results = prepared.run(input, hx, weights)  # type: ignore[arg-type]
+        except LaunchRefused:
+            results = None  # below, PyTorch's own function computes the call
+        except RuntimeError as error:
+            if (failed := explained(error)) is None:
+                raise
+            raise failed from error
+    if results is None:
+        call = prepared.call(input, hx, weights)  # type: ignore[arg-type]
+        output, states, cells = run(call, input, prepared.path, requested=backend)
+        results = (output, states, cells) if return_cells else (output, states)
+    if is_new:
+        prepared_call.remember(key, prepared)
+    return results
 
 
 def run(

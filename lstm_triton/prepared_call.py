@@ -113,7 +113,7 @@ def prepare(call: Call, path: str, input: Tensor) -> PreparedCall:
     return PreparedCall(path, call[TENSORS:], batch_axis, _by_kernels(call) if is_plain else None)
 
 
-def remember(key: Key, prepared: PreparedCall) -> None:
+def remember(key: Key | None, prepared: PreparedCall) -> None:
     if len(known) >= REMEMBERED:
         known.clear()
     known[key] = prepared

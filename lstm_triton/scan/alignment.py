@@ -38,14 +38,14 @@ def transposed(weights: Sequence[Tensor], stride: int) -> tuple[Tensor, ...]:
     The backward scan multiplies with columns of a weight. In the copies the columns are rows, which are read in pieces
     of 16 bytes, also from shared memory. Reading columns from shared memory took up to eight times as long.
     """
-    found = []
+    found: list[Tensor] = []
     for weight in weights:
         gates, size = weight.shape
         rows = weight.new_empty((stride, 4 * stride))
         if size < stride:
             rows.zero_()
         rows.as_strided((4, gates // 4, size), (1, 4, 4 * stride)).copy_(weight.reshape(4, gates // 4, size))
-        found.append(rows)
+        found += (rows,)
     return tuple(found)
 
 

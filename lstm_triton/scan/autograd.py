@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..autocast import without_autocast
 from ..refusal import LaunchRefused
+from ..stack import Start
 from . import gradients, low_memory
 from .batched import mapped
 from .buffers import Buffers
@@ -15,9 +16,10 @@ from .dispatch import invoke
 from .formula import fall_back_to_formula, gradients_by_formula, second_gradients, stack_by_formula
 from .forward import scan_forward
 from .layout import Layout, output_of
-from .saved import BUFFERS, FIXED, Fixed, Grads, Inputs, Saved, Static
+from .saved import BUFFERS, FIRST_WEIGHT, FIXED, Fixed, Grads, Inputs, Saved, Static
 
 RESULTS = len(Grads._fields)  # output, h_n, c_n, cells; the buffers come after them
+RETURN_CELLS = Static._fields.index("return_cells")
 FIRST_FIXED = len(Static._fields)  # where `Fixed` begins among the arguments of `LSTMScan`
 FIRST_INPUT = FIRST_FIXED + len(Fixed._fields)  # where `Inputs` begins
 
@@ -30,7 +32,8 @@ class LSTMScan(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
         static, fixed = Static(*arguments[:FIRST_FIXED]), Fixed(*arguments[FIRST_FIXED:FIRST_INPUT])
-        input, start, weights = Inputs.of(arguments[FIRST_INPUT:])
+        input, weights = arguments[FIRST_INPUT], arguments[FIRST_INPUT + FIRST_WEIGHT :]
+        start = Start(*arguments[FIRST_INPUT + 1 : FIRST_INPUT + FIRST_WEIGHT])
         keep = not static.low_memory
         *kept, h_n, c_n = invoke(
             scan_forward,
@@ -61,9 +64,8 @@ class LSTMScan(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        static, buffers = inputs[:FIRST_FIXED], output[RESULTS:]
-        ctx.static = static
-        ctx.mark_non_differentiable(*(buffers if Static(*static).return_cells else output[RESULTS - 1 :]))
+        ctx.static, buffers = inputs[:FIRST_FIXED], output[RESULTS:]
+        ctx.mark_non_differentiable(*(buffers if inputs[RETURN_CELLS] else output[RESULTS - 1 :]))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[FIRST_FIXED:], *buffers)  # `Saved`
 

@@ -66,10 +66,10 @@ def scan_backward(
     shape = (time_steps, batch_size) if ragged is None else (rows,)
 
     grad_gates = buffers.sentinels((lanes, layout.state_rows, 4 * layout.stride), gates)
-    if ragged is None:
+    if prepared.ends is not None:
         # No gradient comes from behind the last step.
-        layout.initial_rows(grad_gates, min(directions, lanes), not reverse).zero_()
-    else:
+        grad_gates.as_strided(*prepared.ends.behind).zero_()
+    elif ragged is not None:
         grad_gates[:, :batch_size].zero_()
         grad_gates[:, layout.steps().stop :].zero_()
         grad_gates[:, layout.steps()].masked_fill_(~ragged.is_step().unsqueeze(1), 0)

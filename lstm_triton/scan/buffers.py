@@ -1,6 +1,5 @@
 """The buffers that a forward scan writes, and what they hold before the scan runs."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -43,52 +42,38 @@ class Buffers(NamedTuple):
     def of(self, lanes: slice) -> "Buffers":
         return Buffers(*(buffer[lanes] for buffer in self))
 
-    def write(self, start: Start, layout: Layout, directions: int, reverse: bool) -> None:
-        """Write the states that sequences start from, and zeros where there is no step.
+    def write_ragged(self, start: Start, layout: Layout, directions: int, reverse: bool) -> None:
+        """Write the states that the sequences of a ragged batch start from, and zeros where there is no step.
 
         Args:
             start: of these lanes.
             directions: of these lanes.
             reverse: whether the first lane walks from the last step to the first.
         """
-        if layout.ragged is None:
-            every_cell = self.cell.shape[1] == layout.state_rows
-            _fill(layout.initial_rows(self.cell, directions, reverse) if every_cell else self.cell, start.c)
-            _fill(layout.initial_rows(self.hidden, directions, reverse), start.h)
-        else:
-            self._write_ragged(start, layout, by_direction(directions, reverse))
-
-    def _write_ragged(self, start: Start, layout: Layout, directions: Sequence[tuple[slice, bool]]) -> None:
         assert layout.ragged is not None
-        for lanes, reverse in directions:
+        for lanes, reverse_in_time in by_direction(directions, reverse):
             hidden, cell, own = self.hidden[lanes], self.cell[lanes], start.of(lanes)
-            initial = layout.initial(reverse) if cell.shape[1] == layout.state_rows else slice(layout.batch_size)
-            _fill(cell[:, initial], own.c)
+            every_cell = cell.shape[1] == layout.state_rows
+            initial = layout.initial(reverse_in_time) if every_cell else slice(layout.batch_size)
+            fill(cell[:, initial], own.c)
             # Every NaN gets the same bits, since the bits of a NaN must not look like the sentinel.
-            _fill(hidden[:, layout.initial(reverse)], own.h, canonical=True)
-            _fill(hidden[:, layout.initial(not reverse)], None)
-            _fill(hidden[:, layout.resets()], own.h_reset, canonical=True)
-            _fill(cell[:, -layout.batch_size :], own.c_reset)
+            fill(hidden[:, layout.initial(reverse_in_time)], own.h, canonical=True)
+            fill(hidden[:, layout.initial(not reverse_in_time)], None)
+            fill(hidden[:, layout.resets()], own.h_reset, canonical=True)
+            fill(cell[:, -layout.batch_size :], own.c_reset)
         no_step = ~layout.ragged.is_step().unsqueeze(1)
         self.hidden[:, layout.steps()].masked_fill_(no_step, 0)
         self.hidden_dropped[:, layout.steps()].masked_fill_(no_step, 0)
         self.hidden_dropped[:, : layout.batch_size].zero_()
 
-    def read_ends(self, h_n: Tensor, c_n: Tensor, layout: Layout, directions: int, reverse: bool) -> None:
-        """Write the final states into h_n and c_n (lanes, B, H). `directions`, `reverse`: as in `write`."""
+    def read_ragged_ends(self, h_n: Tensor, c_n: Tensor, layout: Layout, directions: int, reverse: bool) -> None:
+        """Write the final states into h_n and c_n (lanes, B, H). `directions`, `reverse`: as in `write_ragged`."""
         size, every_cell = layout.hidden_size, self.cell.shape[1] == layout.state_rows
-        if layout.ragged is None:
-            last = layout.last_rows(self.hidden, directions, reverse)
-            h_n.view((*last.shape[:3], size)).copy_(last if size == layout.stride else last[..., :size])
+        for lanes, reverse_in_time in by_direction(directions, reverse):
+            last_row = layout.last(reverse_in_time)
+            h_n[lanes] = self.hidden[lanes, last_row, :size]
             if every_cell:
-                last = layout.last_rows(self.cell, directions, reverse)
-                c_n.view((*last.shape[:3], size)).copy_(last if size == layout.stride else last[..., :size])
-        else:
-            for lanes, reverse_in_time in by_direction(directions, reverse):
-                last_row = layout.last(reverse_in_time)
-                h_n[lanes] = self.hidden[lanes, last_row, :size]
-                if every_cell:
-                    c_n[lanes] = self.cell[lanes, last_row, :size]
+                c_n[lanes] = self.cell[lanes, last_row, :size]
         if not every_cell:
             c_n.copy_(self.cell[:, : layout.batch_size, :size])
 
@@ -101,7 +86,7 @@ def sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return buffer
 
 
-def _fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
+def fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
     """Write states (lanes, B, H), or zeros for None, into state rows (..., B, stride) in the order of the lanes.
 
     `canonical`: every NaN gets the same bits.
@@ -116,3 +101,10 @@ def _fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
         return
     rows[..., :hidden_size] = state.reshape(*rows.shape[:-1], hidden_size)
     rows[..., hidden_size:] = 0
+
+
+def read(rows: Tensor, states: Tensor) -> None:
+    """Write state rows (..., B, stride), in the order of the lanes, into states (lanes, B, H)."""
+    size = states.shape[2]
+    rows = rows if rows.shape[-1] == size else rows[..., :size]
+    states.view(rows.shape).copy_(rows)

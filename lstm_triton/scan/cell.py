@@ -12,7 +12,7 @@ from ..stack import Stack, States
 from ..target import Device
 from . import planner
 from .alignment import unit_of_rows, with_aligned_rows
-from .dispatch import directly, named
+from .dispatch import named
 from .launch import prepared, run
 from .plan import CELL_BACKWARD_BLOCK, CELL_BACKWARD_WARPS, CellPlan, divide_up
 
@@ -150,9 +150,15 @@ class StackStep:
     ) -> tuple[Tensor, States]:
         """What `functional.lstm` returns for an input (1, B, I) or (B, 1, I), where nothing observes operators."""
         h_0, c_0 = (None, None) if hx is None else hx
+        batch_size, features = self.output_sizes
+        sizes = (batch_size, 1, features) if time_axis == 1 else (1, batch_size, features)
         row = input.select(time_axis, 0)
-        output, h_n, c_n = directly("lstm_triton::single_step", self.run, row, h_0, c_0, weights, on)
-        return output.unsqueeze(time_axis), (h_n, c_n)
+        if torch._C._autograd._profiler_enabled():
+            with torch.profiler.record_function("lstm_triton::single_step"):
+                output, h_n, c_n = self.run(row, h_0, c_0, weights, on, sizes)
+        else:
+            output, h_n, c_n = self.run(row, h_0, c_0, weights, on, sizes)
+        return output, (h_n, c_n)
 
     def run(
         self,
@@ -161,10 +167,16 @@ class StackStep:
         c_0: Tensor | None,
         weights: Sequence[Tensor],
         on: target.Target | None = None,
+        output_sizes: tuple[int, ...] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `single_step`. `on`: the target, if it is known already."""
+        """As `single_step`.
+
+        Args:
+            on: the target, if it is known already.
+            output_sizes: of the output, which may have an axis for its one time step.
+        """
         h_n, c_n = input.new_empty(self.state_sizes), input.new_empty(self.state_sizes)
-        output = input.new_empty(self.output_sizes)
+        output = input.new_empty(output_sizes or self.output_sizes)
         kernels, hidden_size, size = self.kernels, self.hidden_size, self.weights_of_lane
         stride = self.output_sizes[1]
         if self.state_sizes[0] == 1:
@@ -183,8 +195,8 @@ class StackStep:
         for lane, (kernel, h_1, c_1, h, c) in enumerate(lanes):
             at = lane % self.directions
             if lane > 0 and at == 0:  # a new layer: it reads the output of the layer before
-                below, output = output, input.new_empty(self.output_sizes)
-            own = output[:, at * hidden_size : (at + 1) * hidden_size] if at > 0 else output
+                below, output = output, input.new_empty(output_sizes or self.output_sizes)
+            own = output[..., at * hidden_size : (at + 1) * hidden_size] if at > 0 else output
             own_weights = weights[lane * size : (lane + 1) * size]
             _launch(kernel, below, h, c, own_weights, h_1, c_1, output=own, output_stride=stride, on=on)
         return output, h_n, c_n
@@ -236,7 +248,7 @@ def _launch(
     if not all(map(Tensor.is_contiguous, tensors)):
         weights = [weight.contiguous() for weight in weights]
         h, c = (None if state is None else state.contiguous() for state in (h, c))
-    input, _, (stride,) = with_aligned_rows(input)
+    input, _, (*_, stride) = with_aligned_rows(input)
     weight_ih, weight_hh, *biases = weights
     bias_ih, bias_hh = biases or (weight_hh, weight_hh)
     arguments = {

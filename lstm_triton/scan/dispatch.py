@@ -1,7 +1,7 @@
 """Call this library's operators without PyTorch's dispatcher, where nothing observes operators."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -30,16 +30,11 @@ def invoke(operator: Any, *arguments: Any) -> Any:
     if is_observed(arguments):
         flops.counted()  # hands the formulas to the counters
         return operator(*arguments)
-    return directly(operator._qualname, operator._init_fn, *arguments)
-
-
-def directly(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the function of an operator, where nothing observes the operator. A profiler is told the operator's name."""
     try:
-        if torch._C._autograd._profiler_enabled():
-            with torch.profiler.record_function(name):
-                return function(*arguments)
-        return function(*arguments)
+        if torch._C._autograd._profiler_enabled():  # a profiler shows the name, as the dispatcher would tell it
+            with torch.profiler.record_function(operator._qualname):
+                return operator._init_fn(*arguments)
+        return operator._init_fn(*arguments)
     except RuntimeError as error:
         if (failed := explained(error)) is None:
             raise
@@ -48,7 +43,7 @@ def directly(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 def is_observed(arguments: Sequence[Any]) -> bool:
     """Whether something may observe an operator with these arguments, so that the dispatcher has to call it."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0:
         return True

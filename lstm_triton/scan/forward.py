@@ -11,11 +11,11 @@ from ..ragged import Ragged
 from ..stack import Stack, Start
 from . import products
 from .alignment import aligned, contiguous, with_aligned_rows
-from .buffers import Buffers
+from .buffers import Buffers, fill, read
 from .dispatch import named
 from .launch import lookups, run
 from .layout import Layout
-from .prepared import Forward, PreparedSchedule, Sizes, forward_scan_of
+from .prepared import Ends, Forward, PreparedSchedule, Sizes, forward_scan_of
 from .windows import low_memory_steps, window_cells, windows_of
 
 
@@ -84,6 +84,8 @@ def scan_forward(
     of_states = (lanes, batch_size, hidden_size)
     h_n, c_n = input.new_empty(of_states), input.new_empty(of_states)
     below = input if ragged is None else input.contiguous()
+    if prepared.ends is not None and kept_lanes > 0:
+        _begin(kept, prepared.ends, start, of_h=True, of_c=keep_cells)
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
     last_hidden: list[Tensor] = []  # of the last layer, (state rows, stride)
     for schedule in prepared.schedules:
@@ -91,16 +93,16 @@ def scan_forward(
         if keep_cells:
             buffers = kept if schedule.is_whole else kept.of(own)
         else:
-            hidden = kept.hidden[own] if low_memory else None
-            buffers = Buffers.new(layout, input, False, keep_gates, plan.lanes, dropped > 0, hidden)
+            shared = kept.hidden[own] if low_memory else None
+            buffers = Buffers.new(layout, input, False, keep_gates, plan.lanes, dropped > 0, shared)
         own_start = start if schedule.is_whole else start.of(own)
-        own_directions = min(directions, plan.lanes)
-        buffers.write(own_start, layout, own_directions, schedule.reverse)
+        if schedule.ends is None:
+            buffers.write_ragged(own_start, layout, min(directions, plan.lanes), schedule.reverse)
+        elif not keep_cells:
+            _begin(buffers, schedule.ends, own_start, of_h=not low_memory, of_c=True)
         _run(
             schedule,
-            weights
-            if schedule.is_whole
-            else weights[own.start * len(weights) // lanes : own.stop * len(weights) // lanes],
+            weights if schedule.is_whole else weights[own.start * size : own.stop * size],
             sizes,
             buffers,
             layout,
@@ -110,8 +112,11 @@ def scan_forward(
             prepared.on,
             kept.cell[own] if low_memory else None,
         )
-        ends = (h_n, c_n) if schedule.is_whole else (h_n[own], c_n[own])
-        buffers.read_ends(*ends, layout, own_directions, schedule.reverse)
+        states = (h_n, c_n) if schedule.is_whole else (h_n[own], c_n[own])
+        if schedule.ends is None:
+            buffers.read_ragged_ends(*states, layout, min(directions, plan.lanes), schedule.reverse)
+        elif not keep_cells:
+            _end(buffers, schedule.ends, *states, of_h=not low_memory, of_c=True)
         if kept_lanes == 0:
             last_hidden = [*last_hidden, *buffers.hidden.unbind()][-directions:]
         if own.stop == lanes:
@@ -124,6 +129,8 @@ def scan_forward(
         if len(outputs) == directions:
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
     if kept_lanes > 0:
+        if prepared.ends is not None:
+            _end(kept, prepared.ends, h_n, c_n, of_h=True, of_c=keep_cells)
         return *kept, h_n, c_n
     # If the last layer shares a buffer with layers below, it is copied: a view would keep these layers in memory.
     hidden = buffers.hidden if plan.lanes == directions else torch.stack(last_hidden)
@@ -160,6 +167,24 @@ def _(*arguments: Any) -> int:
     layout = Layout.of(given.input, stack.hidden_size(), Ragged.of(given.tables))
     steps, _ = flops.steps(layout.rows, layout.batch_size, layout.ragged)
     return flops.products(steps, given.weights)
+
+
+def _begin(buffers: Buffers, ends: Ends, start: Start, of_h: bool, of_c: bool) -> None:
+    """Write the states that the sequences of a dense batch start from."""
+    if of_h:
+        fill(buffers.hidden.as_strided(*ends.initial), start.h)
+    if of_c:
+        every_cell = buffers.cell.shape == buffers.hidden.shape
+        fill(buffers.cell.as_strided(*ends.initial) if every_cell else buffers.cell, start.c)
+
+
+def _end(buffers: Buffers, ends: Ends, h_n: Tensor, c_n: Tensor, of_h: bool, of_c: bool) -> None:
+    """Write the final states of a dense batch into h_n and c_n (lanes, B, H)."""
+    if of_h:
+        read(buffers.hidden.as_strided(*ends.last), h_n)
+    if of_c:
+        every_cell = buffers.cell.shape == buffers.hidden.shape
+        read(buffers.cell.as_strided(*ends.last) if every_cell else buffers.cell, c_n)
 
 
 def _run(

@@ -14,6 +14,8 @@ from ..ragged import Ragged
 from ..stack import Start
 from .plan import state_stride
 
+Place = tuple[tuple[int, ...], tuple[int, ...], int]  # sizes, strides and offset of a part of a buffer: for as_strided
+
 
 class Window(NamedTuple):
     """A range of steps that one launch takes, and the rows of these steps."""
@@ -61,27 +63,28 @@ class Layout(NamedTuple):
         first = self.rows + self.batch_size if reverse else 0
         return slice(first, first + self.batch_size)
 
-    def initial_rows(self, states: Tensor, directions: int, reverse: bool) -> Tensor:
-        """(layers, directions, B, width) the initial states of all lanes. Not for a ragged batch.
+    def initial_rows(self, lanes: range, directions: int, reverse: bool, width: int) -> "Place":
+        """The initial states of lanes, (layers, directions, B, width). Not for a ragged batch.
 
         Args:
-            states: (lanes, state rows, width), contiguous: the lanes of `directions` directions.
-            reverse: whether the first direction is the reverse one.
+            lanes: of the buffer of states (lanes, state rows, width).
+            directions: of these lanes.
+            reverse: whether the first of them walks from the last step to the first.
         """
         behind = self.rows + self.batch_size
-        return self._rows_of(states, directions, *((behind, 0) if reverse else (0, behind)))
+        return self._place(lanes, directions, width, *((behind, 0) if reverse else (0, behind)))
 
-    def last_rows(self, states: Tensor, directions: int, reverse: bool) -> Tensor:
-        """(layers, directions, B, width) the states of the last steps of all lanes; as in `initial_rows`."""
+    def last_rows(self, lanes: range, directions: int, reverse: bool, width: int) -> "Place":
+        """The states of the last steps of lanes, as in `initial_rows`."""
         firsts = (self.batch_size, self.rows) if reverse else (self.rows, self.batch_size)
-        return self._rows_of(states, directions, *firsts)
+        return self._place(lanes, directions, width, *firsts)
 
-    def _rows_of(self, states: Tensor, directions: int, first: int, first_of_second: int) -> Tensor:
+    def _place(self, lanes: range, directions: int, width: int, first: int, first_of_second: int) -> "Place":
         """B rows of each lane: from row `first` on, and in a second direction from row `first_of_second` on."""
-        lanes, rows, width = states.shape
-        sizes = (lanes // directions, directions, self.batch_size, width)
-        strides = (directions * rows * width, (rows + first_of_second - first) * width, width, 1)
-        return states.as_strided(sizes, strides, states.storage_offset() + first * width)
+        lane = self.state_rows * width
+        sizes = (len(lanes) // directions, directions, self.batch_size, width)
+        strides = (directions * lane, lane + (first_of_second - first) * width, width, 1)
+        return sizes, strides, lanes.start * lane + first * width
 
     def previous(self, reverse: bool) -> slice:
         """The state rows that the steps start from, in the order of `steps`. Not for a ragged batch."""

@@ -13,7 +13,7 @@ from .. import target
 from ..prepared_kernel import PreparedKernel
 from . import launch, planner
 from .alignment import unit_of_rows
-from .layout import Layout, Window
+from .layout import Layout, Place, Window
 from .plan import Kind, Plan, ScanShape, state_stride
 from .schedule import Schedule, backward_schedules, forward_schedules
 from .windows import windows_of
@@ -72,6 +72,28 @@ class Part(NamedTuple):
     reverse: bool
 
 
+class Ends(NamedTuple):
+    """Where states are in a buffer of a dense batch, of several lanes.
+
+    Attributes:
+        initial: the states that sequences start from.
+        last: the states of the last steps.
+        behind: the rows behind the last steps, in a buffer of gate gradients.
+    """
+
+    initial: Place
+    last: Place
+    behind: Place
+
+    @staticmethod
+    def of(layout: Layout, lanes: range, directions: int, reverse: bool) -> "Ends":
+        return Ends(
+            layout.initial_rows(lanes, directions, reverse, layout.stride),
+            layout.last_rows(lanes, directions, reverse, layout.stride),
+            layout.initial_rows(lanes, directions, not reverse, 4 * layout.stride),
+        )
+
+
 class PreparedSchedule(NamedTuple):
     """A schedule with its kernels.
 
@@ -81,7 +103,8 @@ class PreparedSchedule(NamedTuple):
         reverse: whether its first lane walks from the last step to the first.
         dropped: how many of these lanes have dropout. They come first.
         bounds: of windows of time, in steps.
-        windows: the same with their rows; None for a ragged batch, whose rows are not known beforehand.
+        windows: the same with their rows. None for a ragged batch, whose rows are not known beforehand.
+        ends: in buffers of h and c that are this schedule's alone. None for a ragged batch.
     """
 
     plan: Plan
@@ -91,6 +114,7 @@ class PreparedSchedule(NamedTuple):
     dropped: int
     bounds: list[int]
     windows: list[Window] | None
+    ends: Ends | None
     parts: tuple[Part, ...]
 
 
@@ -99,11 +123,13 @@ class PreparedScan(NamedTuple):
 
     Attributes:
         layout: None for a ragged batch, whose layout has tensors.
+        ends: of all lanes of the stack. None for a ragged batch.
         on: the target.
         schedules: in the order of their launches.
     """
 
     layout: Layout | None
+    ends: Ends | None
     on: target.Target
     schedules: tuple[PreparedSchedule, ...]
 
@@ -167,8 +193,7 @@ def _forward(
             **launch.input_constants_of(plan, input_size, unit_of_rows(input_size)),
         )
 
-    found = tuple([_prepared(sizes, schedule, asked.dropout, kernel) for schedule in schedules])
-    return PreparedScan(sizes.layout(), on, found)
+    return _scan(sizes, on, [_prepared(sizes, schedule, asked.dropout, kernel) for schedule in schedules])
 
 
 @lru_cache(maxsize=PREPARED_SCANS)
@@ -198,8 +223,7 @@ def _backward(
             RAGGED=sizes.is_ragged,
         )
 
-    found = tuple([_prepared(sizes, schedule, dropout, kernel) for schedule in reversed(schedules)])
-    return PreparedScan(sizes.layout(), on, found)
+    return _scan(sizes, on, [_prepared(sizes, schedule, dropout, kernel) for schedule in reversed(schedules)])
 
 
 def forget() -> None:
@@ -208,10 +232,18 @@ def forget() -> None:
     _backward.cache_clear()
 
 
+def _scan(sizes: Sizes, on: target.Target, schedules: list[PreparedSchedule]) -> PreparedScan:
+    layout, ends = sizes.layout(), None
+    if layout is not None:
+        ends = Ends.of(layout, range(sizes.lanes), min(sizes.directions, sizes.lanes), sizes.reverse)
+    return PreparedScan(layout, ends, on, tuple(schedules))
+
+
 def _prepared(
     sizes: Sizes, schedule: Schedule, dropout: bool, kernel: Callable[[Schedule, Plan, int], PreparedKernel]
 ) -> PreparedSchedule:
-    planned, lanes = schedule.planned, schedule.lanes
+    planned = schedule.planned
+    count, reverse = planned.plan.lanes, sizes.is_reverse(planned.first)
     dropped = sizes.dropped(planned.lanes) if dropout else 0
     parts = []
     for each in schedule.parts:
@@ -219,8 +251,18 @@ def _prepared(
         parts.append(
             Part(kernel(schedule, each.plan, dropped), each.plan, own, each.first, sizes.is_reverse(each.first))
         )
-    is_whole = planned.plan.lanes == sizes.lanes
-    reverse = sizes.is_reverse(planned.first)
-    layout, bounds = sizes.layout(), schedule.bounds
-    windows = None if layout is None else windows_of(layout, bounds)
-    return PreparedSchedule(planned.plan, lanes, is_whole, reverse, dropped, bounds, windows, tuple(parts))
+    layout, windows, ends = sizes.layout(), None, None
+    if layout is not None:
+        windows = windows_of(layout, schedule.bounds)
+        ends = Ends.of(layout, range(count), min(sizes.directions, count), reverse)
+    return PreparedSchedule(
+        plan=planned.plan,
+        lanes=schedule.lanes,
+        is_whole=count == sizes.lanes,
+        reverse=reverse,
+        dropped=dropped,
+        bounds=schedule.bounds,
+        windows=windows,
+        ends=ends,
+        parts=tuple(parts),
+    )

@@ -99,9 +99,10 @@ def batched_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
 
 def precision_of(like: Tensor) -> AbstractContextManager[object]:
     """A context in which the setting is changed once for all calls of `matmul` with tensors like this one."""
-    if like.dtype != torch.float32 or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if like.dtype != torch.float32 or torch.compiler.is_dynamo_compiling():
         return nullcontext()
-    if not target.current().may_take_tf32(like):
+    # A mode that records operators has to see `cuda_matmul`, which is right wherever it is run.
+    if torch._C._len_torch_dispatch_stack() > 0 or not target.current().may_take_tf32(like):
         return nullcontext()
     return MatmulPrecision("tf32" if allows_tf32() else "ieee")
 

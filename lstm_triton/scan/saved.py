@@ -40,7 +40,7 @@ class Fixed(NamedTuple):
         return () if self.before is None else self[1:]  # type: ignore[return-value]
 
     def ragged(self) -> Ragged | None:
-        return Ragged.of(self.tables())
+        return None if self.before is None else Ragged(*self[1:])  # type: ignore[arg-type]
 
 
 class Inputs(NamedTuple):
