@@ -30,17 +30,17 @@ def wait_for(pointer, turn):
 
 
 @triton.jit(do_not_specialize=["partner", "rounds"])
-def ping_pong(numbers, partner, rounds):
-    """numbers (2,) int32, zeros on entry: where program 0 and its partner publish the number that they have reached."""
+def ping_pong(numbers_ptr, partner, rounds):
+    """numbers_ptr (2,) int32, zeros on entry: where program 0 and its partner publish the number that they have reached."""
     program = tl.program_id(0)
     if program == 0:
         for turn in range(1, rounds + 1):
-            tl.store(numbers, turn, cache_modifier=".cg")
-            wait_for(numbers + 1, turn)
+            tl.store(numbers_ptr, turn, cache_modifier=".cg")
+            wait_for(numbers_ptr + 1, turn)
     if program == partner:
         for turn in range(1, rounds + 1):
-            wait_for(numbers, turn)
-            tl.store(numbers + 1, turn, cache_modifier=".cg")
+            wait_for(numbers_ptr, turn)
+            tl.store(numbers_ptr + 1, turn, cache_modifier=".cg")
 
 
 def times(device: Cpu) -> JsonObject:
@@ -58,8 +58,9 @@ def times(device: Cpu) -> JsonObject:
 
     def call(partner: int) -> None:
         numbers = torch.zeros(2, dtype=torch.int32, device=device.torch_device)
-        arguments = {"numbers": numbers, "partner": partner, "rounds": rounds}
-        launch.launch(ping_pong, (programs,), device.torch_device, arguments, {}, options)
+        arguments = {"numbers_ptr": numbers, "partner": partner, "rounds": rounds}
+        prepared = launch.prepared(ping_pong, (programs,), {}, options)
+        launch.run(prepared, device.torch_device, arguments)
 
     with device.active():
         call(1)

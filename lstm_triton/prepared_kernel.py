@@ -34,7 +34,8 @@ class PreparedKernel:
     """A kernel with its grid, the values of its compile-time arguments and its compiler's options.
 
     Args:
-        kernel: a function under `triton.jit`. Its compile-time arguments are its last ones.
+        kernel: a function under `triton.jit`. Its compile-time arguments are its last ones. Names of tensors end with
+            "_ptr", names of tuples of tensors with "_ptrs". All other arguments are numbers, in `do_not_specialize`.
         grid: the numbers of programs.
         constants: the compile-time arguments, by name. The kernel may lack some.
         options: of Triton's compiler and launcher.

@@ -73,10 +73,10 @@ def scan_backward(
         grad_gates[:, :batch_size].zero_()
         grad_gates[:, layout.steps().stop :].zero_()
         grad_gates[:, layout.steps()].masked_fill_(~ragged.is_step().unsqueeze(1), 0)
-    grad_cell = cell.new_zeros((lanes, layout.start_rows, layout.stride))
+    grad_cell, no_grad_h_n = _zeros(cell, gates, layout, lanes)
     if grad_c_n is not None:
         grad_cell[:, :batch_size, :hidden_size] = grad_c_n
-    grad_h_n = gates.new_zeros((lanes, batch_size, hidden_size)) if grad_h_n is None else grad_h_n.contiguous()
+    grad_h_n = no_grad_h_n if grad_h_n is None else grad_h_n.contiguous()
     grad_cells = None if grad_cells is None else grad_cells.contiguous()
 
     for schedule in prepared.schedules:
@@ -119,6 +119,18 @@ def scan_backward(
         }
         run(schedule.parts[0].kernel, gates.device, arguments, prepared.on)
     return grad_gates, grad_cell
+
+
+def _zeros(cell: Tensor, gates: Tensor, layout: Layout, lanes: int) -> tuple[Tensor, Tensor]:
+    """Zeros in one memory: (lanes, start rows, stride) like c, and (lanes, B, H) in the dtype of the gates."""
+    first, second = lanes * layout.start_rows * layout.stride, lanes * layout.batch_size * layout.stride
+    zeros = cell.new_zeros(first + second)
+    row = (layout.stride, 1)
+    of_cell = zeros.as_strided((lanes, layout.start_rows, layout.stride), (layout.start_rows * layout.stride, *row), 0)
+    others = zeros if gates.dtype == zeros.dtype else zeros.view(gates.dtype)
+    sizes = (lanes, layout.batch_size, layout.hidden_size)
+    strides = (layout.batch_size * layout.hidden_size, layout.hidden_size, 1)
+    return of_cell, others.as_strided(sizes, strides, first * zeros.itemsize // others.itemsize)
 
 
 @scan_backward.register_fake

@@ -33,7 +33,8 @@ class Buffers(NamedTuple):
         """
         rows_of_cells = layout.state_rows if keep_cells else layout.start_rows
         shape = (lanes, layout.state_rows, layout.stride)
-        hidden = sentinels(shape, like) if hidden is None else hidden
+        if hidden is None:
+            hidden = sentinels(shape, like) if lanes > 0 else like.new_empty(shape)
         hidden_dropped = sentinels(shape, like) if dropped else like.new_empty((0, *shape[1:]))
         cell = like.new_empty((lanes, rows_of_cells, layout.stride), dtype=torch.float32)
         gates = like.new_empty((lanes if keep_gates else 0, layout.rows, 4 * layout.hidden_size))
@@ -80,10 +81,7 @@ class Buffers(NamedTuple):
 
 def sentinels(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An exchange buffer in which nothing has been published (kernels/exchange.py)."""
-    buffer = like.new_empty(shape)
-    if 0 not in shape:
-        buffer.view(torch.int32 if like.dtype.itemsize == 4 else torch.int16).fill_(-1)
-    return buffer
+    return like.new_full(shape, -1, dtype=torch.int32 if like.dtype.itemsize == 4 else torch.int16).view(like.dtype)
 
 
 def fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
@@ -97,7 +95,7 @@ def fill(rows: Tensor, state: Tensor | None, canonical: bool = False) -> None:
     hidden_size = state.shape[2]
     state = torch.where(state.isnan(), torch.nan, state) if canonical else state
     if hidden_size == rows.shape[-1]:
-        rows.copy_(state.reshape(rows.shape))
+        rows.copy_(state if rows.dim() == state.dim() else state.reshape(rows.shape))
         return
     rows[..., :hidden_size] = state.reshape(*rows.shape[:-1], hidden_size)
     rows[..., hidden_size:] = 0
@@ -107,4 +105,6 @@ def read(rows: Tensor, states: Tensor) -> None:
     """Write state rows (..., B, stride), in the order of the lanes, into states (lanes, B, H)."""
     size = states.shape[2]
     rows = rows if rows.shape[-1] == size else rows[..., :size]
-    states.view(rows.shape).copy_(rows)
+    if rows.dim() != states.dim():
+        states = states.view(rows.shape)
+    states.copy_(rows)

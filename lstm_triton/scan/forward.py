@@ -77,14 +77,15 @@ def scan_forward(
     prepared = forward_scan_of(sizes, Forward(keep_cells, keep_gates, low_memory, fuse_input, dropout > 0))
     layout = prepared.layout or Layout.of(input, hidden_size, ragged)
     start = Start(h_0, c_0, h_reset, c_reset, preact_0, preact_reset)
-    kept_lanes = lanes if keep_cells or low_memory else 0
-    kept = Buffers.new(layout, input, keep_cells, keep_gates, kept_lanes, dropout > 0 and not low_memory)
-    if low_memory:
-        kept = kept._replace(cell=window_cells(input, layout, lanes))
+    are_kept = keep_cells or low_memory  # if not, each launch has buffers of its own
+    if are_kept:
+        kept = Buffers.new(layout, input, keep_cells, keep_gates, lanes, dropout > 0 and not low_memory)
+        if low_memory:
+            kept = kept._replace(cell=window_cells(input, layout, lanes))
     of_states = (lanes, batch_size, hidden_size)
     h_n, c_n = input.new_empty(of_states), input.new_empty(of_states)
     below = input if ragged is None else input.contiguous()
-    if prepared.ends is not None and kept_lanes > 0:
+    if are_kept and prepared.ends is not None:
         _begin(kept, prepared.ends, start, of_h=True, of_c=keep_cells)
     outputs: list[Tensor] = []  # (rows, H) of the lanes of a layer
     last_hidden: list[Tensor] = []  # of the last layer, (state rows, stride)
@@ -117,7 +118,7 @@ def scan_forward(
             buffers.read_ragged_ends(*states, layout, min(directions, plan.lanes), schedule.reverse)
         elif not keep_cells:
             _end(buffers, schedule.ends, *states, of_h=not low_memory, of_c=True)
-        if kept_lanes == 0:
+        if not are_kept:
             last_hidden = [*last_hidden, *buffers.hidden.unbind()][-directions:]
         if own.stop == lanes:
             break
@@ -128,13 +129,14 @@ def scan_forward(
             outputs.append(source[at, layout.steps(), :hidden_size])
         if len(outputs) == directions:
             below = (outputs[0] if directions == 1 else torch.cat(outputs, dim=1)).view(*input.shape[:-1], -1)
-    if kept_lanes > 0:
+    if are_kept:
         if prepared.ends is not None:
             _end(kept, prepared.ends, h_n, c_n, of_h=True, of_c=keep_cells)
         return *kept, h_n, c_n
     # If the last layer shares a buffer with layers below, it is copied: a view would keep these layers in memory.
     hidden = buffers.hidden if plan.lanes == directions else torch.stack(last_hidden)
-    return hidden, kept.hidden_dropped, kept.cell, kept.gates, h_n, c_n
+    cell = input.new_empty((0, layout.start_rows, layout.stride), dtype=torch.float32)
+    return hidden, input.new_empty((0, *hidden.shape[1:])), cell, buffers.gates, h_n, c_n
 
 
 @scan_forward.register_fake

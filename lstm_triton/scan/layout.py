@@ -64,7 +64,7 @@ class Layout(NamedTuple):
         return slice(first, first + self.batch_size)
 
     def initial_rows(self, lanes: range, directions: int, reverse: bool, width: int) -> "Place":
-        """The initial states of lanes, (layers, directions, B, width). Not for a ragged batch.
+        """The initial states of lanes: (lanes, B, width) or (layers, directions, B, width). Not for a ragged batch.
 
         Args:
             lanes: of the buffer of states (lanes, state rows, width).
@@ -82,6 +82,8 @@ class Layout(NamedTuple):
     def _place(self, lanes: range, directions: int, width: int, first: int, first_of_second: int) -> "Place":
         """B rows of each lane: from row `first` on, and in a second direction from row `first_of_second` on."""
         lane = self.state_rows * width
+        if directions == 1:
+            return (len(lanes), self.batch_size, width), (lane, width, 1), lanes.start * lane + first * width
         sizes = (len(lanes) // directions, directions, self.batch_size, width)
         strides = (directions * lane, lane + (first_of_second - first) * width, width, 1)
         return sizes, strides, lanes.start * lane + first * width
@@ -189,7 +191,8 @@ def output_of(hidden: Tensor, h_n: Tensor, directions: int, shape: torch.Size, s
             counter, too. So backward notices if somebody has changed it in place.
     """
     _, batch_size, size = h_n.shape
-    steps = slice(batch_size, batch_size + shape.numel())
+    rows = shape[0] if len(shape) == 1 else shape[0] * shape[1]  # not shape.numel(), which fixes open sizes
+    steps = slice(batch_size, batch_size + rows)
     if directions == 2:
         return torch.cat([hidden[lane, steps, :size].view(*shape, size) for lane in (-2, -1)], dim=-1)
     lane = hidden[-1, steps, :size].view(*shape, size)
