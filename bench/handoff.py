@@ -31,7 +31,7 @@ def wait_for(pointer, turn):
 
 @triton.jit(do_not_specialize=["partner", "rounds"])
 def ping_pong(numbers_ptr, partner, rounds):
-    """numbers_ptr (2,) int32, zeros on entry: where program 0 and its partner publish the number that they have reached."""
+    """numbers_ptr: (2,) int32, zeros on entry. Program 0 and its partner publish there the number they have reached."""
     program = tl.program_id(0)
     if program == 0:
         for turn in range(1, rounds + 1):

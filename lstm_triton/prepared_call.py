@@ -43,7 +43,7 @@ class PreparedCall(NamedTuple):
         path: "triton" or "aten".
         decided: the checked call. Its tensors are left out.
         batch_axis: of an input without a batch: where its batch dimension is added.
-        run: what computes the call by the kernels, from input, hx and weights. None: `functional.run` does it.
+        run: what computes the call, from input, hx and weights; None: `functional.run` does.
     """
 
     path: str
@@ -109,8 +109,10 @@ def _autocast(device: str) -> tuple[object, ...]:
 def prepare(call: Call, path: str, input: Tensor) -> PreparedCall:
     """What holds for all calls with the key of this call."""
     batch_axis = None if input.dim() == 3 else 0 if call.batch_first else 1
-    is_plain = path == "triton" and batch_axis is None and not call.projected() and call.autocast_dtype() is None
-    return PreparedCall(path, call[TENSORS:], batch_axis, _by_kernels(call) if is_plain else None)
+    run = None
+    if batch_axis is None and call.autocast_dtype() is None:
+        run = _by_kernels(call) if path == "triton" else _without_kernels(call)
+    return PreparedCall(path, call[TENSORS:], batch_axis, run)
 
 
 def remember(key: Key | None, prepared: PreparedCall) -> None:
@@ -124,8 +126,16 @@ def forget() -> None:
     known.clear()
 
 
-def _by_kernels(call: Call) -> Callable[..., Any]:
-    """What computes a call of layers without projections."""
+def _without_kernels(call: Call) -> Callable[..., Any] | None:
+    from .aten.layers import PreparedStack
+
+    prepared = PreparedStack.of(call)
+    return None if prepared is None else prepared.call
+
+
+def _by_kernels(call: Call) -> Callable[..., Any] | None:
+    if call.projected():
+        return None
     from .scan.cell import StackStep
     from .scan.layers import PreparedLayers, static_of
     from .scan.schedule import is_single_step

@@ -1,10 +1,14 @@
 """Entry point of the path without kernels: chooses what computes a stack of layers."""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
 
 from .. import transforms
 from ..call import Call
-from ..stack import Lane, Results, formula_lane
+from ..stack import Lane, Results, States, formula_lane
 from .lane import native_lane
 from .native import native
 from .operator import operator_lane
@@ -49,10 +53,7 @@ def whole_stack(call: Call) -> Results:
     states = call.ordered_states()
     if states is None:
         lanes = call.num_layers * call.directions
-        dtype, device = call.data.dtype, call.data.device  # `new_zeros` of sparse data would be sparse
-        h_0 = torch.zeros(lanes, call.batch_size, call.output_size, dtype=dtype, device=device)
-        c_0 = torch.zeros(lanes, call.batch_size, call.hidden_size, dtype=dtype, device=device)
-        states = (h_0, c_0)
+        states = _no_states(call.data, lanes, call.batch_size, call.hidden_size, call.output_size)
     results = native(
         call.data,
         call.batch_sizes,
@@ -66,3 +67,41 @@ def whole_stack(call: Call) -> Results:
         batch_first=call.batch_first,
     )
     return results[0], results[1], results[2], None
+
+
+def _no_states(data: Tensor, lanes: int, batch_size: int, hidden_size: int, output_size: int) -> States:
+    """Zeros in the place of h_0 and c_0."""
+    dtype, device = data.dtype, data.device  # `new_zeros` of sparse data would be sparse
+    h_0 = torch.zeros(lanes, batch_size, output_size, dtype=dtype, device=device)
+    return h_0, torch.zeros(lanes, batch_size, hidden_size, dtype=dtype, device=device)
+
+
+class PreparedStack(NamedTuple):
+    """`whole_stack`, prepared for dense batches of one size, where PyTorch's own function needs no help.
+
+    Attributes:
+        sizes: lanes, B, H and P.
+        options: as `torch.lstm` takes them.
+    """
+
+    sizes: tuple[int, int, int, int]
+    options: tuple[Any, ...]
+
+    @staticmethod
+    def of(call: Call) -> "PreparedStack | None":
+        """None: the call needs help, or has no batch dimension."""
+        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors())
+        # On a GPU, `native` adds derivatives to cuDNN's. Under autocast it may convert tensors.
+        if (call.data.is_cuda and trains) or call.return_cells or torch._C._is_any_autocast_enabled():
+            return None
+        lanes = call.num_layers * call.directions
+        options = (call.bias, call.num_layers, call.dropout, call.training, call.directions == 2, call.batch_first)
+        return PreparedStack((lanes, call.batch_size, call.hidden_size, call.output_size), options)
+
+    def call(self, input: Tensor, hx: States | None, weights: Sequence[Tensor]) -> tuple[Tensor, States]:
+        """What `functional.lstm` returns."""
+        if hx is None:
+            hx = _no_states(input, *self.sizes)
+        # `torch.lstm`, since `lstm_triton.accelerate` replaces `torch._VF.lstm`.
+        output, h_n, c_n = torch.lstm(input, hx, weights, *self.options)  # type: ignore[call-overload]
+        return output, (h_n, c_n)
