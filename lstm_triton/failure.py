@@ -17,9 +17,9 @@ class KernelFailed(RuntimeError):
 
 
 def explained(error: BaseException) -> KernelFailed | None:
-    """The exception to raise instead of an error of the GPU; None for any other error."""
+    """The exception to raise instead of an error of the GPU; None for any other error, and for this exception."""
     message = str(error)
-    if not any(sign in message for sign in SIGNS):
+    if isinstance(error, KernelFailed) or not any(sign in message for sign in SIGNS):
         return None
     return KernelFailed(
         f"a kernel failed on the GPU, in this call or before it ({message.strip().splitlines()[0]}). A scan of "

@@ -155,24 +155,25 @@ def lstm(
             return_cells=return_cells,
             memory=memory,
         )
-        path = choose(backend, call).path
+        path: str = choose(backend, call).path
         if key is None:
             output, states, cells = run(call, input, path, requested=backend)
             return (output, states, cells) if return_cells else (output, states)
         prepared = prepared_call.prepare(call, path, input)  # type: ignore[arg-type]
-    results = None
+    results, path = None, prepared.path
     if prepared.run is not None:
         try:
             results = prepared.run(input, hx, weights)  # type: ignore[arg-type]
-        except LaunchRefused:
-            results = None  # below, PyTorch's own function computes the call
+        except LaunchRefused as error:
+            fall_back(error, prepared.call(input, hx, weights), backend)  # type: ignore[arg-type]
+            path = "aten"
         except RuntimeError as error:
             if (failed := explained(error)) is None:
                 raise
             raise failed from error
     if results is None:
         call = prepared.call(input, hx, weights)  # type: ignore[arg-type]
-        output, states, cells = run(call, input, prepared.path, requested=backend)
+        output, states, cells = run(call, input, path, requested=backend)
         results = (output, states, cells) if return_cells else (output, states)
     if is_new:
         prepared_call.remember(key, prepared)

@@ -1,0 +1,106 @@
+"""What is remembered of calls (lstm_triton/prepared_call.py): how much, and what happens if it does not hold.
+
+That it is never stale, test_prepared.py shows.
+"""
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import lstm_triton
+from lstm_triton import interpreter, prepared_call, refusal, target
+from lstm_triton.target import KernelLaunch
+from tests.support.comparing import assert_same, twins
+
+interpreted = pytest.mark.interpreted
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    prepared_call.forget()
+    yield
+    prepared_call.forget()
+
+
+def test_as_much_as_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared_call, "REMEMBERED", 4)
+    module, most = lstm_triton.LSTM(3, 4), 0
+    for batch_size in range(1, 10):
+        module(torch.zeros(2, batch_size, 3))
+        most = max(most, len(prepared_call.known))
+    assert most == 4
+
+
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=interpreted)])
+def test_no_tensor_is_kept(kernels: bool) -> None:
+    with interpreter.interpret() if kernels else lstm_triton.backend("aten"):
+        for steps in (1, 2):
+            module = lstm_triton.LSTM(3, 4)
+            input, states = torch.zeros(steps, 2, 3), (torch.zeros(1, 2, 4), torch.zeros(1, 2, 4))
+            module(input, states)[0].sum().backward()
+            with torch.no_grad():
+                module(input, states)
+            gone = [weakref.ref(tensor) for tensor in (input, *states, *module.parameters())]
+            del module, input, states
+            gc.collect()
+            assert [each() for each in gone] == [None] * len(gone)
+    assert len(prepared_call.known) == 4
+
+
+def test_a_call_that_fails_is_not_remembered() -> None:
+    module = lstm_triton.LSTM(3, 4)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="input_size"):
+            module(torch.zeros(2, 2, 5))
+        with pytest.raises(ValueError, match="2D or 3D"):
+            module(torch.zeros(3))
+    assert not prepared_call.known
+
+
+@interpreted
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("trains", [False, True])
+def test_kernels_that_are_refused_later(steps: int, trains: bool) -> None:
+    """PyTorch's own function computes the call, with the same dropout as if the kernels had never been there."""
+
+    class Refusing(interpreter.Interpreted):
+        refuses = False
+
+        def run(self, launch: KernelLaunch) -> None:
+            if self.refuses:
+                raise RuntimeError("Failed to find C compiler")
+            super().run(launch)
+
+    with interpreter.interpret():  # installs the interpreter
+        pass
+    ours, stock = twins(3, 4)
+    input, where = torch.randn(steps, 2, 3), Refusing(0)
+    try:
+        with target.running_on(where), torch.set_grad_enabled(trains):
+            for _ in range(2):
+                ours(input)
+            assert len(prepared_call.known) == 1
+            where.refuses = True
+            with pytest.warns(RuntimeWarning, match="finds no working C compiler"):
+                found = ours(input)
+            assert_same(found, stock(input))
+            assert_same(ours(input), stock(input))
+            with lstm_triton.backend("triton"), pytest.raises(refusal.LaunchRefused):
+                ours(input)
+    finally:
+        refusal.forget()
+
+
+def test_functional_and_module_share_what_is_remembered() -> None:
+    module, input = lstm_triton.LSTM(3, 4), torch.zeros(2, 2, 3)
+    stock = nn.LSTM(3, 4)
+    stock.load_state_dict(module.state_dict())
+    module(input)
+    with lstm_triton.accelerate():
+        stock(input)
+    lstm_triton.functional.lstm(input, None, list(module.parameters()), training=True)
+    assert len(prepared_call.known) == 1
