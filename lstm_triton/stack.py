@@ -99,10 +99,6 @@ class Stack(NamedTuple):
     def num_layers(self) -> int:
         return self.lanes() // self.directions
 
-    def input_size(self) -> int:
-        """I, the input features of the first layer."""
-        return self.weights[0].ih.shape[1]
-
     def hidden_size(self) -> int:
         return self.weights[0].ih.shape[0] // 4
 

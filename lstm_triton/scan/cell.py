@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import flops, target
 from ..prepared_kernel import PreparedKernel
-from ..stack import Stack, States
+from ..stack import States
 from ..target import Device
 from . import planner
 from .alignment import unit_of_rows, with_aligned_rows
@@ -205,20 +205,16 @@ class StackStep:
 @single_step.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     given = named(single_step, arguments)
-    return _results_of_stack(given.input, Stack.of(given.weights, given.directions, given.bias))
+    input, hidden_size = given.input, given.weights[0].shape[0] // 4
+    states = (len(given.weights) // (4 if given.bias else 2), input.shape[0], hidden_size)
+    output = input.new_empty((input.shape[0], given.directions * hidden_size))
+    return output, input.new_empty(states), input.new_empty(states)
 
 
 @flops.counts("lstm_triton::single_step")
 def _(*arguments: Any) -> int:
     given = named(single_step, arguments)
     return flops.products(given.input.shape[0], given.weights)
-
-
-def _results_of_stack(input: Tensor, stack: Stack) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for the output, h_n and c_n."""
-    states = (stack.lanes(), input.shape[0], stack.hidden_size())
-    output = input.new_empty((input.shape[0], stack.directions * stack.hidden_size()))
-    return output, input.new_empty(states), input.new_empty(states)
 
 
 def _kernel(plan: CellPlan, **constants: object) -> PreparedKernel:
@@ -265,7 +261,7 @@ def _launch(
         "output_ptr": h_1 if output is None else output,
         "output_stride": output_stride,
         "gates_ptr": h_1 if gates is None else gates,
-        "batch_size": input.shape[0],
+        "batch_size": h_1.shape[-2],
     }
     run(kernel, input.device, arguments, on)
 

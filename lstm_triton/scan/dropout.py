@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..stack import Stack
 from .launch import prepared, run
-from .plan import DROPOUT_BLOCK, Launch, divide_up
+from .plan import DROPOUT_BLOCK, divide_up
 
 
 class Dropout(NamedTuple):
@@ -15,12 +14,6 @@ class Dropout(NamedTuple):
 
     probability: float = 0.0
     seed: Tensor | None = None  # (1,) int64, needed if the probability is not 0
-
-    def lanes(self, launch: Launch, stack: Stack) -> int:
-        """How many lanes of a launch have dropout: those of all layers but the last. They come first."""
-        if self.probability == 0:
-            return 0
-        return max(0, min(launch.plan.lanes, stack.lanes() - stack.directions - launch.first))
 
     def applied(self, lane: int, output: Tensor, first_row: int = 0) -> Tensor:
         """A lane's output (T, B, H) or (rows, H) after dropout, rounded once, as in the scans.

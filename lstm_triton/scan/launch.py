@@ -9,10 +9,9 @@ from torch import Tensor
 
 from .. import target
 from ..prepared_kernel import PreparedKernel
-from ..stack import Stack
-from ..target import Device, KernelLaunch
+from ..target import KernelLaunch
 from .layout import Layout, Window
-from .plan import MIN_DOT_DEPTH, Kind, Plan, ScanShape
+from .plan import MIN_DOT_DEPTH, Plan
 
 PREPARED_KERNELS = 1024  # as many calls as the planner remembers
 
@@ -21,12 +20,6 @@ def allows_tf32() -> bool:
     """Whether PyTorch's settings let cuDNN compute a float32 LSTM in TF32."""
     # The setting torch.backends.cudnn.rnn.fp32_precision. Some versions of PyTorch hide it behind a module `rnn`.
     return bool(torch._C._get_fp32_precision_getter("cuda", "rnn") == "tf32")
-
-
-def shape_of(kind: Kind, stack: Stack, steps: Tensor, batch_size: int) -> ScanShape:
-    """The shape of one lane of a stack's first layer. `steps` has the dtype and the device of the scan."""
-    device = Device.of(steps.device)
-    return ScanShape(kind, batch_size, stack.input_size(), stack.hidden_size(), steps.dtype, device, allows_tf32())
 
 
 def lookups(layout: Layout, plan: Plan, window: Window, unused: Tensor) -> dict[str, object]:

@@ -167,4 +167,5 @@ def test_backend_chosen_inside_and_outside() -> None:
     compiled(input)
     with lstm_triton.backend("triton"), pytest.raises(RuntimeError, match="the kernels run on NVIDIA GPUs"):
         compiled(input)  # what was compiled for another backend is not used
-    assert_same(compiled(input)[0], expected)
+    with torch.no_grad():  # what raised is not compiled any more
+        assert_same(compiled(input)[0], expected)
