@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from . import prepared_call
 from .cell import call_of_vf_lstm_cell, compute_cell
 from .checks import call_of_vf_lstm
 from .functional import compute
+from .refusal import LaunchRefused
 from .routing import choose
 from .settings import Block, ForkLock, Setting
 
@@ -169,12 +171,29 @@ class Takeover:
 
 
 def _lstm(acceleration: Acceleration, original: Function, arguments: tuple[Any, ...], by_name: dict[str, Any]) -> Any:
+    key = None if by_name else prepared_call.key_of_vf_lstm(arguments)
+    prepared = prepared_call.known.get(key)
+    if prepared is not None:
+        acceleration.count("lstm", *prepared.choice)
+        if prepared.choice.path == "aten":
+            return original(*arguments)
+        if prepared.run is not None:
+            try:
+                output, states = prepared.run(*arguments[:3])
+                return output, *states
+            except LaunchRefused:  # `compute` falls back
+                pass
+        return compute(prepared.call(*arguments[:3]), "triton")[:3]
     call = None if by_name else call_of_vf_lstm(arguments)
-    path, reason = ("aten", "the arguments are not those of nn.LSTM") if call is None else choose(None, call)
-    acceleration.count("lstm", path, reason)
-    if call is None or path == "aten":
+    if call is None:
+        acceleration.count("lstm", "aten", "the arguments are not those of nn.LSTM")
         return original(*arguments, **by_name)
-    return compute(call, path)[:3]
+    choice = choose(None, call)
+    acceleration.count("lstm", *choice)
+    results = original(*arguments) if choice.path == "aten" else compute(call, choice.path)[:3]
+    if key is not None:
+        prepared_call.remember(key, prepared_call.prepare(call, choice, arguments[0]))
+    return results
 
 
 def _lstm_cell(

@@ -155,12 +155,12 @@ def lstm(
             return_cells=return_cells,
             memory=memory,
         )
-        path: str = choose(backend, call).path
+        choice = choose(backend, call)
         if key is None:
-            output, states, cells = run(call, input, path, requested=backend)
+            output, states, cells = run(call, input, choice.path, requested=backend)
             return (output, states, cells) if return_cells else (output, states)
-        prepared = prepared_call.prepare(call, path, input)  # type: ignore[arg-type]
-    results, path = None, prepared.path
+        prepared = prepared_call.prepare(call, choice, input)  # type: ignore[arg-type]
+    results, path = None, str(prepared.choice.path)
     if prepared.run is not None:
         try:
             results = prepared.run(input, hx, weights)  # type: ignore[arg-type]

@@ -19,7 +19,9 @@ from torch.autograd import forward_ad
 
 from . import refusal, target
 from .call import Call
+from .checks import VF_LSTM_ARGUMENTS
 from .preference import current_backend
+from .routing import Choice
 from .stack import Options, States
 
 REMEMBERED = 1024  # keys, about 2 KB each. When there are more, all are forgotten
@@ -40,13 +42,13 @@ class PreparedCall(NamedTuple):
     """What was decided for a key.
 
     Attributes:
-        path: "triton" or "aten".
+        choice: the path, "triton" or "aten", and why.
         decided: the checked call. Its tensors are left out.
         batch_axis: of an input without a batch: where its batch dimension is added.
         run: what computes the call, from input, hx and weights; None: `functional.run` does.
     """
 
-    path: str
+    choice: Choice
     decided: tuple[Any, ...]
     batch_axis: int | None
     run: Callable[[Tensor, States | None, Sequence[Tensor]], tuple[Any, ...]] | None
@@ -102,17 +104,32 @@ def key_of(input: Any, hx: Any, weights: Sequence[Any], options: tuple[object, .
     )
 
 
+def key_of_vf_lstm(arguments: tuple[Any, ...]) -> Key | None:
+    """The key of a call of `torch._VF.lstm`: that of the same call of `lstm`. None: as in `key_of`, and if packed."""
+    if len(arguments) != VF_LSTM_ARGUMENTS or torch.compiler.is_dynamo_compiling():
+        return None
+    input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first = arguments
+    if not (type(input) is Tensor and input.dim() == 3 and type(hx) is tuple and type(weights) is list):
+        return None
+    if len(weights) < 2 or type(weights[1]) not in PLAIN or weights[1].dim() != 2:
+        return None
+    size, hidden_size = weights[1].shape[1], weights[1].shape[0] // 4
+    proj_size = size if size != hidden_size else 0
+    options = (num_layers, bias, batch_first, dropout, training, bidirectional, proj_size, False, "full", None)
+    return key_of(input, hx, weights, options)
+
+
 def _autocast(device: str) -> tuple[object, ...]:
     return () if device == "meta" else (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
 
 
-def prepare(call: Call, path: str, input: Tensor) -> PreparedCall:
+def prepare(call: Call, choice: Choice, input: Tensor) -> PreparedCall:
     """What holds for all calls with the key of this call."""
     batch_axis = None if input.dim() == 3 else 0 if call.batch_first else 1
     run = None
     if batch_axis is None and call.autocast_dtype() is None:
-        run = _by_kernels(call) if path == "triton" else _without_kernels(call)
-    return PreparedCall(path, call[TENSORS:], batch_axis, run)
+        run = _by_kernels(call) if choice.path == "triton" else _without_kernels(call)
+    return PreparedCall(choice, call[TENSORS:], batch_axis, run)
 
 
 def remember(key: Key | None, prepared: PreparedCall) -> None:

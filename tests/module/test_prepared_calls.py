@@ -6,6 +6,7 @@ That it is never stale, test_prepared.py shows.
 import gc
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -95,12 +96,36 @@ def test_kernels_that_are_refused_later(steps: int, trains: bool) -> None:
         refusal.forget()
 
 
-def test_functional_and_module_share_what_is_remembered() -> None:
-    module, input = lstm_triton.LSTM(3, 4), torch.zeros(2, 2, 3)
-    stock = nn.LSTM(3, 4)
-    stock.load_state_dict(module.state_dict())
-    module(input)
-    with lstm_triton.accelerate():
-        stock(input)
-    lstm_triton.functional.lstm(input, None, list(module.parameters()), training=True)
-    assert len(prepared_call.known) == 1
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=interpreted)])
+def test_all_ways_to_call_share_what_is_remembered(kernels: bool) -> None:
+    ours, stock = twins(3, 4)
+    input, states = torch.randn(2, 2, 3), (torch.randn(1, 2, 4), torch.randn(1, 2, 4))
+    with interpreter.interpret() if kernels else lstm_triton.backend("auto"):
+        expected = ours(input, states)
+        for _ in range(2):
+            with lstm_triton.accelerate() as acceleration:
+                found = stock(input, states)
+            assert acceleration.taken_over == kernels
+            assert_same(found, expected)
+        weights = list(ours.parameters())
+        assert_same(lstm_triton.functional.lstm(input, states, weights, training=True), expected)
+        assert len(prepared_call.known) == 1
+
+
+@interpreted
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"batch_first": True, "num_layers": 2}], ids=str)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_accelerated_calls_are_remembered(options: dict[str, Any], steps: int) -> None:
+    """And again computed by the kernels, with gradients."""
+    module, input = nn.LSTM(3, 4, **options), torch.randn(steps, 2, 3)
+    expected = module(input)
+    with interpreter.interpret(), lstm_triton.accelerate() as acceleration:
+        for _ in range(3):
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    found = module(input)
+                torch.testing.assert_close(found, expected)
+                if grad:
+                    found[0].sum().backward()
+    assert acceleration.taken_over == 6
+    assert len(prepared_call.known) == 2
