@@ -136,7 +136,8 @@ def scan_forward(
     # If the last layer shares a buffer with layers below, it is copied: a view would keep these layers in memory.
     hidden = buffers.hidden if plan.lanes == directions else torch.stack(last_hidden)
     cell = input.new_empty((0, layout.start_rows, layout.stride), dtype=torch.float32)
-    return hidden, input.new_empty((0, *hidden.shape[1:])), cell, buffers.gates, h_n, c_n
+    hidden_dropped = buffers.hidden_dropped if dropped == 0 else input.new_empty((0, *hidden.shape[1:]))
+    return hidden, hidden_dropped, cell, buffers.gates, h_n, c_n
 
 
 @scan_forward.register_fake

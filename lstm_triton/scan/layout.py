@@ -88,11 +88,6 @@ class Layout(NamedTuple):
         strides = (directions * lane, lane + (first_of_second - first) * width, width, 1)
         return sizes, strides, lanes.start * lane + first * width
 
-    def previous(self, reverse: bool) -> slice:
-        """The state rows that the steps start from, in the order of `steps`. Not for a ragged batch."""
-        first = 2 * self.batch_size if reverse else 0
-        return slice(first, first + self.rows)
-
     def last(self, reverse: bool) -> slice | Tensor:
         """The state row of each sequence's last step; for a sequence without steps, of its initial state."""
         if self.ragged is not None:
@@ -106,7 +101,8 @@ class Layout(NamedTuple):
 
     def input_rows(self, input: Tensor) -> Tensor:
         """(rows, I) the input of the steps. Rows without a step are 0: the caller may have any value there."""
-        return self.of_steps(input.reshape(self.rows, -1))
+        rows = input.reshape(self.rows, -1)
+        return rows if self.ragged is None else self.of_steps(rows)
 
     def of_steps(self, rows: Tensor) -> Tensor:
         """Values or gradients (rows, ...) of the steps; 0 where there is no step."""
@@ -115,7 +111,8 @@ class Layout(NamedTuple):
     def hidden_before(self, hidden: Tensor, reverse: bool, rows: slice | None = None) -> Tensor:
         """(rows, H) the h that the steps start from, out of a lane's state rows. `rows`: for these steps only."""
         if self.ragged is None:
-            found = hidden[self.previous(reverse), : self.hidden_size]
+            first = 2 * self.batch_size if reverse else 0
+            found = hidden[first : first + self.rows, : self.hidden_size]
             return found if rows is None else found[rows]
         sources = self.ragged.sources(reverse)
         sources = torch.where(sources >= 0, sources, self.ragged.own_rows())
@@ -195,6 +192,9 @@ def output_of(hidden: Tensor, h_n: Tensor, directions: int, shape: torch.Size, s
     steps = slice(batch_size, batch_size + rows)
     if directions == 2:
         return torch.cat([hidden[lane, steps, :size].view(*shape, size) for lane in (-2, -1)], dim=-1)
-    lane = hidden[-1, steps, :size].view(*shape, size)
+    if hidden.shape[0] == 1 and hidden.shape[2] == size:
+        lane = hidden.narrow(1, batch_size, rows).view(*shape, size)
+    else:
+        lane = hidden[-1, steps, :size].view(*shape, size)
     # Detached, it is no view: an autograd.Function forbids to change a view in place.
     return lane.contiguous().detach() if shared else lane.clone(memory_format=torch.contiguous_format)
