@@ -45,7 +45,8 @@ def kernel_hash(gpu: str) -> str:
     table = table_path(Device(gpu, arch="", multiprocessors=0, shared_bytes=0))
     library = ROOT / "lstm_triton"
     deciding = [*sorted((ROOT / "kernels").glob("*.py")), *sorted((library / "scan").glob("*.py"))]
-    return hash_of([*deciding, library / "target.py", *([table] if table.exists() else [])])
+    deciding += [library / "target.py", library / "prepared_kernel.py"]
+    return hash_of([*deciding, *([table] if table.exists() else [])])
 
 
 def commit() -> str | None:

@@ -16,7 +16,7 @@ from .launch import lookups, run
 from .layout import Layout, Window
 from .prepared import Sizes, backward_scan_of
 
-OF_LANES = ("grad_hidden_ptr", "grad_cells_ptr", "grad_cell_ptr", "gates_ptr", "cell_ptr", "grad_gates_ptr")
+OF_LANES = ("grad_hidden_ptr", "grad_cell_ptr", "gates_ptr", "cell_ptr", "grad_gates_ptr")
 
 
 @torch.library.custom_op("lstm_triton::scan_backward", mutates_args=())
@@ -97,7 +97,7 @@ def scan_backward(
         weights_ih = weights_hh
         if plan.chained:  # the first lane has no lane below in this launch, so its weight is not read
             weights_ih = (*weights_hh[:1], *transposed(of_lanes[size::size], layout.stride))
-        of_launch = (grad_h_n, grad_h_n if grad_cells is None else grad_cells, grad_cell, gates, cell, grad_gates)
+        of_launch = (grad_h_n, grad_cell, gates, cell, grad_gates)
         if not schedule.is_whole:
             of_launch = tuple([tensor[own] for tensor in of_launch])  # type: ignore[assignment]
         arguments = {
@@ -106,6 +106,7 @@ def scan_backward(
             "grad_output_stride_batch": strides[-2],
             "grad_output_stride_lane": hidden_size,
             **dict(zip(OF_LANES, of_launch, strict=True)),
+            "grad_cells_ptr": grad_h_n if grad_cells is None else grad_cells[own],
             "weight_ih_ptrs": weights_ih,
             "weight_hh_ptrs": weights_hh,
             "before_successors_ptr": gates if ragged is None else ragged.successors(reverse=True),
