@@ -12,7 +12,7 @@ from .cell import call_of_vf_lstm_cell, compute_cell
 from .checks import call_of_vf_lstm
 from .functional import compute
 from .refusal import LaunchRefused
-from .routing import choose
+from .routing import choose, fall_back
 from .settings import Block, ForkLock, Setting
 
 _lock = ForkLock()
@@ -181,8 +181,10 @@ def _lstm(acceleration: Acceleration, original: Function, arguments: tuple[Any, 
             try:
                 output, states = prepared.run(*arguments[:3])
                 return output, *states
-            except LaunchRefused:  # `compute` falls back
-                pass
+            except LaunchRefused as error:
+                refused = prepared.call(*arguments[:3])
+                fall_back(error, refused, None)
+                return compute(refused, "aten")[:3]
         return compute(prepared.call(*arguments[:3]), "triton")[:3]
     call = None if by_name else call_of_vf_lstm(arguments)
     if call is None:

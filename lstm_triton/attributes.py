@@ -28,7 +28,7 @@ def options_of(module: nn.RNNBase) -> dict[str, Any]:
         "training": module.training,
         "bidirectional": module.bidirectional,
         "proj_size": module.proj_size,
-        "memory": getattr(module, MEMORY_ATTRIBUTE, "full"),
+        "memory": getattr(module, MEMORY_ATTRIBUTE, "full"),  # `memory_of`, which would be one more call
     }
 
 

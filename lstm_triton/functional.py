@@ -10,7 +10,6 @@ from torch.nn.utils.rnn import PackedSequence
 from . import prepared_call, refusal
 from .call import Call, Memory, Sequences, in_order
 from .checks import check_arguments
-from .failure import explained
 from .refusal import LaunchRefused
 from .routing import choose, fall_back, take_up
 from .stack import Lane, Options, Results, ScanLayers, States, layers_of
@@ -167,10 +166,6 @@ def lstm(
         except LaunchRefused as error:
             fall_back(error, prepared.call(input, hx, weights), backend)  # type: ignore[arg-type]
             path = "aten"
-        except RuntimeError as error:
-            if (failed := explained(error)) is None:
-                raise
-            raise failed from error
     if results is None:
         call = prepared.call(input, hx, weights)  # type: ignore[arg-type]
         output, states, cells = run(call, input, path, requested=backend)

@@ -23,9 +23,9 @@ from .checks import VF_LSTM_ARGUMENTS
 from .preference import current_backend
 from .routing import Choice
 from .stack import Options, States
+from .transforms import PLAIN_TENSORS
 
 REMEMBERED = 1024  # keys, about 2 KB each. When there are more, all are forgotten
-PLAIN = {Tensor, torch.nn.Parameter}
 # The types of options: one key must not stand for 1, 1.0 and True.
 OPTIONS = {
     (int, bool, bool, dropout, bool, bool, int, bool, str, backend)
@@ -61,11 +61,11 @@ class PreparedCall(NamedTuple):
         return Call(input, None, hx, list(weights), *self.decided)
 
 
-TENSORS = 4  # fields of `Call` that are left out: the first ones
+FIRST_PLAIN = Call._fields.index("num_layers")  # before it, a `Call` has tensors
 
 
 def key_of(input: Any, hx: Any, weights: Sequence[Any], options: tuple[object, ...]) -> Key | None:
-    """The key of a call; None: the call has to be checked, or something looks at each of its operations.
+    """The key of a call. None: the call has no key, and is checked anew.
 
     Args:
         options: num_layers, bias, batch_first, dropout, training, bidirectional, proj_size, return_cells, memory and
@@ -80,7 +80,7 @@ def key_of(input: Any, hx: Any, weights: Sequence[Any], options: tuple[object, .
     else:
         return None
     kinds = (*map(type, options),)
-    if kinds not in OPTIONS or not PLAIN.issuperset(map(type, tensors)) or any(map(Tensor.is_neg, tensors)):
+    if kinds not in OPTIONS or not PLAIN_TENSORS.issuperset(map(type, tensors)) or any(map(Tensor.is_neg, tensors)):
         return None
     if (
         refusal.state
@@ -90,8 +90,12 @@ def key_of(input: Any, hx: Any, weights: Sequence[Any], options: tuple[object, .
         or forward_ad._current_level >= 0
     ):
         return None
+    try:
+        facts = (*map(_facts, tensors),)
+    except RuntimeError:  # a nested tensor has no shape
+        return None
     return (
-        *map(_facts, tensors),
+        facts,
         hx is None,
         options,
         kinds,
@@ -111,7 +115,7 @@ def key_of_vf_lstm(arguments: tuple[Any, ...]) -> Key | None:
     input, hx, weights, bias, num_layers, dropout, training, bidirectional, batch_first = arguments
     if not (type(input) is Tensor and input.dim() == 3 and type(hx) is tuple and type(weights) is list):
         return None
-    if len(weights) < 2 or type(weights[1]) not in PLAIN or weights[1].dim() != 2:
+    if len(weights) < 2 or type(weights[1]) not in PLAIN_TENSORS or weights[1].dim() != 2:
         return None
     size, hidden_size = weights[1].shape[1], weights[1].shape[0] // 4
     proj_size = size if size != hidden_size else 0
@@ -129,7 +133,7 @@ def prepare(call: Call, choice: Choice, input: Tensor) -> PreparedCall:
     run = None
     if batch_axis is None and call.autocast_dtype() is None:
         run = _by_kernels(call) if choice.path == "triton" else _without_kernels(call)
-    return PreparedCall(choice, call[TENSORS:], batch_axis, run)
+    return PreparedCall(choice, call[FIRST_PLAIN:], batch_axis, run)
 
 
 def remember(key: Key | None, prepared: PreparedCall) -> None:

@@ -1,9 +1,9 @@
 """A kernel with all that is the same in many launches, and the short way to launch it on a GPU.
 
-Triton's own way to a launch looks at every argument in Python, to find the compiled kernel. Here the compiled kernel of
-an earlier launch is taken, if the arguments differ in nothing that Triton compiles for: the dtypes of tensors, whether
-their addresses are multiples of 16, and whether integers fit into 32 bits. (The kernels are not compiled for values of
-integers: `do_not_specialize`.)
+Triton finds the compiled kernel by looking at every argument in Python. Here the compiled kernel of an earlier launch
+is taken, if these are equal: the dtypes of tensors, whether addresses are multiples of 16, and whether integers fit
+into 32 bits. (The kernels are not compiled for values of integers: `do_not_specialize`.) Triton's knobs must be equal,
+too. Environment variables that Triton reads count as they were at the first launch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +17,16 @@ from . import triton_package
 
 KNOWN_LAUNCHERS = ((3, 5), (3, 9))  # the oldest and the newest Triton whose compiled kernels take these arguments
 REMEMBERED = 64  # compiled kernels of a prepared kernel: for devices, and for unusual addresses
-_dtype, _address, _modulo_16, _is_wide = attrgetter("dtype"), Tensor.data_ptr, (15).__and__, (2**31).__le__
+modulo_16 = (15).__and__  # methods of numbers: `map` calls them without a function in Python
+_is_wide = (2**31).__le__  # 2**31 <= number
+_dtype, _address = attrgetter("dtype"), Tensor.data_ptr
 
 
 class _Compiled(NamedTuple):
     """A compiled kernel, ready to be launched."""
 
     caches: Any  # Triton's own for the device. Another object: somebody has emptied Triton's caches
+    knobs: tuple[dict[str, Any], dict[str, Any]]  # Triton's, that somebody has set
     run: Any
     function: Any
     packed_metadata: Any
@@ -60,7 +63,7 @@ class PreparedKernel:
         self._tuples = [at for at, name in enumerate(self._names) if name.endswith("_ptrs")]
         self._numbers = _getter([at for at, name in enumerate(self._names) if not name.endswith(("_ptr", "_ptrs"))])
         self._compiled: dict[Any, _Compiled] = {}
-        self._hooks, self._driver = knobs.runtime, driver
+        self._hooks, self._compilation, self._driver = knobs.runtime, knobs.compilation, driver
 
     def values(self, arguments: Mapping[str, object]) -> list[Any]:
         """All arguments in the order of the kernel's parameters, from those that are not compile-time arguments."""
@@ -76,26 +79,29 @@ class PreparedKernel:
         for at in self._tuples:
             tensors += values[at]
         addresses, dtypes = map(_address, tensors), map(_dtype, tensors)
-        key = (device, *map(_is_wide, self._numbers(values)), *map(_modulo_16, addresses), *dtypes)
+        key = (device, *map(_is_wide, self._numbers(values)), *map(modulo_16, addresses), *dtypes)
         found = self._compiled.get(key)
         try:
             hooks = self._hooks.launch_enter_hook, self._hooks.launch_exit_hook
             is_watched = hooks[0].calls or hooks[1].calls or self.kernel.pre_run_hooks
-        except AttributeError:  # a hook of somebody's own
+        except AttributeError:  # a hook was replaced by an object without `calls`
             is_watched = True
-        if found is None or found.caches is not self.kernel.device_caches[device] or is_watched:
+        caches = self.kernel.device_caches[device]
+        knobs = self._hooks.__dict__, self._compilation.__dict__
+        if found is None or found.caches is not caches or found.knobs != knobs or is_watched:
             self._remember(key, device, self.kernel[self.grid](*values, **self.options))
             return
         stream = self._driver.active.get_current_stream(device)
         found.run(*(*self.grid, 1, 1)[:3], stream, found.function, found.packed_metadata, None, *hooks, *values)
 
     def _remember(self, key: tuple[object, ...], device: int, kernel: Any) -> None:
-        if not _launcher_is_known():
+        if kernel is None or not _launcher_is_known():  # None: a hook has kept Triton from launching
             return
         if len(self._compiled) >= REMEMBERED:
             self._compiled.clear()
         caches = self.kernel.device_caches[device]
-        self._compiled[key] = _Compiled(caches, kernel.run, kernel.function, kernel.packed_metadata, kernel)
+        knobs = dict(self._hooks.__dict__), dict(self._compilation.__dict__)
+        self._compiled[key] = _Compiled(caches, knobs, kernel.run, kernel.function, kernel.packed_metadata, kernel)
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

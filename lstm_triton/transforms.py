@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+PLAIN_TENSORS = {Tensor, torch.nn.Parameter}  # types: a subclass may look at the operations on its tensors
+
 
 def active() -> bool:
     """Whether a call is inside a transform of torch.func. Its tensors then do not tell whether a gradient is needed."""

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..prepared_kernel import modulo_16
+
 
 def contiguous(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if all(map(Tensor.is_contiguous, weights)):
@@ -18,8 +20,12 @@ def aligned(weights: Sequence[Tensor], stride: int) -> Sequence[Tensor]:
     The kernels then load weights in pieces as wide as those of states. With narrower loads weights could not stay in
     registers (kernels/fragments.py).
     """
-    if weights[0].shape[1] >= stride and not any(map(_modulo_16, map(Tensor.data_ptr, weights))):
-        return weights
+    for weight in weights:
+        if weight.shape[1] < stride:
+            break
+    else:
+        if not any(map(modulo_16, map(Tensor.data_ptr, weights))):
+            return weights
     found = []
     for weight in weights:
         if weight.shape[1] < stride:
@@ -27,9 +33,6 @@ def aligned(weights: Sequence[Tensor], stride: int) -> Sequence[Tensor]:
         else:
             found.append(weight.clone() if weight.data_ptr() % 16 else weight)
     return tuple(found)
-
-
-_modulo_16 = (15).__and__
 
 
 def transposed(weights: Sequence[Tensor], stride: int) -> tuple[Tensor, ...]:

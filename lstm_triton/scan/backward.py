@@ -16,8 +16,6 @@ from .launch import lookups, run
 from .layout import Layout, Window
 from .prepared import Sizes, backward_scan_of
 
-OF_LANES = ("grad_hidden_ptr", "grad_cell_ptr", "gates_ptr", "cell_ptr", "grad_gates_ptr")
-
 
 @torch.library.custom_op("lstm_triton::scan_backward", mutates_args=())
 def scan_backward(
@@ -100,12 +98,17 @@ def scan_backward(
         of_launch = (grad_h_n, grad_cell, gates, cell, grad_gates)
         if not schedule.is_whole:
             of_launch = tuple([tensor[own] for tensor in of_launch])  # type: ignore[assignment]
+        own_grad_h_n, own_grad_cell, own_gates, own_cell, own_grad_gates = of_launch
         arguments = {
             "grad_output_ptr": grad_output[..., first_output:] if first_output else grad_output,
             "grad_output_stride_step": strides[0],
             "grad_output_stride_batch": strides[-2],
             "grad_output_stride_lane": hidden_size,
-            **dict(zip(OF_LANES, of_launch, strict=True)),
+            "grad_hidden_ptr": own_grad_h_n,
+            "grad_cell_ptr": own_grad_cell,
+            "gates_ptr": own_gates,
+            "cell_ptr": own_cell,
+            "grad_gates_ptr": own_grad_gates,
             "grad_cells_ptr": grad_h_n if grad_cells is None else grad_cells[own],
             "weight_ih_ptrs": weights_ih,
             "weight_hh_ptrs": weights_hh,

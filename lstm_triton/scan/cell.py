@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import flops, target
+from ..failure import explained
 from ..prepared_kernel import PreparedKernel
 from ..stack import States
 from ..target import Device
@@ -153,11 +154,16 @@ class StackStep:
         batch_size, features = self.output_sizes
         sizes = (batch_size, 1, features) if time_axis == 1 else (1, batch_size, features)
         row = input.select(time_axis, 0)
-        if torch._C._autograd._profiler_enabled():
-            with torch.profiler.record_function("lstm_triton::single_step"):
+        try:
+            if torch._C._autograd._profiler_enabled():
+                with torch.profiler.record_function("lstm_triton::single_step"):
+                    output, h_n, c_n = self.run(row, h_0, c_0, weights, on, sizes)
+            else:
                 output, h_n, c_n = self.run(row, h_0, c_0, weights, on, sizes)
-        else:
-            output, h_n, c_n = self.run(row, h_0, c_0, weights, on, sizes)
+        except RuntimeError as error:
+            if (failed := explained(error)) is None:
+                raise
+            raise failed from error
         return output, (h_n, c_n)
 
     def run(

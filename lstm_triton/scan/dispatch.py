@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from .. import flops
+from .. import flops, transforms
 from ..failure import explained
 
-TENSORS = {Tensor, torch.nn.Parameter}
 PLAIN_TYPES = {type(None), bool, int, float, str}
 
 
@@ -50,11 +49,11 @@ def is_observed(arguments: Sequence[Any]) -> bool:
     tensors: list[Tensor] = []
     for argument in arguments:
         kind = type(argument)
-        if kind in TENSORS:
+        if kind in transforms.PLAIN_TENSORS:
             tensors += (argument,)
         elif kind is list or kind is tuple:
             for each in argument:
-                if type(each) in TENSORS:
+                if type(each) in transforms.PLAIN_TENSORS:
                     tensors += (each,)
                 elif type(each) not in PLAIN_TYPES:
                     return True

@@ -219,10 +219,10 @@ def _run(
     aligned_input, _, strides = with_aligned_rows(below) if plan.fuse_input else (None, 1, below.stride())
     weights = contiguous(weights)
     for part in schedule.parts:
-        is_whole, of_part = len(schedule.parts) == 1, part.lanes
-        hidden = buffers.hidden if is_whole else buffers.hidden[of_part]
-        cell = buffers.cell if is_whole else buffers.cell[of_part]
-        own = weights if is_whole else weights[of_part.start * size : of_part.stop * size]
+        is_only, of_part = len(schedule.parts) == 1, part.lanes
+        hidden = buffers.hidden if is_only else buffers.hidden[of_part]
+        cell = buffers.cell if is_only else buffers.cell[of_part]
+        own = weights if is_only else weights[of_part.start * size : of_part.stop * size]
         input = hidden if aligned_input is None else aligned_input
         weights_ih = aligned(own[::size], layout.stride if plan.chained else 0)
         weights_hh = aligned(own[1::size], layout.stride)
@@ -234,7 +234,7 @@ def _run(
                 if begins % kept_steps == 0 or begins == layout.time_steps:
                     cell_starts[of_part, window.steps.start // kept_steps] = cell[:, : layout.batch_size]
             rows = window.rows.stop - window.rows.start
-            gates = buffers.gates if is_whole else buffers.gates[of_part]
+            gates = buffers.gates if is_only else buffers.gates[of_part]
             if not plan.fuse_input:
                 if not keep_gates:
                     gates = below.new_empty((part.plan.projected_lanes, rows, 4 * sizes.hidden_size))

@@ -101,7 +101,7 @@ def of_stack(saved: Saved, needed: Inputs, grads: Grads) -> Inputs:
         static.dropout,
         saved.fixed.seed,
     )
-    with products.precision_of(input):
+    with products.precision_for(input):
         grad_input, grad_weights, grad_start = _from_gates(grad_gates, layout, saved, needed)
     if grad_start.h is not None:
         grad_start = grad_start._replace(h=add_absent_steps(grad_start.h, grads.h_n, layout))
@@ -141,17 +141,20 @@ def _from_gates(
         )
         grad_weights += found[:2]
         if static.bias:
-            bias = found.bias_ih if found.bias_hh is None else found.bias_hh
-            grad_weights += (None, None) if bias is None else _of_both_biases(bias, input.dtype)
+            grad_weights += _of_biases(found, input.dtype)
         starts += (start,)
     return grad_input, grad_weights, stacked(starts) if True in needed.start else NO_STATES
 
 
-def _of_both_biases(grad: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The gradients of both biases, which are equal but share no element, from the gradient (4, H) of one."""
-    both = grad.new_empty((2, *grad.shape), dtype=dtype)
-    both.copy_(grad)
-    return both.view(2, -1).unbind()
+def _of_biases(found: LaneWeights, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients (4H,) of both biases, where they are needed. They are equal but share no memory."""
+    grad = found.bias_hh if found.bias_ih is None else found.bias_ih  # (4, H)
+    if grad is None:
+        return None, None
+    whole = grad.new_empty(grad.shape, dtype=dtype).copy_(grad).view(-1)
+    if found.bias_hh is None:
+        return whole, None
+    return (None if found.bias_ih is None else whole.clone()), whole
 
 
 def stacked(starts: Sequence[Start]) -> Start:

@@ -111,6 +111,9 @@ def infer(inputs: Inputs, static: Static, fixed: Fixed) -> LaneResults:
     return *results, Layout.of(input, h_n.shape[-1], fixed.ragged()).cells(cell, input.dtype, shape)
 
 
+NOTHING_FIXED = Fixed()
+
+
 class PreparedLayers(NamedTuple):
     """Layers without projections, prepared for dense batches, where nothing observes operators.
 
@@ -132,9 +135,6 @@ class PreparedLayers(NamedTuple):
         if self.batch_first:
             output, cells = output.transpose(0, 1), [each.transpose(1, 2) for each in cells]
         return output, (h_n, c_n), *cells
-
-
-NOTHING_FIXED = Fixed()
 
 
 def scan_projected_layers(input: Tensor, start: Start, stack: Stack, options: Options) -> LaneResults:

@@ -144,7 +144,7 @@ class Forward(NamedTuple):
     dropout: bool
 
 
-Options = Callable[[Plan], dict[str, object]]
+LaunchOptionsOf = Callable[[Plan], dict[str, object]]
 
 
 def forward_scan_of(sizes: Sizes, asked: Forward) -> PreparedScan:
@@ -156,13 +156,13 @@ def forward_scan_of(sizes: Sizes, asked: Forward) -> PreparedScan:
 def backward_scan_of(sizes: Sizes, dropout: bool, grad_cells: bool) -> PreparedScan:
     """A backward scan. It runs from the last layer to the first."""
     on: Any = target.current()
-    of_planner = launch.allows_tf32(), planner.forced_plans["backward"], launch.launch_options
-    return _backward(sizes, dropout, grad_cells, on, *of_planner)
+    forced, options = planner.forced_plans["backward"], launch.launch_options
+    return _backward(sizes, dropout, grad_cells, on, launch.allows_tf32(), forced, options)
 
 
 @lru_cache(maxsize=PREPARED_SCANS)
 def _forward(
-    sizes: Sizes, asked: Forward, on: target.Target, allow_tf32: bool, forced: Plan | None, options: Options
+    sizes: Sizes, asked: Forward, on: target.Target, allow_tf32: bool, forced: Plan | None, options: LaunchOptionsOf
 ) -> PreparedScan:
     """`on`, `forced` and `options` are for the key. The planner and the launch find them themselves."""
     from ..kernels.forward import forward_scan
@@ -204,7 +204,7 @@ def _backward(
     on: target.Target,
     allow_tf32: bool,
     forced: Plan | None,
-    options: Options,
+    options: LaunchOptionsOf,
 ) -> PreparedScan:
     """`on`, `forced` and `options`: as in `_forward`."""
     from ..kernels.backward import backward_scan

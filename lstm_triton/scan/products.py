@@ -20,7 +20,7 @@ from .layout import Layout
 def input_gradient(grad_gates: Tensor, weights_ih: Sequence[Tensor], layout: Layout) -> Tensor:
     """(rows, I) the gradient of a layer's input, from the gate gradients and the input weights of its lanes."""
     rows = layout.steps(), slice(4 * layout.hidden_size)
-    with precision_of(grad_gates):
+    with precision_for(grad_gates):
         products = [matmul(grad_gates[lane][rows], gate_minor(weight)) for lane, weight in enumerate(weights_ih)]
     return products[0] if len(products) == 1 else products[0] + products[1]
 
@@ -42,6 +42,7 @@ def matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
     """
     if left.dtype != torch.float32:
         return left @ right
+    # The setting is right already, inside a `MatmulPrecision`.
     if not torch.compiler.is_dynamo_compiling() and _held.precision in (("ieee",) if exact else ("ieee", "tf32")):
         return left @ right
     if target.current().may_take_tf32(left):
@@ -97,7 +98,7 @@ def batched_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:
         return left @ right
 
 
-def precision_of(like: Tensor) -> AbstractContextManager[object]:
+def precision_for(like: Tensor) -> AbstractContextManager[object]:
     """A context in which the setting is changed once for all calls of `matmul` with tensors like this one."""
     if like.dtype != torch.float32 or torch.compiler.is_dynamo_compiling():
         return nullcontext()
@@ -133,20 +134,28 @@ class MatmulPrecision:
         self._outer = _held.precision
         if self._outer is None:
             _matmul_precision_lock.__enter__()
-        self._previous: Any = _precision()
-        self._changes = self._previous != self._precision and not {self._previous, self._precision} <= {"none", "ieee"}
-        if self._changes:
-            _set_precision(self._precision)
+        try:
+            self._previous: Any = _precision()
+            is_equal = self._previous == self._precision or {self._previous, self._precision} <= {"none", "ieee"}
+            self._changes = not is_equal
+            if self._changes:
+                _set_precision(self._precision)
+        except BaseException:
+            if self._outer is None:
+                _matmul_precision_lock.__exit__()
+            raise
         _held.precision = self._precision
 
     def __exit__(self, *_: object) -> None:
-        if self._changes:
-            _set_precision("none")  # inherits torch.backends.fp32_precision, as the previous value may have
-            if _precision() != self._previous:
-                _set_precision(self._previous)
         _held.precision = self._outer
-        if self._outer is None:
-            _matmul_precision_lock.__exit__()
+        try:
+            if self._changes:
+                _set_precision("none")  # inherits torch.backends.fp32_precision, as the previous value may have
+                if _precision() != self._previous:
+                    _set_precision(self._previous)
+        finally:
+            if self._outer is None:
+                _matmul_precision_lock.__exit__()
 
 
 # What torch.backends.cuda.matmul.fp32_precision reads and writes.

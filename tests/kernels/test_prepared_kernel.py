@@ -26,7 +26,9 @@ def test_it_takes_the_kernel_that_triton_would_take(found: dict[str, Ways]) -> N
     ("case", "short"),
     [
         ("nothing", 4),
+        ("knob", 3),
         ("hook", 2),
+        ("hook that launches nothing", 2),
         ("hook of another kind", 2),
         ("caches", 3),
         ("another Triton", 0),

@@ -17,3 +17,18 @@ def test_nan_stays_in_its_row(dtype: torch.dtype, input_size: int) -> None:
     projected = torch.empty(34, 32, dtype=dtype)  # NaN, too: see conftest.py
     products.project(rows, weight, projected)
     assert projected.isnan().any(1).nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("fails", ["_precision", "_set_precision"])
+def test_a_setting_that_cannot_be_changed_blocks_nobody(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    def fail(*_: str) -> None:
+        raise RuntimeError("no such setting")
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    with monkeypatch.context() as patch:
+        patch.setattr(products, fails, fail)
+        with pytest.raises(RuntimeError, match="no such setting"), products.MatmulPrecision("tf32"):
+            pass
+    with products.MatmulPrecision("tf32"):
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert torch.backends.cuda.matmul.fp32_precision == before

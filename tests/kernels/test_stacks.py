@@ -68,6 +68,13 @@ def test_chains_of_any_length(lanes: int) -> None:
     assert [plan.lanes for plan in launches.plans] == [lanes] * (8 // lanes)
 
 
+@pytest.mark.parametrize("hidden_size", [11, 16, 20])
+@pytest.mark.parametrize("input_size", [3, 17, 40])
+def test_layers_in_one_launch_read_rows_of_several_widths(input_size: int, hidden_size: int) -> None:
+    """The first layer's input may be wider than a state, whose rows are padded, or narrower."""
+    StackCase(3, input_size=input_size, hidden_size=hidden_size).launched(3).check()
+
+
 def test_the_first_layer_is_the_same_in_every_chain() -> None:
     """Bit by bit: it reads its input as it would alone.
 

@@ -14,6 +14,7 @@ from torch import nn
 
 import lstm_triton
 from lstm_triton import interpreter, prepared_call, refusal, target
+from lstm_triton.failure import KernelFailed
 from lstm_triton.target import KernelLaunch
 from tests.support.comparing import assert_same, twins
 
@@ -129,3 +130,49 @@ def test_accelerated_calls_are_remembered(options: dict[str, Any], steps: int) -
                     found[0].sum().backward()
     assert acceleration.taken_over == 6
     assert len(prepared_call.known) == 2
+
+
+@interpreted
+def test_the_gradients_of_the_biases_share_no_memory() -> None:
+    with interpreter.interpret():
+        for needed in ({"bias_ih_l0", "bias_hh_l0"}, {"bias_ih_l0"}, {"bias_hh_l0"}, set[str]()):
+            module = lstm_triton.LSTM(3, 4)
+            for name in ("bias_ih_l0", "bias_hh_l0"):
+                getattr(module, name).requires_grad_(name in needed)
+            module(torch.randn(2, 2, 3))[0].sum().backward()
+            grads = {name: parameter.grad for name, parameter in module.named_parameters() if "bias" in name}
+            assert {name for name, grad in grads.items() if grad is not None} == needed
+            found = [grad for grad in grads.values() if grad is not None]
+            assert all(grad.untyped_storage().nbytes() == grad.nbytes for grad in found)
+            assert len({grad.data_ptr() for grad in found}) == len(found)
+            assert all(torch.equal(grad, found[0]) for grad in found)
+
+
+@interpreted
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_kernel_that_fails_in_an_accelerated_call(steps: int) -> None:
+    class Failing(interpreter.Interpreted):
+        fails = False
+
+        def run(self, launch: KernelLaunch) -> None:
+            if self.fails:
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            super().run(launch)
+
+    with interpreter.interpret():  # installs the interpreter
+        pass
+    module, input, where = nn.LSTM(3, 4), torch.zeros(steps, 1, 3), Failing(0)
+    with torch.no_grad(), target.running_on(where), lstm_triton.accelerate():
+        for _ in range(2):
+            module(input)
+        where.fails = True
+        with pytest.raises(KernelFailed, match="unspecified launch failure"):
+            module(input)
+
+
+def test_a_nested_tensor_is_refused_as_ever() -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)])
+    with pytest.raises(RuntimeError, match="Expected 4 weights, got 0"):
+        lstm_triton.functional.lstm(nested, None, [])
+    with lstm_triton.accelerate(), pytest.raises(NotImplementedError):
+        torch._VF.lstm(nested, (nested, nested), [torch.zeros(4, 4)] * 2, False, 1, 0.0, False, False, False)

@@ -112,10 +112,16 @@ def in_a_case(case: str) -> Ways:
     """Five calls of one layer, before the last two of which something changes."""
     from triton import knobs
 
+    from lstm_triton.kernels.cell import cell_forward
+
     kernels, module = Numbered(), lstm_triton.LSTM(16, 16)
 
     def hook(*_: object) -> None:
         pass
+
+    def nothing(**_: object) -> bool:
+        kernels.launched += [0]  # `compared` counts launches
+        return True
 
     with pretended_gpu(compilations=kernels), torch.no_grad(), compared(kernels) as ways:
         known = case != "another Triton"
@@ -125,18 +131,30 @@ def in_a_case(case: str) -> Ways:
                     knobs.runtime.launch_enter_hook.add(hook)
                 if number == 3 and case == "hook of another kind":
                     knobs.runtime.launch_enter_hook = hook
+                if number == 3 and case == "knob":
+                    knobs.runtime.debug = True
+                if number == 3 and case == "hook that launches nothing":
+                    knobs.runtime.jit_cache_hook = nothing
+                    cell_forward.device_caches.clear()
                 if number == 3 and case == "caches":
-                    from lstm_triton.kernels.cell import cell_forward
-
                     cell_forward.device_caches.clear()
                 module(torch.zeros(1, 2, 16))
     knobs.runtime.launch_enter_hook = type(knobs.runtime.launch_exit_hook)()
+    knobs.runtime.debug, knobs.runtime.jit_cache_hook = False, None
     return ways
 
 
 def main() -> int:
     torch.manual_seed(0)
-    cases = ("nothing", "hook", "hook of another kind", "caches", "another Triton")
+    cases = (
+        "nothing",
+        "knob",
+        "hook",
+        "hook of another kind",
+        "hook that launches nothing",
+        "caches",
+        "another Triton",
+    )
     found = {"random": vars(random_calls(60)), **{case: vars(in_a_case(case)) for case in cases}}
     print(json.dumps(found))
     return 0
