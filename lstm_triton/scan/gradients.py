@@ -139,7 +139,7 @@ def _from_gates(
             needed_of_lane,
             needed.start,
         )
-        grad_weights += found[:2]
+        grad_weights += found.ih, found.hh
         if static.bias:
             grad_weights += _of_biases(found, input.dtype)
         starts += (start,)

@@ -37,10 +37,12 @@ class Fixed(NamedTuple):
 
     def tables(self) -> tuple[Tensor, ...]:
         """The tables as operators take them; empty if the batch is not ragged."""
-        return () if self.before is None else self[1:]  # type: ignore[return-value]
+        # Field by field: a part of a NamedTuple is one again when PyTorch 2.9 traces it.
+        tables = (self.before, self.after, self.offsets, self.lengths)
+        return () if self.before is None else tables  # type: ignore[return-value]
 
     def ragged(self) -> Ragged | None:
-        return None if self.before is None else Ragged(*self[1:])  # type: ignore[arg-type]
+        return None if self.before is None else Ragged(*self.tables())
 
 
 class Inputs(NamedTuple):
