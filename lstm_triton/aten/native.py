@@ -1,7 +1,6 @@
 """`native`: PyTorch's own LSTM function, with derivatives of any order."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from .. import flops, transforms
 from ..autocast import autocast_dtype, without_autocast
+from ..onednn import without_onednn
 from ..stack import LaneResults
 
 
@@ -51,7 +51,7 @@ def native(
 
     tensors = (data, *states, *weights)
     if flops.counted():  # no counter looks into the layers of cuDNN and oneDNN
-        with torch.backends.cudnn.flags(enabled=False), _without_onednn():
+        with torch.backends.cudnn.flags(enabled=False), without_onednn():
             return lstm(*tensors)
     if not _is_cudnns(data):
         return lstm(*tensors)
@@ -67,17 +67,6 @@ def native(
     differentiable = partial(lstm, training=True, dropout=dropout)
     results: LaneResults = LSTMNative.apply(differentiable, dropout > 0, *tensors)  # type: ignore[no-untyped-call]
     return results
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    # torch.backends.mkldnn.flags sets other flags besides, and warns of them.
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
 
 
 def _without_onednns_layers() -> set[torch.dtype]:

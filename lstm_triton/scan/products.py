@@ -1,7 +1,7 @@
 """Matrix products outside the scans, in TF32 where cuDNN would use TF32; and conversion between the two gate orders."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from threading import local
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import flops, target
 from ..autocast import without_autocast
+from ..onednn import without_onednn
 from ..settings import ForkLock
 from .dispatch import invoke
 from .launch import allows_tf32
@@ -73,23 +74,11 @@ def project(rows: Tensor, weight: Tensor, projected: Tensor, add: bool = False) 
     if target.current().may_take_tf32(rows):
         setting = MatmulPrecision("tf32" if allows_tf32() else "ieee")
     elif rows.is_cpu:
-        setting = _without_onednn()
+        # oneDNN's bfloat16 product for processors with AMX lets NaN of a row into the row before, for an odd H or I.
+        # Rows without a step may hold NaN.
+        setting = without_onednn()
     with without_autocast(rows.device), setting:
         torch.addmm(projected, rows, weight.t(), beta=int(add), out=projected)
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    """oneDNN's bfloat16 product for processors with AMX lets NaN of a row into the row before, for an odd H or I.
-
-    Rows without a step may hold NaN.
-    """
-    onednn: Any = torch.backends.mkldnn
-    previous, onednn.enabled = onednn.enabled, False
-    try:
-        yield
-    finally:
-        onednn.enabled = previous
 
 
 def batched_matmul(left: Tensor, right: Tensor, exact: bool = False) -> Tensor:

@@ -1,8 +1,13 @@
 """Matrix products outside the scans."""
 
+import random
+import time
+from threading import Thread
+
 import pytest
 import torch
 
+from lstm_triton.onednn import without_onednn
 from lstm_triton.scan import products
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,3 +37,27 @@ def test_a_setting_that_cannot_be_changed_blocks_nobody(monkeypatch: pytest.Monk
     with products.MatmulPrecision("tf32"):
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_onednn_comes_back_after_several_threads(enabled: bool) -> None:
+    seen = list[bool]()
+
+    def turn_off() -> None:
+        for _ in range(20):
+            with without_onednn():
+                time.sleep(random.random() / 1e4)
+                seen.append(torch._C._get_mkldnn_enabled())
+
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(enabled)
+    try:
+        threads = [Thread(target=turn_off) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch._C._get_mkldnn_enabled() == enabled
+        assert not any(seen)
+    finally:
+        torch._C._set_mkldnn_enabled(before)

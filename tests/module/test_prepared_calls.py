@@ -174,5 +174,9 @@ def test_a_nested_tensor_is_refused_as_ever() -> None:
     nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)])
     with pytest.raises(RuntimeError, match="Expected 4 weights, got 0"):
         lstm_triton.functional.lstm(nested, None, [])
-    with lstm_triton.accelerate(), pytest.raises(NotImplementedError):
-        torch._VF.lstm(nested, (nested, nested), [torch.zeros(4, 4)] * 2, False, 1, 0.0, False, False, False)
+    arguments = (nested, (nested, nested), [torch.zeros(4, 4)] * 2, False, 1, 0.0, False, False, False)
+    with pytest.raises(RuntimeError) as by_torch:
+        torch._VF.lstm(*arguments)
+    with lstm_triton.accelerate(), pytest.raises(type(by_torch.value)) as accelerated:
+        torch._VF.lstm(*arguments)
+    assert str(accelerated.value) == str(by_torch.value)
