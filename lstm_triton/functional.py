@@ -159,7 +159,8 @@ def lstm(
             output, states, cells = run(call, input, choice.path, requested=backend)
             return (output, states, cells) if return_cells else (output, states)
         prepared = prepared_call.prepare(call, choice, input)  # type: ignore[arg-type]
-    results, path = None, str(prepared.choice.path)
+    path: str = prepared.choice.path
+    results = None
     if prepared.run is not None:
         try:
             results = prepared.run(input, hx, weights)  # type: ignore[arg-type]
