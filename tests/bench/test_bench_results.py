@@ -172,7 +172,8 @@ def test_the_kernel_hash_follows_kernels_launches_and_the_gpus_own_table(tmp_pat
     monkeypatch.setattr(results, "table_path", lambda device: tmp_path / f"{device.name}.json")
     seen = set()
     scan = ("planner", "plan", "fit", "cost", "schedule", "launch", "buffers", "windows", "forward", "products")
-    names = ("target.py", *(f"scan/{name}.py" for name in scan))
+    (tmp_path / "lstm_triton" / "prepared_kernel.py").write_text("")
+    names = ("target.py", "prepared_kernel.py", *(f"scan/{name}.py" for name in scan))
     deciding = (*(f"lstm_triton/{name}" for name in names), "kernels/forward.py", "kernels/other.py", "this gpu.json")
     for name in deciding:
         (tmp_path / name).write_text("x")
