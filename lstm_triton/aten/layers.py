@@ -10,7 +10,7 @@ from .. import transforms
 from ..call import Call
 from ..stack import Lane, Results, States, formula_lane
 from .lane import native_lane
-from .native import native
+from .native import is_differentiable_alone, native
 from .operator import operator_lane
 
 
@@ -91,8 +91,9 @@ class PreparedStack(NamedTuple):
     def of(call: Call) -> "PreparedStack | None":
         """None: the call needs help, or has no batch dimension."""
         trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors())
-        # On a GPU, `native` adds derivatives to cuDNN's. Under autocast it may convert tensors.
-        if (call.data.is_cuda and trains) or call.return_cells or torch._C._is_any_autocast_enabled():
+        if trains and not is_differentiable_alone(call.data):
+            return None
+        if call.return_cells or torch._C._is_any_autocast_enabled():  # under autocast `native` may convert tensors
             return None
         lanes = call.num_layers * call.directions
         options = (call.bias, call.num_layers, call.dropout, call.training, call.directions == 2, call.batch_first)

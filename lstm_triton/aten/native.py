@@ -105,6 +105,11 @@ def _dtype_to_convert_to(tensors: Sequence[Tensor]) -> torch.dtype | None:
     return dtype if dtype is not None and not _is_onednns(dtype) and _is_onednns(data.dtype) else None
 
 
+def is_differentiable_alone(data: Tensor) -> bool:
+    """Whether `torch.lstm` has all derivatives by itself, in evaluation mode, too."""
+    return not _is_cudnns(data)
+
+
 def _is_cudnns(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.backends.cudnn.enabled
 

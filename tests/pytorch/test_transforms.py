@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lstm_triton
-from lstm_triton import interpreter
+from lstm_triton import interpreter, prepared_call
 from lstm_triton.aten import native
 from lstm_triton.reference import lstm_layer
 from tests.support.comparing import assert_as_accurate, assert_same, floor_of, nudged, run, twins
@@ -156,6 +156,7 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(torch, "lstm", lstm)
     monkeypatch.setattr(native, "_is_cudnns", lambda tensor: torch.backends.cudnn.enabled)
+    prepared_call.forget()  # what was decided of tensors that are not cuDNN's
     return calls
 
 
@@ -215,6 +216,7 @@ def test_exported_program_contains_the_function_itself(monkeypatch: pytest.Monke
 
 def test_output_changed_in_place_where_it_is_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_is_cudnns", lambda tensor: True)
+    prepared_call.forget()
     output, _ = lstm_triton.LSTM(3, 4)(torch.randn(3, 2, 3, requires_grad=True))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.mul_(2).sum().backward()
