@@ -15,8 +15,8 @@ from torch import nn
 import lstm_triton
 from lstm_triton import interpreter, prepared_call, refusal, target
 from lstm_triton.failure import KernelFailed
-from lstm_triton.target import KernelLaunch
 from tests.support.comparing import assert_same, twins
+from tests.support.refusing import Refusing
 
 interpreted = pytest.mark.interpreted
 
@@ -69,24 +69,16 @@ def test_a_call_that_fails_is_not_remembered() -> None:
 def test_kernels_that_are_refused_later(steps: int, trains: bool) -> None:
     """PyTorch's own function computes the call, with the same dropout as if the kernels had never been there."""
 
-    class Refusing(interpreter.Interpreted):
-        refuses = False
-
-        def run(self, launch: KernelLaunch) -> None:
-            if self.refuses:
-                raise RuntimeError("Failed to find C compiler")
-            super().run(launch)
-
     with interpreter.interpret():  # installs the interpreter
         pass
     ours, stock = twins(3, 4)
-    input, where = torch.randn(steps, 2, 3), Refusing(0)
+    input, where = torch.randn(steps, 2, 3), Refusing(None)
     try:
         with target.running_on(where), torch.set_grad_enabled(trains):
             for _ in range(2):
                 ours(input)
             assert len(prepared_call.known) == 1
-            where.refuses = True
+            where.error = lambda: RuntimeError("Failed to find C compiler")
             with pytest.warns(RuntimeWarning, match="finds no working C compiler"):
                 found = ours(input)
             assert_same(found, stock(input))
@@ -151,21 +143,13 @@ def test_the_gradients_of_the_biases_share_no_memory() -> None:
 @interpreted
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_kernel_that_fails_in_an_accelerated_call(steps: int) -> None:
-    class Failing(interpreter.Interpreted):
-        fails = False
-
-        def run(self, launch: KernelLaunch) -> None:
-            if self.fails:
-                raise RuntimeError("CUDA error: unspecified launch failure")
-            super().run(launch)
-
     with interpreter.interpret():  # installs the interpreter
         pass
-    module, input, where = nn.LSTM(3, 4), torch.zeros(steps, 1, 3), Failing(0)
+    module, input, where = nn.LSTM(3, 4), torch.zeros(steps, 1, 3), Refusing(None)
     with torch.no_grad(), target.running_on(where), lstm_triton.accelerate():
         for _ in range(2):
             module(input)
-        where.fails = True
+        where.error = lambda: RuntimeError("CUDA error: unspecified launch failure")
         with pytest.raises(KernelFailed, match="unspecified launch failure"):
             module(input)
 

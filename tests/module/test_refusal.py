@@ -17,6 +17,7 @@ from lstm_triton.commands import info
 from lstm_triton.refusal import LaunchRefused, refused
 from lstm_triton.target import Gpus, KernelLaunch
 from tests.support.comparing import assert_same, run, twins
+from tests.support.refusing import Refusing
 
 NO_COMPILER = "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."
 pytestmark = [
@@ -24,24 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Exception ignored in.*CompiledKernel.__del__"),  # of Triton
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
 ]
-
-
-class Refusing(interpreter.Interpreted):
-    """The interpreter, whose launches fail, all or those of some kernels."""
-
-    def __init__(self, error: Callable[[], Exception], *kernels: str) -> None:
-        super().__init__(0)
-        self.error, self.kernels = error, kernels
-        self.launches = 0
-
-    def may_refuse(self, device: torch.device) -> bool:
-        return True
-
-    def run(self, launch: KernelLaunch) -> None:
-        self.launches += 1
-        if self.error is not None and (not self.kernels or launch.name in self.kernels):
-            raise self.error()
-        super().run(launch)
 
 
 def no_compiler() -> Exception:
