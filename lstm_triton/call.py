@@ -51,6 +51,10 @@ class Call(NamedTuple):
         """Every tensor that takes part in the arithmetic."""
         return [self.data, *(self.states or ()), *(self.reset_state or ()), *self.weights]
 
+    def trains(self) -> bool:
+        """Whether a gradient of one of the tensors is needed. Not inside torch.func, where tensors do not tell."""
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors())
+
     def projected(self) -> bool:
         return self.output_size < self.hidden_size
 

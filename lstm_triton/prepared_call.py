@@ -161,7 +161,7 @@ def _by_kernels(call: Call) -> Callable[..., Any] | None:
     from .scan.layers import PreparedLayers, static_of
     from .scan.schedule import is_single_step
 
-    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors())
+    trains = call.trains()
     options = Options(None, call.dropout if call.training else 0.0, call.low_memory, call.return_cells)
     static = static_of(options, call.num_layers * call.directions, call.directions, call.bias)
     has_dropout = static.dropout > 0

@@ -89,9 +89,8 @@ class PreparedStack(NamedTuple):
 
     @staticmethod
     def of(call: Call) -> "PreparedStack | None":
-        """None: the call needs help, or has no batch dimension."""
-        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors())
-        if trains and not is_differentiable_alone(call.data):
+        """None: the call needs help."""
+        if call.trains() and not is_differentiable_alone(call.data):
             return None
         if call.return_cells or torch._C._is_any_autocast_enabled():  # under autocast `native` may convert tensors
             return None

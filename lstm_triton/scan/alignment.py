@@ -52,11 +52,8 @@ def transposed(weights: Sequence[Tensor], stride: int) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def with_aligned_rows(input: Tensor) -> tuple[Tensor, int, list[int]]:
-    """The input with contiguous rows, the unit of its strides in elements, and its strides but the last in this unit.
-
-    The unit is that of `unit_of_rows`.
-    """
+def with_aligned_rows(input: Tensor) -> tuple[Tensor, list[int]]:
+    """The input with contiguous rows, and its strides but the last in units of `unit_of_rows`."""
     unit = 16 if input.shape[-1] % 16 == 0 else 1
     *strides, last = input.stride()
     is_aligned = last == 1 and (unit == 1 or input.data_ptr() % 16 == 0)
@@ -65,7 +62,7 @@ def with_aligned_rows(input: Tensor) -> tuple[Tensor, int, list[int]]:
             is_aligned = False
         strides[axis] = stride // unit
     if is_aligned:
-        return input, unit, strides
+        return input, strides
     # A copy of a view costs less than a kernel compiled for its address.
     return with_aligned_rows(input.clone(memory_format=torch.contiguous_format))
 

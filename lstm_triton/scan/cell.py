@@ -250,7 +250,7 @@ def _launch(
     if not all(map(Tensor.is_contiguous, tensors)):
         weights = [weight.contiguous() for weight in weights]
         h, c = (None if state is None else state.contiguous() for state in (h, c))
-    input, _, (*_, stride) = with_aligned_rows(input)
+    input, (*_, stride) = with_aligned_rows(input)
     weight_ih, weight_hh, *biases = weights
     bias_ih, bias_hh = biases or (weight_hh, weight_hh)
     arguments = {

@@ -216,7 +216,7 @@ def _run(
     keep_gates = buffers.gates.shape[0] > 0
     windows = schedule.windows or windows_of(layout, schedule.bounds)
     below_rows = below if plan.fuse_input else below.reshape(layout.rows, -1)
-    aligned_input, _, strides = with_aligned_rows(below) if plan.fuse_input else (None, 1, below.stride())
+    aligned_input, strides = with_aligned_rows(below) if plan.fuse_input else (None, below.stride())
     weights = contiguous(weights)
     for part in schedule.parts:
         is_only, of_part = len(schedule.parts) == 1, part.lanes

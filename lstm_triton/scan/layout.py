@@ -63,30 +63,30 @@ class Layout(NamedTuple):
         first = self.rows + self.batch_size if reverse else 0
         return slice(first, first + self.batch_size)
 
-    def initial_rows(self, lanes: range, directions: int, reverse: bool, width: int) -> "Place":
+    def initial_rows(self, lanes: int, directions: int, reverse: bool, width: int) -> Place:
         """The initial states of lanes: (lanes, B, width) or (layers, directions, B, width). Not for a ragged batch.
 
         Args:
-            lanes: of the buffer of states (lanes, state rows, width).
+            lanes: how many lanes the buffer of states (lanes, state rows, width) has.
             directions: of these lanes.
             reverse: whether the first of them walks from the last step to the first.
         """
         behind = self.rows + self.batch_size
         return self._place(lanes, directions, width, *((behind, 0) if reverse else (0, behind)))
 
-    def last_rows(self, lanes: range, directions: int, reverse: bool, width: int) -> "Place":
+    def last_rows(self, lanes: int, directions: int, reverse: bool, width: int) -> Place:
         """The states of the last steps of lanes, as in `initial_rows`."""
         firsts = (self.batch_size, self.rows) if reverse else (self.rows, self.batch_size)
         return self._place(lanes, directions, width, *firsts)
 
-    def _place(self, lanes: range, directions: int, width: int, first: int, first_of_second: int) -> "Place":
+    def _place(self, lanes: int, directions: int, width: int, first: int, first_of_second: int) -> Place:
         """B rows of each lane: from row `first` on, and in a second direction from row `first_of_second` on."""
         lane = self.state_rows * width
         if directions == 1:
-            return (len(lanes), self.batch_size, width), (lane, width, 1), lanes.start * lane + first * width
-        sizes = (len(lanes) // directions, directions, self.batch_size, width)
+            return (lanes, self.batch_size, width), (lane, width, 1), first * width
+        sizes = (lanes // directions, directions, self.batch_size, width)
         strides = (directions * lane, lane + (first_of_second - first) * width, width, 1)
-        return sizes, strides, lanes.start * lane + first * width
+        return sizes, strides, first * width
 
     def last(self, reverse: bool) -> slice | Tensor:
         """The state row of each sequence's last step; for a sequence without steps, of its initial state."""

@@ -86,7 +86,7 @@ class Ends(NamedTuple):
     behind: Place
 
     @staticmethod
-    def of(layout: Layout, lanes: range, directions: int, reverse: bool) -> "Ends":
+    def of(layout: Layout, lanes: int, directions: int, reverse: bool) -> "Ends":
         return Ends(
             layout.initial_rows(lanes, directions, reverse, layout.stride),
             layout.last_rows(lanes, directions, reverse, layout.stride),
@@ -235,7 +235,7 @@ def forget() -> None:
 def _scan(sizes: Sizes, on: target.Target, schedules: list[PreparedSchedule]) -> PreparedScan:
     layout, ends = sizes.layout(), None
     if layout is not None:
-        ends = Ends.of(layout, range(sizes.lanes), min(sizes.directions, sizes.lanes), sizes.reverse)
+        ends = Ends.of(layout, sizes.lanes, min(sizes.directions, sizes.lanes), sizes.reverse)
     return PreparedScan(layout, ends, on, tuple(schedules))
 
 
@@ -254,7 +254,7 @@ def _prepared(
     layout, windows, ends = sizes.layout(), None, None
     if layout is not None:
         windows = windows_of(layout, schedule.bounds)
-        ends = Ends.of(layout, range(count), min(sizes.directions, count), reverse)
+        ends = Ends.of(layout, count, min(sizes.directions, count), reverse)
     return PreparedSchedule(
         plan=planned.plan,
         lanes=schedule.lanes,
